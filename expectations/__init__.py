@@ -1,0 +1,1 @@
+"""Great Expectations suites, one per table, and the audit that runs them on staged files."""

@@ -1,0 +1,1 @@
+"""Sources: how raw logs become the rows of the input contract."""

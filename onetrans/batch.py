@@ -1,0 +1,106 @@
+"""The packed batch: requests with their candidates and past events, values and offsets, no padding.
+
+Shape suffixes used here and in every module that takes a batch:
+
+    R  requests            N  candidates of all requests     E  events of all requests
+    U  user features       K  context features               I  item features
+    V  event features      O  R + 1 offsets
+
+A request's rows are ``offsets[r] : offsets[r + 1]``.  Feature values are rows of
+embedding tables (row 0 is "missing"), in the order of the schema's features of
+that side.  Events of all behaviour sequences are merged, oldest first, ordered
+by (time, position of the sequence in the schema); the last event of a request
+is its most recent one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RequestBatch:
+    """One batch of whole requests; all tensors on one device."""
+
+    user_RU: Tensor
+    """int64, embedding rows of user features."""
+    context_RK: Tensor
+    """int64, embedding rows of context features."""
+    item_NI: Tensor
+    """int64, embedding rows of candidate features."""
+    candidate_offsets_O: Tensor
+    """int64, first candidate of each request, and N."""
+    event_EV: Tensor
+    """int64, embedding rows of event features."""
+    event_sequence_E: Tensor
+    """int64, which of the schema's sequences an event belongs to."""
+    event_time_E: Tensor
+    """int64, microseconds since 1970-01-01 UTC."""
+    event_offsets_O: Tensor
+    """int64, first event of each request, and E."""
+    request_time_R: Tensor
+    """int64, microseconds since 1970-01-01 UTC."""
+    click_N: Tensor
+    """float32, 0 or 1."""
+    conversion_N: Tensor
+    """float32, 0 or 1; counted only where clicked."""
+
+    @property
+    def num_requests(self) -> int:
+        """R."""
+        return self.user_RU.shape[0]
+
+    @property
+    def num_candidates(self) -> int:
+        """N, the impressions in this batch."""
+        return self.item_NI.shape[0]
+
+    @property
+    def num_events(self) -> int:
+        """E."""
+        return self.event_EV.shape[0]
+
+    @property
+    def candidate_request_N(self) -> Tensor:
+        """int64, the request of each candidate."""
+        return _owners(self.candidate_offsets_O, self.num_candidates)
+
+    @property
+    def event_request_E(self) -> Tensor:
+        """int64, the request of each event."""
+        return _owners(self.event_offsets_O, self.num_events)
+
+    def to(self, device: torch.device | str) -> RequestBatch:
+        """Return the batch on another device."""
+        moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)}
+        return RequestBatch(**moved)
+
+    def check(self) -> None:
+        """Refuse a batch whose parts do not fit together.
+
+        Raises:
+            ValueError: naming the part and the sizes.
+        """
+        sizes = {
+            "context_RK": (self.context_RK.shape[0], self.num_requests),
+            "request_time_R": (self.request_time_R.shape[0], self.num_requests),
+            "candidate_offsets_O": (self.candidate_offsets_O.shape[0], self.num_requests + 1),
+            "event_offsets_O": (self.event_offsets_O.shape[0], self.num_requests + 1),
+            "click_N": (self.click_N.shape[0], self.num_candidates),
+            "conversion_N": (self.conversion_N.shape[0], self.num_candidates),
+            "event_sequence_E": (self.event_sequence_E.shape[0], self.num_events),
+            "event_time_E": (self.event_time_E.shape[0], self.num_events),
+            "last candidate offset": (int(self.candidate_offsets_O[-1]), self.num_candidates),
+            "last event offset": (int(self.event_offsets_O[-1]), self.num_events),
+        }
+        for name, (got, expected) in sizes.items():
+            if got != expected:
+                raise ValueError(f"batch: {name} is {got}, expected {expected}")
+
+
+def _owners(offsets_O: Tensor, total: int) -> Tensor:
+    lengths = offsets_O[1:] - offsets_O[:-1]
+    return torch.repeat_interleave(torch.arange(lengths.shape[0], device=offsets_O.device), lengths, output_size=total)

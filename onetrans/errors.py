@@ -1,0 +1,39 @@
+"""Errors a person reads, and the exit code each one ends a process with.
+
+The exit code is how a step tells Airflow what to do next: bad data and bad
+configuration are never retried, a dependency that is not ready is, and any
+other failure is treated as transient.  ``dags/steps.py`` holds the other end of
+this table.
+"""
+
+from __future__ import annotations
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_BAD_DATA = 65
+EXIT_NOT_READY = 75
+EXIT_BAD_CONFIG = 78
+
+
+class PipelineError(Exception):
+    """Base of every error the pipeline raises on purpose; its text is meant for the on-call engineer."""
+
+    exit_code = EXIT_FAILED
+
+
+class BadDataError(PipelineError):
+    """The input or a staged table is wrong; running the step again on the same data cannot help."""
+
+    exit_code = EXIT_BAD_DATA
+
+
+class NotReadyError(PipelineError):
+    """Something this step reads is not published yet; running the step again later can help."""
+
+    exit_code = EXIT_NOT_READY
+
+
+class BadConfigError(PipelineError):
+    """A setting, a schema file or an argument is wrong; a person has to change it."""
+
+    exit_code = EXIT_BAD_CONFIG

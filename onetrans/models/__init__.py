@@ -1,0 +1,1 @@
+"""The two ranking models: OneTrans and the DCNv2+DIN baseline."""

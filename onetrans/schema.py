@@ -1,0 +1,323 @@
+"""The feature schema: one file that names every feature, read by jobs, models, artifacts and serving.
+
+A schema file (TOML) declares user, item, context and event features, and the
+behaviour sequences built from events.  Two kinds exist, both of which end as a
+row of an embedding table (paper section 3.2, "bucketized or one-hot encoded,
+then embedded"):
+
+``hashed``
+    an id or category.  Jobs store its 64-bit hash (:func:`hash64`); the modulo
+    is applied when a batch is built, so a table can grow without a rebuild.
+``bucketized``
+    a number.  Jobs store the raw value; it is cut at ``boundaries`` when a
+    batch is built.
+
+Row 0 of every table stands for "missing".  ``docs/input.md`` describes the file
+for its authors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from onetrans.errors import BadConfigError
+
+Side = Literal["user", "item", "context", "event"]
+Kind = Literal["hashed", "bucketized"]
+InputTable = Literal["impressions", "behaviors", "users", "items"]
+
+_NAME = re.compile(r"[a-z][a-z0-9_]{0,62}")
+_HASH_SEED = 42  # Spark's xxhash64 starts from this seed, so Spark and Python agree on every id.
+
+CONTEXT_FROM_CLOCK = ("hour_of_day", "day_of_week")
+"""Context columns every log has: they are computed from a request's time in the log's time zone."""
+
+
+def hash64(value: str) -> int:
+    """Return the signed 64-bit xxHash of ``value``; equal to Spark's ``xxhash64(value)`` on a string."""
+    unsigned = xxhash.xxh64_intdigest(value.encode("utf-8"), seed=_HASH_SEED)
+    return unsigned - (1 << 64) if unsigned >= 1 << 63 else unsigned
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One feature: where it is read and how it becomes a row of an embedding table."""
+
+    name: str
+    """Unique name; also its column in ``training_requests``."""
+    side: Side
+    """What it describes: the user, the candidate item, the request's context, or a past event."""
+    kind: Kind
+    """``hashed`` for ids and categories, ``bucketized`` for numbers."""
+    column: str
+    """Source column; for an event feature a column of ``behaviors`` (its own or its item's)."""
+    hash_size: int = 0
+    """Rows of a hashed feature's table, the "missing" row not counted."""
+    boundaries: tuple[float, ...] = ()
+    """Increasing cut points of a bucketized feature; a value equal to one falls above it."""
+    embedding: str = ""
+    """Embedding table to use; features that name the same table share it.  Default: ``name``."""
+
+    def __post_init__(self) -> None:
+        where = f"feature {self.name!r}"
+        if not _NAME.fullmatch(self.name):
+            raise BadConfigError(f"{where}: a name is lower-case letters, digits and '_', at most 63 of them")
+        if not self.column:
+            raise BadConfigError(f"{where}: column is empty")
+        if self.side not in get_args(Side):
+            raise BadConfigError(f"{where}: side = {self.side!r} is none of {', '.join(get_args(Side))}")
+        if self.kind == "hashed":
+            if self.hash_size < 1:
+                raise BadConfigError(f"{where}: hash_size = {self.hash_size} must be at least 1")
+            if self.boundaries:
+                raise BadConfigError(f"{where}: boundaries belong to a bucketized feature, this one is hashed")
+        elif self.kind == "bucketized":
+            if not self.boundaries:
+                raise BadConfigError(f"{where}: boundaries are missing")
+            if any(not np.isfinite(b) for b in self.boundaries) or any(
+                a >= b for a, b in zip(self.boundaries, self.boundaries[1:], strict=False)
+            ):
+                raise BadConfigError(f"{where}: boundaries = {list(self.boundaries)} must be finite and increasing")
+            if self.hash_size:
+                raise BadConfigError(f"{where}: hash_size belongs to a hashed feature, this one is bucketized")
+        else:
+            raise BadConfigError(f"{where}: kind = {self.kind!r} is none of {', '.join(get_args(Kind))}")
+        if not self.embedding:
+            object.__setattr__(self, "embedding", self.name)
+
+    @property
+    def rows(self) -> int:
+        """Rows of this feature's embedding table, row 0 ("missing") included."""
+        return self.hash_size + 1 if self.kind == "hashed" else len(self.boundaries) + 2
+
+    def encode(self, values: npt.NDArray[Any], missing: npt.NDArray[np.bool_] | None = None) -> npt.NDArray[np.int64]:
+        """Return embedding rows for stored values: 64-bit hashes, or raw numbers; any shape.
+
+        ``missing`` marks nulls; a NaN counts as missing too.
+        """
+        if self.kind == "hashed":
+            rows = np.mod(values.astype(np.int64, copy=False), self.hash_size) + 1
+        else:
+            numbers = values.astype(np.float64, copy=False)
+            rows = np.searchsorted(np.asarray(self.boundaries), numbers, side="right") + 1
+            rows = np.where(np.isnan(numbers), 0, rows)
+        if missing is not None:
+            rows = np.where(missing, 0, rows)
+        return rows.astype(np.int64, copy=False)
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One behaviour sequence: the latest events of one type."""
+
+    name: str
+    """Unique name; its column in the tables is ``seq_<name>``."""
+    event: str
+    """Value of ``behaviors.type`` that belongs to this sequence."""
+    max_length: int
+    """Events kept, the latest ones."""
+
+    def __post_init__(self) -> None:
+        where = f"sequence {self.name!r}"
+        if not _NAME.fullmatch(self.name):
+            raise BadConfigError(f"{where}: a name is lower-case letters, digits and '_', at most 63 of them")
+        if not self.event:
+            raise BadConfigError(f"{where}: event is empty")
+        if self.max_length < 1:
+            raise BadConfigError(f"{where}: max_length = {self.max_length} must be at least 1")
+
+    @property
+    def column(self) -> str:
+        """Column of this sequence in ``behavior_sequences`` and ``training_requests``."""
+        return f"seq_{self.name}"
+
+
+@dataclass(frozen=True)
+class Aggregates:
+    """Day-lagged counts and rates the feature tables carry."""
+
+    windows: tuple[int, ...] = (1, 7)
+    """Window lengths in days; a window for day D ends with D-1."""
+    item_keys: tuple[str, ...] = ()
+    """Item columns (author, category, ...) whose own counts and rates are added to ``item_features``."""
+    smoothing: float = 20.0
+    """Impressions (or clicks, for a conversion rate) of prior weight that pull a small rate to the overall one."""
+
+    def __post_init__(self) -> None:
+        if not self.windows or any(w < 1 for w in self.windows) or list(self.windows) != sorted(set(self.windows)):
+            raise BadConfigError(f"aggregates.windows = {list(self.windows)} must be increasing and at least 1")
+        if self.smoothing < 0:
+            raise BadConfigError(f"aggregates.smoothing = {self.smoothing} must not be negative")
+
+    def columns(self, key: str) -> list[str]:
+        """Return the aggregate columns of ``key`` ("user", "item" or an item key), in table order."""
+        return [
+            f"{key}_{figure}_{window}d"
+            for window in self.windows
+            for figure in ("impressions", "clicks", "conversions", "ctr", "cvr")
+        ]
+
+
+@dataclass(frozen=True)
+class FeatureSchema:
+    """Everything a schema file says."""
+
+    name: str
+    """Name of the log, shown in runs and reports."""
+    features: tuple[Feature, ...]
+    """All features, in the order models concatenate them."""
+    sequences: tuple[Sequence, ...]
+    """Behaviour sequences, weakest intent first (click, cart, purchase)."""
+    timezone: str = "UTC"
+    """IANA zone in which a logical date begins and ends."""
+    day_tolerance_minutes: int = 0
+    """How far outside its day a row's time may lie before the row is refused."""
+    aggregates: Aggregates = field(default_factory=Aggregates)
+    """Windows and keys of the day-lagged counts and rates."""
+    columns: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Per input table: column of the contract -> column of the team's own files, where they differ."""
+
+    def __post_init__(self) -> None:
+        _refuse_repeats("feature", [f.name for f in self.features])
+        _refuse_repeats("sequence", [s.name for s in self.sequences])
+        _refuse_repeats("sequence event", [s.event for s in self.sequences])
+        try:
+            ZoneInfo(self.timezone)
+        except (ZoneInfoNotFoundError, ValueError) as error:
+            raise BadConfigError(f"schema {self.name!r}: timezone = {self.timezone!r} is not known") from error
+        if not 0 <= self.day_tolerance_minutes <= 720:
+            raise BadConfigError(
+                f"schema {self.name!r}: day_tolerance_minutes = {self.day_tolerance_minutes} must be in 0..720"
+            )
+        for side in ("user", "item"):
+            if not self.of_side(side):
+                raise BadConfigError(f"schema {self.name!r}: no feature has side = {side!r}")
+        if self.sequences and not self.of_side("event"):
+            raise BadConfigError(f"schema {self.name!r}: sequences need at least one feature with side = 'event'")
+        for table in self.columns:
+            if table not in get_args(InputTable):
+                raise BadConfigError(f"schema {self.name!r}: [columns.{table}] is none of {get_args(InputTable)}")
+        for feature in self.features:
+            if feature.column.startswith("true_"):
+                raise BadConfigError(
+                    f"feature {feature.name!r}: column {feature.column!r} holds a simulator's truth; "
+                    "columns that begin with 'true_' may not be features"
+                )
+        self.embedding_tables()
+
+    def of_side(self, side: Side) -> tuple[Feature, ...]:
+        """Return the features of one side, in schema order."""
+        return tuple(f for f in self.features if f.side == side)
+
+    def feature(self, name: str) -> Feature:
+        """Return a feature by name.
+
+        Raises:
+            KeyError: if there is none.
+        """
+        return {feature.name: feature for feature in self.features}[name]
+
+    def embedding_tables(self) -> dict[str, int]:
+        """Return every embedding table's name and rows.
+
+        Raises:
+            BadConfigError: if features that share a table disagree on its rows.
+        """
+        tables: dict[str, Feature] = {}
+        for feature in self.features:
+            first = tables.setdefault(feature.embedding, feature)
+            if (first.kind, first.rows, first.boundaries) != (feature.kind, feature.rows, feature.boundaries):
+                raise BadConfigError(
+                    f"features {first.name!r} and {feature.name!r} share embedding {feature.embedding!r} "
+                    f"but differ in kind, hash_size or boundaries"
+                )
+        return {name: feature.rows for name, feature in tables.items()}
+
+    def source_columns(self, side: Side) -> dict[str, Kind]:
+        """Return the columns that features of ``side`` read, each with the kind that decides its type.
+
+        Raises:
+            BadConfigError: if one column is read as two kinds.
+        """
+        kinds: dict[str, Kind] = {}
+        for feature in self.of_side(side):
+            if kinds.setdefault(feature.column, feature.kind) != feature.kind:
+                raise BadConfigError(f"column {feature.column!r} is read both as hashed and as bucketized")
+        return kinds
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data that :meth:`from_dict` reads back; keys are those of the schema file."""
+        return json.loads(json.dumps(asdict(self)))
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> FeatureSchema:
+        """Build a schema from plain data.
+
+        Raises:
+            BadConfigError: on an unknown or missing key, or a value that is refused.
+        """
+        top = dict(data)
+        features = tuple(_build(Feature, f"features[{i}]", f) for i, f in enumerate(top.pop("features", ())))
+        sequences = tuple(_build(Sequence, f"sequences[{i}]", s) for i, s in enumerate(top.pop("sequences", ())))
+        aggregates = _build(Aggregates, "aggregates", top.pop("aggregates", {}))
+        return _build(
+            cls, "schema", {**top, "features": features, "sequences": sequences, "aggregates": aggregates}
+        )
+
+    @classmethod
+    def load(cls, path: str | Path) -> FeatureSchema:
+        """Read a schema file (TOML).
+
+        Raises:
+            BadConfigError: if the file is missing, is not TOML, or says something refused; the text names the file.
+        """
+        try:
+            data = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise BadConfigError(f"there is no schema file {path}") from error
+        except tomllib.TOMLDecodeError as error:
+            raise BadConfigError(f"schema file {path} is not valid TOML: {error}") from error
+        try:
+            return cls.from_dict(data)
+        except BadConfigError as error:
+            raise BadConfigError(f"schema file {path}: {error}") from error
+
+    @property
+    def fingerprint(self) -> str:
+        """Short hash of what decides a model's inputs: features and sequences, in order."""
+        decides = {"features": self.to_dict()["features"], "sequences": self.to_dict()["sequences"]}
+        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _refuse_repeats(what: str, names: Iterable[str]) -> None:
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise BadConfigError(f"{what} {name!r} is declared twice")
+        seen.add(name)
+
+
+def _build(cls: type[Any], where: str, data: Mapping[str, Any]) -> Any:
+    """Construct a dataclass from file data: lists become tuples, unknown and missing keys are named."""
+    known = {f.name: f for f in fields(cls)}
+    unknown = sorted(set(data) - set(known))
+    if unknown:
+        raise BadConfigError(f"{where}: unknown key {unknown[0]!r}; known keys are {', '.join(known)}")
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
+    try:
+        return cls(**values)
+    except TypeError as error:
+        label = f" ({data['name']})" if isinstance(data.get("name"), str) else ""
+        raise BadConfigError(f"{where}{label}: {str(error).replace('__init__() ', '')}") from error

@@ -1,0 +1,275 @@
+"""Settings: every value a deployment chooses, read once from a TOML file and the environment.
+
+Order of precedence: environment variable, configuration file, default.  The
+file is ``$ONETRANS_CONFIG`` (or ``onetrans.toml`` in the working directory if it
+exists); a variable is named ``ONETRANS_<SECTION>_<FIELD>``, for example
+``ONETRANS_SPARK_MASTER``.  Secrets have no field here: they come from the
+environment of the library that needs them (``AWS_*``, ``MLFLOW_TRACKING_PASSWORD``)
+or from an Airflow connection.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from onetrans.errors import BadConfigError
+
+SourceKind = Literal["files", "kuairand"]
+Preset = Literal["tiny", "small", "base", "large"]
+GateMode = Literal["enabled", "dry_run", "off"]
+
+
+@dataclass(frozen=True)
+class SourceSettings:
+    """Where raw events come from."""
+
+    kind: SourceKind = "files"
+    """``files``: the input contract of docs/input.md; ``kuairand``: the public KuaiRand release."""
+    path: str = "var/raw"
+    """Folder (or s3:// prefix) that holds the raw log."""
+    schema: str = ""
+    """Feature schema file; empty: ``schema.toml`` in ``path``, or the one that comes with the source."""
+
+
+@dataclass(frozen=True)
+class LakeSettings:
+    """Where tables are kept."""
+
+    warehouse: str = "var/lake"
+    """Folder (or s3:// prefix) of all table files, staged and published."""
+    catalog_uri: str = ""
+    """SQLAlchemy address of the Iceberg SQL catalog, or the address of a REST catalog; empty: SQLite in ``warehouse``."""
+    catalog_type: Literal["sql", "rest", "glue"] = "sql"
+    """Kind of Iceberg catalog."""
+    namespace: str = "ranking"
+    """Iceberg namespace of the tables."""
+    max_quarantine_share: float = 0.02
+    """Share of a table's rows of one day that may be refused before the day stops."""
+
+    def __post_init__(self) -> None:
+        _within("lake.max_quarantine_share", self.max_quarantine_share, 0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class SparkSettings:
+    """How Spark is started."""
+
+    master: str = "local[2]"
+    """Spark master: ``local[N]``, ``spark://...``, ``yarn`` or ``k8s://...``."""
+    driver_memory: str = "1g"
+    """Heap of the driver, which in local mode does all the work."""
+    shuffle_partitions: int = 4
+    """Partitions of a shuffle; about twice the cores on a laptop, thousands on a cluster."""
+    conf: Mapping[str, str] = field(default_factory=dict)
+    """Any further Spark properties, taken as they are."""
+
+    def __post_init__(self) -> None:
+        _at_least("spark.shuffle_partitions", self.shuffle_partitions, 1)
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """What is trained each day, and on which days."""
+
+    preset: Preset = "small"
+    """Size of both models."""
+    lookback_days: int = 14
+    """Days read when there is no earlier checkpoint to continue from."""
+    batch_size: int = 2048
+    """Impressions per optimizer step, reached by packing whole requests."""
+    epochs: int = 1
+    """Passes over the training days; the published recipe is one."""
+    seed: int = 17
+    """Seed of initial weights and of the order of rows."""
+    device: str = "auto"
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
+    threads: int = 0
+    """CPU threads of one training process; 0: all cores."""
+    runs: str = "var/runs"
+    """Folder (or s3:// prefix) of plans, checkpoints and scores."""
+
+    def __post_init__(self) -> None:
+        _one_of("training.preset", self.preset, get_args(Preset))
+        _at_least("training.lookback_days", self.lookback_days, 1)
+        _at_least("training.batch_size", self.batch_size, 1)
+        _at_least("training.epochs", self.epochs, 1)
+        _at_least("training.threads", self.threads, 0)
+
+
+@dataclass(frozen=True)
+class GateSettings:
+    """When a candidate replaces the champion."""
+
+    mode: GateMode = "enabled"
+    """``enabled``: promote a winner; ``dry_run``: judge but leave the alias; ``off``: do not judge."""
+    min_lift_ctr_auc: float = 0.0
+    """The lower bound of the CTR AUC lift over the baseline must exceed this."""
+    min_lift_cvr_auc: float = 0.0
+    """The lower bound of the CVR AUC lift over the baseline must exceed this."""
+    confidence: float = 0.90
+    """Two-sided level of the bootstrap interval of each lift."""
+    replicates: int = 1000
+    """Bootstrap replicates, each a draw of users with replacement."""
+    min_rows: int = 1000
+    """Fewest impressions on the evaluation day on which a promotion may rest."""
+    min_positives: int = 100
+    """Fewest clicks, and fewest conversions, likewise."""
+    min_users: int = 100
+    """Fewest users, likewise."""
+    max_uauc_loss: float = 0.01
+    """UAUC of either task may fall behind the baseline's by at most this."""
+    max_log_loss_increase: float = 0.02
+    """Log loss of either task may exceed the baseline's by at most this share."""
+    max_calibration_error: float = 0.25
+    """Mean prediction over mean label may differ from 1 by at most this, for either task."""
+    seed: int = 17
+    """Seed of the bootstrap."""
+
+    def __post_init__(self) -> None:
+        _one_of("gate.mode", self.mode, get_args(GateMode))
+        if not 0.5 <= self.confidence < 1.0:
+            raise BadConfigError(f"gate.confidence = {self.confidence} must be at least 0.5 and below 1")
+        for name in ("replicates", "min_rows", "min_positives", "min_users"):
+            _at_least(f"gate.{name}", getattr(self, name), 1)
+        for name in ("max_uauc_loss", "max_log_loss_increase", "max_calibration_error"):
+            _at_least(f"gate.{name}", getattr(self, name), 0)
+
+
+@dataclass(frozen=True)
+class MlflowSettings:
+    """Where runs and models are recorded."""
+
+    tracking_uri: str = "sqlite:///var/mlflow/mlflow.db"
+    """MLflow tracking store or server."""
+    artifacts: str = "var/mlflow/artifacts"
+    """Artifact root of a new experiment when the store is a database; a server chooses its own."""
+    experiment: str = "onetrans"
+    """Experiment that holds one parent run per day."""
+    registered_model: str = "onetrans-ranker"
+    """Name in the model registry."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All settings of a deployment."""
+
+    source: SourceSettings = field(default_factory=SourceSettings)
+    """Where raw events come from."""
+    lake: LakeSettings = field(default_factory=LakeSettings)
+    """Where tables are kept."""
+    spark: SparkSettings = field(default_factory=SparkSettings)
+    """How Spark is started."""
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    """What is trained each day."""
+    gate: GateSettings = field(default_factory=GateSettings)
+    """When a candidate replaces the champion."""
+    mlflow: MlflowSettings = field(default_factory=MlflowSettings)
+    """Where runs and models are recorded."""
+
+
+def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
+    """Read the settings of this process.
+
+    Raises:
+        BadConfigError: on an unknown section, field or variable, or a value of the wrong type or range.
+    """
+    environ = os.environ if environ is None else environ
+    named = environ.get("ONETRANS_CONFIG", "")
+    path = Path(named or "onetrans.toml")
+    if named and not path.is_file():
+        raise BadConfigError(f"ONETRANS_CONFIG names {named}, which is not a file")
+    data: dict[str, Any] = {}
+    if path.is_file():
+        try:
+            data = tomllib.loads(path.read_text(encoding="utf-8"))
+        except tomllib.TOMLDecodeError as error:
+            raise BadConfigError(f"configuration file {path} is not valid TOML: {error}") from error
+    sections = {f.name: get_type_hints(Settings)[f.name] for f in fields(Settings)}
+    unknown = sorted(set(data) - set(sections))
+    if unknown:
+        raise BadConfigError(f"{path}: unknown section [{unknown[0]}]; known are {', '.join(sections)}")
+    _refuse_unknown_variables(environ, sections)
+    built = {
+        name: _section(cls, name, data.get(name, {}), environ, str(path)) for name, cls in sections.items()
+    }
+    return Settings(**built)
+
+
+def as_environment(settings: Settings) -> dict[str, str]:
+    """Return the variables that make another process read exactly these settings (free-form maps excepted)."""
+    return {
+        f"ONETRANS_{section.name}_{f.name}".upper(): str(getattr(getattr(settings, section.name), f.name))
+        for section in fields(Settings)
+        for f in fields(getattr(settings, section.name))
+        if not isinstance(getattr(getattr(settings, section.name), f.name), Mapping)
+    }
+
+
+def _refuse_unknown_variables(environ: Mapping[str, str], sections: Mapping[str, type[Any]]) -> None:
+    known = {f"ONETRANS_{s}_{f.name}".upper() for s, cls in sections.items() for f in fields(cls)}
+    prefixes = tuple(f"ONETRANS_{s}_".upper() for s in sections)
+    for name in sorted(environ):
+        if name.startswith(prefixes) and name not in known:
+            raise BadConfigError(f"environment variable {name} names no setting; see docs/configuration.md")
+
+
+def _section(cls: type[Any], section: str, data: Any, environ: Mapping[str, str], path: str) -> Any:
+    if not isinstance(data, Mapping):
+        raise BadConfigError(f"{path}: {section} must be a section, written [{section}]")
+    hints = get_type_hints(cls)
+    unknown = sorted(set(data) - set(hints))
+    if unknown:
+        raise BadConfigError(f"{path}: [{section}] has no field {unknown[0]!r}; it has {', '.join(hints)}")
+    values: dict[str, Any] = {}
+    for name, kind in hints.items():
+        variable = f"ONETRANS_{section}_{name}".upper()
+        if variable in environ:
+            values[name] = _convert(environ[variable], kind, variable)
+        elif name in data:
+            values[name] = _convert(data[name], kind, f"{path}: {section}.{name}")
+    return cls(**values)
+
+
+def _convert(value: Any, kind: Any, where: str) -> Any:
+    """Return ``value`` as ``kind``; text from the environment is parsed, anything else must fit already."""
+    if get_origin(kind) is Literal:
+        choices = get_args(kind)
+        if value not in choices:
+            raise BadConfigError(f"{where} = {value!r} is none of {', '.join(map(str, choices))}")
+        return value
+    if get_origin(kind) in (Mapping, dict, typing.get_origin(Mapping[str, str])):
+        if not isinstance(value, Mapping):
+            raise BadConfigError(f"{where} must be a table of names and values, set in the configuration file")
+        return types.MappingProxyType({str(k): str(v) for k, v in value.items()})
+    if kind in (int, float) and isinstance(value, str):
+        try:
+            return kind(value)
+        except ValueError as error:
+            raise BadConfigError(f"{where} = {value!r} is not a number") from error
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise BadConfigError(f"{where} = {value!r} is not of type {kind.__name__}")
+    return value
+
+
+def _within(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise BadConfigError(f"{name} = {value} must be in {low}..{high}")
+
+
+def _at_least(name: str, value: float, low: float) -> None:
+    if value < low:
+        raise BadConfigError(f"{name} = {value} must be at least {low}")
+
+
+def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise BadConfigError(f"{name} = {value!r} is none of {', '.join(choices)}")

@@ -1,0 +1,132 @@
+"""Small files beside the tables: read, write at once or not at all, list, delete; local or s3://.
+
+Everything goes through :mod:`pyarrow.fs`, so one path string decides where a
+file lives.  Table data itself is written by Spark and committed by
+:mod:`onetrans.lake`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+from pyarrow import fs
+
+from onetrans.errors import BadConfigError
+
+
+def is_local(path: str) -> bool:
+    """Tell whether ``path`` is a local path or a ``file://`` address."""
+    return "://" not in path or path.startswith("file://")
+
+
+def resolve(path: str) -> str:
+    """Return ``path`` with a scheme: absolute ``file://`` addresses for local paths, others unchanged."""
+    if "://" not in path:
+        return "file://" + os.path.abspath(path)
+    return path.rstrip("/")
+
+
+def local_path(path: str) -> Path:
+    """Return a local path for ``path``.
+
+    Raises:
+        BadConfigError: if it is not on the local disk.
+    """
+    if not is_local(path):
+        raise BadConfigError(f"{path} is not on the local disk")
+    return Path(path.removeprefix("file://"))
+
+
+def open_filesystem(path: str) -> tuple[fs.FileSystem, str]:
+    """Return the file system that holds ``path`` and the path within it."""
+    return fs.FileSystem.from_uri(resolve(path))
+
+
+def join(base: str, *parts: str) -> str:
+    """Join path segments with '/'.
+
+    Raises:
+        BadConfigError: if a segment could leave ``base``.
+    """
+    for part in parts:
+        if part in ("", ".", "..") or "/" in part or "\\" in part:
+            raise BadConfigError(f"{part!r} is not a file or folder name")
+    return "/".join([base.rstrip("/"), *parts])
+
+
+def exists(path: str) -> bool:
+    """Tell whether a file or folder is there."""
+    filesystem, inner = open_filesystem(path)
+    return filesystem.get_file_info(inner).type != fs.FileType.NotFound
+
+
+def read_bytes(path: str) -> bytes:
+    """Return a file's content.
+
+    Raises:
+        FileNotFoundError: if it is not there.
+    """
+    filesystem, inner = open_filesystem(path)
+    with filesystem.open_input_stream(inner) as stream:
+        return stream.readall()
+
+
+def write_bytes(path: str, data: bytes) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part."""
+    filesystem, inner = open_filesystem(path)
+    parent = inner.rsplit("/", 1)[0]
+    if not isinstance(filesystem, fs.LocalFileSystem):
+        # An object store makes the object visible when the stream is closed.
+        with filesystem.open_output_stream(inner) as stream:
+            stream.write(data)
+        return
+    filesystem.create_dir(parent, recursive=True)
+    temporary = f"{inner}.{uuid.uuid4().hex}.tmp"
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, inner)
+
+
+def read_json(path: str) -> Any:
+    """Return the content of a JSON file.
+
+    Raises:
+        FileNotFoundError: if it is not there.
+        BadConfigError: if it is not JSON.
+    """
+    try:
+        return json.loads(read_bytes(path))
+    except json.JSONDecodeError as error:
+        raise BadConfigError(f"{path} is not JSON: {error}") from error
+
+
+def write_json(path: str, data: Any) -> None:
+    """Write readable JSON, at once or not at all."""
+    write_bytes(path, (json.dumps(data, indent=2, sort_keys=False, default=str) + "\n").encode())
+
+
+def list_files(path: str, suffix: str = "") -> list[str]:
+    """Return the files under ``path`` whose name ends in ``suffix``, sorted, hidden and '_' files left out."""
+    filesystem, inner = open_filesystem(path)
+    found = filesystem.get_file_info(fs.FileSelector(inner, recursive=True, allow_not_found=True))
+    scheme = resolve(path)[: -len(inner)] if resolve(path).endswith(inner) else resolve(path).split("://")[0] + "://"
+    return sorted(
+        scheme + info.path
+        for info in found
+        if info.type == fs.FileType.File
+        and info.base_name.endswith(suffix)
+        and not info.base_name.startswith((".", "_"))
+    )
+
+
+def delete_tree(path: str) -> None:
+    """Delete a folder and all in it; nothing happens if it is not there."""
+    filesystem, inner = open_filesystem(path)
+    if filesystem.get_file_info(inner).type == fs.FileType.Directory:
+        filesystem.delete_dir(inner)

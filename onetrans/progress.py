@@ -1,0 +1,69 @@
+"""Progress of long work: a bar on a terminal, a line now and then in a log."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from types import TracebackType
+
+from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
+
+
+class Progress:
+    """Counts work done and shows its speed and the time left.
+
+    Use as a context manager and call :meth:`advance`.  On a terminal this is a
+    bar; elsewhere a log line at most every ``log_every`` seconds, and one at the
+    end.
+    """
+
+    def __init__(self, total: int | None, unit: str, label: str, log_every: float = 15.0) -> None:
+        self.total = total
+        self.unit = unit
+        self.label = label
+        self.log_every = log_every
+        self.done = 0
+        self._bar = tqdm(total=total, unit=unit, unit_scale=True, desc=label) if sys.stderr.isatty() else None
+        self._start = self._last = time.monotonic()
+        self._notes = ""
+
+    def advance(self, count: int, **notes: float) -> None:
+        """Add ``count`` units done; ``notes`` (loss, AUC, ...) are shown beside the speed."""
+        self.done += count
+        if self._bar is not None:
+            self._bar.update(count)
+            if notes:
+                self._bar.set_postfix({name: f"{value:.4f}" for name, value in notes.items()}, refresh=False)
+            return
+        self._notes = "".join(f", {name} {value:.4f}" for name, value in notes.items())
+        now = time.monotonic()
+        if now - self._last >= self.log_every:
+            self._last = now
+            self._log()
+
+    @property
+    def rate(self) -> float:
+        """Units per second since the start."""
+        return self.done / max(time.monotonic() - self._start, 1e-9)
+
+    def _log(self) -> None:
+        share, left = "", ""
+        if self.total:
+            share = f" of {self.total:,} ({100 * self.done / self.total:.0f} %)"
+            left = f", {max(self.total - self.done, 0) / max(self.rate, 1e-9):.0f} s left"
+        logger.info("%s: %s%s %s, %.0f %s/s%s%s", self.label, f"{self.done:,}", share, self.unit, self.rate, self.unit,
+                    left, self._notes)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        elif kind is None:
+            self._log()

@@ -12,6 +12,7 @@ files that :meth:`Lake.files` names.
 
 from __future__ import annotations
 
+import contextlib
 import uuid
 import warnings
 from collections.abc import Iterable, Mapping
@@ -110,10 +111,8 @@ class Lake:
             folder.mkdir(parents=True, exist_ok=True)
             uri = f"sqlite:///{folder}/catalog.db"
         catalog = load_catalog("lake", type=self.settings.catalog_type, uri=uri, warehouse=self.warehouse)
-        try:
+        with contextlib.suppress(NamespaceAlreadyExistsError):
             catalog.create_namespace(self.settings.namespace)
-        except NamespaceAlreadyExistsError:
-            pass
         return catalog
 
     # Staging

@@ -54,8 +54,17 @@ class Progress:
         if self.total:
             share = f" of {self.total:,} ({100 * self.done / self.total:.0f} %)"
             left = f", {max(self.total - self.done, 0) / max(self.rate, 1e-9):.0f} s left"
-        logger.info("%s: %s%s %s, %.0f %s/s%s%s", self.label, f"{self.done:,}", share, self.unit, self.rate, self.unit,
-                    left, self._notes)
+        logger.info(
+            "%s: %s%s %s, %.0f %s/s%s%s",
+            self.label,
+            f"{self.done:,}",
+            share,
+            self.unit,
+            self.rate,
+            self.unit,
+            left,
+            self._notes,
+        )
 
     def __enter__(self) -> Progress:
         return self

@@ -272,9 +272,7 @@ class FeatureSchema:
         features = tuple(_build(Feature, f"features[{i}]", f) for i, f in enumerate(top.pop("features", ())))
         sequences = tuple(_build(Sequence, f"sequences[{i}]", s) for i, s in enumerate(top.pop("sequences", ())))
         aggregates = _build(Aggregates, "aggregates", top.pop("aggregates", {}))
-        return _build(
-            cls, "schema", {**top, "features": features, "sequences": sequences, "aggregates": aggregates}
-        )
+        return _build(cls, "schema", {**top, "features": features, "sequences": sequences, "aggregates": aggregates})
 
     @classmethod
     def load(cls, path: str | Path) -> FeatureSchema:

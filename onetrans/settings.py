@@ -45,7 +45,7 @@ class LakeSettings:
     warehouse: str = "var/lake"
     """Folder (or s3:// prefix) of all table files, staged and published."""
     catalog_uri: str = ""
-    """SQLAlchemy address of the Iceberg SQL catalog, or the address of a REST catalog; empty: SQLite in ``warehouse``."""
+    """Address of the Iceberg catalog (SQLAlchemy or REST); empty: SQLite in ``warehouse``."""
     catalog_type: Literal["sql", "rest", "glue"] = "sql"
     """Kind of Iceberg catalog."""
     namespace: str = "ranking"
@@ -196,9 +196,7 @@ def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
     if unknown:
         raise BadConfigError(f"{path}: unknown section [{unknown[0]}]; known are {', '.join(sections)}")
     _refuse_unknown_variables(environ, sections)
-    built = {
-        name: _section(cls, name, data.get(name, {}), environ, str(path)) for name, cls in sections.items()
-    }
+    built = {name: _section(cls, name, data.get(name, {}), environ, str(path)) for name, cls in sections.items()}
     return Settings(**built)
 
 

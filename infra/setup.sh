@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Creates the one environment of this repository in .venv, from constraints.txt; does nothing when it is there.
+# Checks Python and Java first and names the command that installs what is missing.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+fail() { printf 'setup: %s\n' "$*" >&2; exit 1; }
+
+stamp=.venv/.ready
+wanted=$(cat pyproject.toml constraints.txt | cksum)
+
+java_bin=${JAVA_HOME:+$JAVA_HOME/bin/}java
+command -v "$java_bin" >/dev/null 2>&1 ||
+  fail "Java 17 or newer is missing (Spark needs it). Debian/Ubuntu: sudo apt-get install openjdk-17-jre-headless; macOS: brew install openjdk@17"
+java_major=$("$java_bin" -version 2>&1 | sed -n 's/.*version "\([0-9]*\).*/\1/p' | head -1)
+[ "${java_major:-0}" -ge 17 ] ||
+  fail "Java ${java_major:-of unknown version} is too old, Spark 4.1 needs 17 or newer. Debian/Ubuntu: sudo apt-get install openjdk-17-jre-headless, then set JAVA_HOME"
+
+[ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ] && exit 0
+
+python=${PYTHON:-}
+if [ -z "$python" ]; then
+  for candidate in python3.11 python3.12 python3; do
+    if command -v "$candidate" >/dev/null 2>&1 &&
+      "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
+      python=$candidate
+      break
+    fi
+  done
+fi
+[ -n "$python" ] ||
+  fail "Python 3.11 or 3.12 is missing. Debian/Ubuntu: sudo apt-get install python3.11 python3.11-venv; macOS: brew install python@3.11; or set PYTHON=/path/to/python3.11"
+"$python" -c 'import ensurepip, venv' 2>/dev/null ||
+  fail "$python cannot make a virtual environment. Debian/Ubuntu: sudo apt-get install python3.11-venv"
+
+echo "setup: installing into .venv with $("$python" --version) (a few minutes, once)"
+[ -x .venv/bin/python ] || "$python" -m venv .venv
+.venv/bin/python -m pip install --quiet --upgrade pip
+.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+printf '%s\n' "$wanted" >"$stamp"
+echo "setup: done"

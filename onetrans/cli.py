@@ -1,0 +1,85 @@
+"""The command line: ``onetrans <command>``.
+
+Each command lives in a module with ``add_arguments(parser)`` and ``run(args)``.
+Only the module of the command that was asked for is imported, so that a step
+that commits to the lake does not pay for loading torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+
+from onetrans import __version__
+from onetrans.errors import EXIT_BAD_CONFIG, PipelineError
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "simulate": ("jobs.sources.simulated.world", "write the raw log of a small simulated world"),
+    "lake": ("onetrans.commands.lake", "list tables, days, snapshots and row counts"),
+    "publish": ("onetrans.commands.publish", "publish the staged, audited day of a table"),
+    "published": ("onetrans.commands.published", "tell by the exit code whether a day is published"),
+    "plan": ("onetrans.plan", "decide and pin what one day's training reads and starts from"),
+    "train": ("onetrans.train", "train one model on the days before a day"),
+    "evaluate": ("onetrans.evaluate", "score a day's rows with both models and measure them"),
+    "gate": ("onetrans.gate", "judge whether the candidate beats the baseline"),
+    "promote": ("onetrans.registry", "register the candidate and move the aliases the gate allows"),
+    "registry": ("onetrans.commands.registry", "list, show, promote or roll back registered models"),
+    "report": ("onetrans.report", "print figures and verdicts of a range of days"),
+}
+"""Command -> module that implements it, and one line of help."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return the process's exit code (``onetrans/errors.py``)."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in COMMANDS:
+        module_name, summary = COMMANDS[argv[0]]
+        module = importlib.import_module(module_name)
+        parser = argparse.ArgumentParser(
+            prog=f"onetrans {argv[0]}",
+            description=summary[0].upper() + summary[1:] + ".",
+            epilog=getattr(module, "EXAMPLES", None),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(parser)
+        arguments = parser.parse_args(argv[1:])
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+        return _run(module.run, arguments)
+    return _overview(argv)
+
+
+def _run(run: object, arguments: argparse.Namespace) -> int:
+    try:
+        return int(run(arguments))  # type: ignore[operator]
+    except PipelineError as error:
+        if os.environ.get("ONETRANS_TRACEBACK"):
+            raise
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def _overview(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="onetrans",
+        description="The daily ranking pipeline. Run `onetrans COMMAND --help` for a command's options.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="commands:\n"
+        + "\n".join(f"  {name:<10} {summary}" for name, (_, summary) in COMMANDS.items())
+        + "\n\nexit codes: 0 done, 65 bad data, 75 not ready yet, 78 bad configuration, 1 anything else"
+        "\nset ONETRANS_TRACEBACK=1 to see where an error was raised",
+    )
+    parser.add_argument("--version", action="version", version=f"onetrans {__version__}")
+    parser.add_argument("command", nargs="?", help=argparse.SUPPRESS)
+    arguments, _ = parser.parse_known_args(argv)
+    if arguments.command is None:
+        parser.print_help()
+        return 0
+    print(f"onetrans: there is no command {arguments.command!r}; try `onetrans --help`", file=sys.stderr)
+    return EXIT_BAD_CONFIG
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""The feature schema: encoding, sharing, round trip, and what is refused with which words."""
+
+import numpy as np
+import pytest
+
+from onetrans.errors import BadConfigError
+from onetrans.schema import Aggregates, Feature, FeatureSchema, Sequence, hash64
+
+
+def small_schema(**changes: object) -> FeatureSchema:
+    values: dict[str, object] = {
+        "name": "test",
+        "features": (
+            Feature("user_id", "user", "hashed", "user_id", hash_size=10),
+            Feature("item_id", "item", "hashed", "item_id", hash_size=20),
+            Feature("event_item_id", "event", "hashed", "item_id", hash_size=20, embedding="item_id"),
+            Feature("price", "item", "bucketized", "price", boundaries=(1.0, 10.0)),
+        ),
+        "sequences": (Sequence("click", "click", 5), Sequence("cart", "cart", 3)),
+    }
+    return FeatureSchema(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def test_hash64_is_sparks_xxhash64() -> None:
+    # Spark: SELECT xxhash64('123'), xxhash64('')
+    assert hash64("123") == 3994740064877260556
+    assert hash64("") == -7444071767201028348
+
+
+def test_hashed_rows_skip_row_zero_and_stay_in_the_table() -> None:
+    feature = Feature("id", "user", "hashed", "id", hash_size=7)
+    hashes = np.array([hash64(str(i)) for i in range(1000)])
+    rows = feature.encode(hashes)
+    assert rows.min() == 1
+    assert rows.max() == 7 == feature.rows - 1
+    assert list(rows[:3]) == [h % 7 + 1 for h in hashes[:3].tolist()]
+
+
+def test_growing_a_table_by_a_whole_factor_keeps_every_id_on_a_copy_of_its_row() -> None:
+    hashes = np.array([hash64(str(i)) for i in range(1000)])
+    small = Feature("id", "user", "hashed", "id", hash_size=7).encode(hashes)
+    grown = Feature("id", "user", "hashed", "id", hash_size=21).encode(hashes)
+    assert np.array_equal((grown - 1) % 7 + 1, small)
+
+
+def test_bucketized_rows_cut_at_boundaries_and_send_missing_to_row_zero() -> None:
+    feature = Feature("price", "item", "bucketized", "price", boundaries=(1.0, 10.0))
+    values = np.array([-5.0, 1.0, 9.99, 10.0, np.nan, 3.0])
+    missing = np.array([False, False, False, False, False, True])
+    assert feature.encode(values, missing).tolist() == [1, 2, 2, 3, 0, 0]
+    assert feature.rows == 4
+
+
+def test_round_trip_and_fingerprint() -> None:
+    schema = small_schema()
+    again = FeatureSchema.from_dict(schema.to_dict())
+    assert again == schema
+    assert again.fingerprint == schema.fingerprint
+    assert small_schema(aggregates=Aggregates((1,))).fingerprint == schema.fingerprint
+    longer = small_schema(sequences=(Sequence("click", "click", 6), Sequence("cart", "cart", 3)))
+    assert longer.fingerprint != schema.fingerprint
+
+
+def test_features_that_share_a_table_have_one_row_count() -> None:
+    assert small_schema().embedding_tables() == {"user_id": 11, "item_id": 21, "price": 4}
+    with pytest.raises(BadConfigError, match="'item_id' and 'other' share embedding 'item_id'"):
+        small_schema(
+            features=(
+                *small_schema().features,
+                Feature("other", "item", "hashed", "x", hash_size=9, embedding="item_id"),
+            )
+        )
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Feature("Bad", "user", "hashed", "c", hash_size=3), "lower-case"),
+        (lambda: Feature("a", "user", "hashed", "c"), "hash_size = 0 must be at least 1"),
+        (lambda: Feature("a", "user", "bucketized", "c"), "boundaries are missing"),
+        (
+            lambda: Feature("a", "user", "bucketized", "c", boundaries=(2.0, 1.0)),
+            r"\[2.0, 1.0\] must be finite and incr",
+        ),
+        (lambda: Feature("a", "who", "hashed", "c", hash_size=3), "side = 'who' is none of user, item"),  # type: ignore[arg-type]
+        (lambda: Sequence("a", "click", 0), "max_length = 0 must be at least 1"),
+        (lambda: small_schema(timezone="Mars/Olympus"), "timezone = 'Mars/Olympus' is not known"),
+        (lambda: small_schema(features=small_schema().features[:1]), "no feature has side = 'item'"),
+        (
+            lambda: small_schema(sequences=(Sequence("a", "x", 1), Sequence("a", "y", 1))),
+            "sequence 'a' is declared twice",
+        ),
+        (
+            lambda: small_schema(
+                features=(
+                    *small_schema().features,
+                    Feature("leak", "item", "bucketized", "true_ctr", boundaries=(0.5,)),
+                )
+            ),
+            "may not be features",
+        ),
+    ],
+)
+def test_what_is_refused(make: object, words: str) -> None:
+    with pytest.raises(BadConfigError, match=words):
+        make()  # type: ignore[operator]
+
+
+def test_a_schema_file_names_its_mistake(tmp_path: object) -> None:
+    path = tmp_path / "schema.toml"  # type: ignore[operator]
+    with pytest.raises(BadConfigError, match="there is no schema file"):
+        FeatureSchema.load(path)
+    path.write_text("name = [")
+    with pytest.raises(BadConfigError, match="is not valid TOML"):
+        FeatureSchema.load(path)
+    path.write_text('name = "x"\n[[features]]\nname = "a"\nside = "user"\nkind = "hashed"\ncolum = "a"\n')
+    with pytest.raises(BadConfigError, match=r"schema.toml: features\[0\]: unknown key 'colum'; known keys are name"):
+        FeatureSchema.load(path)
+    path.write_text('name = "x"\n[[features]]\nname = "a"\nside = "user"\nkind = "hashed"\n')
+    with pytest.raises(BadConfigError, match=r"features\[0\] \(a\).*missing 1 required.*'column'"):
+        FeatureSchema.load(path)

@@ -1,0 +1,63 @@
+"""Settings: precedence, types, and what a wrong value is told."""
+
+from pathlib import Path
+
+import pytest
+
+from onetrans.errors import BadConfigError
+from onetrans.settings import Settings, as_environment, load_settings
+
+
+def test_defaults_without_file_or_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_settings({}) == Settings()
+
+
+def test_environment_beats_file_beats_default(tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text('[spark]\nmaster = "local[4]"\ndriver_memory = "3g"\n[spark.conf]\n"spark.x" = 1\n')
+    settings = load_settings({"ONETRANS_CONFIG": str(path), "ONETRANS_SPARK_MASTER": "yarn"})
+    assert settings.spark.master == "yarn"
+    assert settings.spark.driver_memory == "3g"
+    assert settings.spark.conf == {"spark.x": "1"}
+    assert settings.spark.shuffle_partitions == 4
+
+
+def test_settings_survive_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = load_settings({"ONETRANS_GATE_CONFIDENCE": "0.95", "ONETRANS_TRAINING_PRESET": "tiny"})
+    assert load_settings(as_environment(settings)) == settings
+
+
+@pytest.mark.parametrize(
+    ("environ", "words"),
+    [
+        ({"ONETRANS_SPARK_SHUFFLE_PARTITIONS": "many"}, "ONETRANS_SPARK_SHUFFLE_PARTITIONS = 'many' is not a number"),
+        ({"ONETRANS_SPARK_SHUFFLE_PARTITIONS": "0"}, "spark.shuffle_partitions = 0 must be at least 1"),
+        ({"ONETRANS_TRAINING_PRESET": "huge"}, "'huge' is none of tiny, small, base, large"),
+        ({"ONETRANS_SPARK_MASTR": "x"}, "ONETRANS_SPARK_MASTR names no setting"),
+        ({"ONETRANS_GATE_CONFIDENCE": "1.5"}, "gate.confidence = 1.5 must be"),
+        ({"ONETRANS_CONFIG": "no/such.toml"}, "which is not a file"),
+    ],
+)
+def test_what_is_refused(environ: dict[str, str], words: str) -> None:
+    with pytest.raises(BadConfigError, match=words):
+        load_settings(environ)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[sparc]\n", r"unknown section \[sparc\]"),
+        ("[spark]\nmastr = 'x'\n", r"\[spark\] has no field 'mastr'"),
+        ("[spark]\nmaster = 3\n", "spark.master = 3 is not of type str"),
+        ("[training]\nseed = true\n", "training.seed = True is not of type int"),
+        ("spark = 3\n", r"spark must be a section"),
+        ("[spark\n", "is not valid TOML"),
+    ],
+)
+def test_what_a_file_is_told(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text(text)
+    with pytest.raises(BadConfigError, match=words):
+        load_settings({"ONETRANS_CONFIG": str(path)})

@@ -1,0 +1,56 @@
+"""The convention of benchmarks: expectations, the table and the JSON."""
+
+import argparse
+import json
+
+import pytest
+
+from benchmarks.common import Report, meets, parser
+
+
+@pytest.mark.parametrize(
+    ("value", "expected", "ok"),
+    [
+        (8, ">= 8", True),
+        (7.99, ">= 8", False),
+        (0.01, "<= 1e-2", True),
+        (3, "< 3", False),
+        (-1, "> -2", True),
+        (5, "", True),
+    ],
+)
+def test_expectations(value: float, expected: str, ok: bool) -> None:
+    assert meets(value, expected) is ok
+
+
+def test_an_expectation_that_is_no_comparison_is_refused() -> None:
+    with pytest.raises(ValueError, match="not a comparison"):
+        meets(1, "about 8")
+
+
+def test_a_missed_expectation_fails_the_benchmark(tmp_path, capsys) -> None:
+    arguments = parser("x").parse_args(["--quick", "--json", str(tmp_path / "out" / "r.json")])
+    report = Report("example", arguments)
+    report.add("case a", "time", 12.5, "s", expected="<= 10")
+    report.add("case b", "peak memory", 812, "MB")
+    assert report.finish() == 1
+    written = json.loads((tmp_path / "out" / "r.json").read_text())
+    assert set(written) >= {"commit", "hardware", "rows"}
+    assert written["rows"][0] == {
+        "case": "case a",
+        "figure": "time",
+        "value": 12.5,
+        "unit": "s",
+        "expected": "<= 10",
+        "ok": False,
+    }
+    assert written["rows"][1]["ok"] is True
+    printed = capsys.readouterr().out
+    assert "MISSED case a time" in printed
+    assert "case b" in printed
+
+
+def test_nothing_missed_is_success() -> None:
+    report = Report("example", argparse.Namespace(quick=False, json=None))
+    report.add("case", "speed-up", 9.0, expected=">= 8")
+    assert report.finish() == 0

@@ -14,10 +14,10 @@ import os
 import sys
 
 from onetrans import __version__
-from onetrans.errors import EXIT_BAD_CONFIG, PipelineError
+from onetrans.errors import EXIT_BAD_CONFIG, EXIT_OK, PipelineError
 
 COMMANDS: dict[str, tuple[str, str]] = {
-    "simulate": ("jobs.sources.simulated.world", "write the raw log of a small simulated world"),
+    "simulate": ("jobs.sources.simulated.write", "write the raw log of a small simulated world"),
     "lake": ("onetrans.commands.lake", "list tables, days, snapshots and row counts"),
     "publish": ("onetrans.commands.publish", "publish the staged, audited day of a table"),
     "published": ("onetrans.commands.published", "tell by the exit code whether a day is published"),
@@ -55,6 +55,10 @@ def main(argv: list[str] | None = None) -> int:
 def _run(run: object, arguments: argparse.Namespace) -> int:
     try:
         return int(run(arguments))  # type: ignore[operator]
+    except BrokenPipeError:
+        # The reader of our output (`| head`) has gone; Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_OK
     except PipelineError as error:
         if os.environ.get("ONETRANS_TRACEBACK"):
             raise

@@ -68,7 +68,8 @@ def reference_page() -> str:
         "Written by `onetrans config --markdown` from `onetrans/settings.py`; do not edit.",
         "",
         "A value is taken from the environment variable, else from the TOML file that `ONETRANS_CONFIG` names",
-        "(or `onetrans.toml` in the working directory), else it is the default. `onetrans config` prints what is in force.",
+        "(or `onetrans.toml` in the working directory), else it is the default.",
+        "`onetrans config` prints what is in force.",
         "Secrets have no setting: they come from the environment of the library that needs them",
         "(`AWS_ACCESS_KEY_ID`, `MLFLOW_TRACKING_PASSWORD`, ...) or from an Airflow connection.",
     ]

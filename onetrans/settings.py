@@ -58,6 +58,37 @@ class LakeSettings:
 
 
 @dataclass(frozen=True)
+class AuditSettings:
+    """What the audit of a staged day tolerates, and where its pages go."""
+
+    data_docs: str = ""
+    """Folder (or s3:// prefix) of the Data Docs site; empty: ``data_docs`` beside the warehouse."""
+    max_rows_in_memory: int = 5_000_000
+    """Most rows the audit reads into its own memory; a larger day is audited by Spark, with the same suite."""
+    trailing_days: int = 7
+    """Published days before the audited one; their median row count is what a day is compared with."""
+    min_row_share: float = 0.5
+    """The audit warns when a day has fewer rows than this share of that median; a fifth of it fails the day."""
+    max_row_share: float = 2.0
+    """The audit warns when a day has more rows than this multiple of that median; five times it fails the day."""
+    min_click_rate: float = 0.0005
+    """Least share of impressions that are clicked; below it the day fails."""
+    max_click_rate: float = 0.95
+    """Largest share of impressions that are clicked; above it the day fails."""
+    max_missing_share: float = 0.95
+    """The audit warns when a feature is missing from more than this share of the rows."""
+
+    def __post_init__(self) -> None:
+        _at_least("audit.max_rows_in_memory", self.max_rows_in_memory, 1)
+        _at_least("audit.trailing_days", self.trailing_days, 1)
+        _within("audit.min_row_share", self.min_row_share, 0.0, 1.0)
+        _at_least("audit.max_row_share", self.max_row_share, 1.0)
+        _within("audit.max_click_rate", self.max_click_rate, 0.0, 1.0)
+        _within("audit.min_click_rate", self.min_click_rate, 0.0, self.max_click_rate)
+        _within("audit.max_missing_share", self.max_missing_share, 0.0, 1.0)
+
+
+@dataclass(frozen=True)
 class SparkSettings:
     """How Spark is started."""
 
@@ -164,6 +195,8 @@ class Settings:
     """Where raw events come from."""
     lake: LakeSettings = field(default_factory=LakeSettings)
     """Where tables are kept."""
+    audit: AuditSettings = field(default_factory=AuditSettings)
+    """What the audit of a staged day tolerates, and where its pages go."""
     spark: SparkSettings = field(default_factory=SparkSettings)
     """How Spark is started."""
     training: TrainingSettings = field(default_factory=TrainingSettings)

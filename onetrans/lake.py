@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import uuid
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, date, datetime
 from functools import cached_property
@@ -25,7 +25,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyiceberg.catalog import Catalog, load_catalog
 from pyiceberg.exceptions import CommitFailedException, NamespaceAlreadyExistsError, NoSuchTableError
-from pyiceberg.expressions import AlwaysTrue, BooleanExpression, EqualTo, In
 from pyiceberg.table import Table
 from pyiceberg.transforms import IdentityTransform
 
@@ -188,7 +187,7 @@ class Lake:
         if not files:
             raise BadDataError(f"{table} {_text(partition)}: there are no files to publish")
         schema = _without_metadata(_read_schema(files[0]))
-        where = _and([EqualTo(column, _literal(value)) for column, value in partition.items()])
+        where = " and ".join(_among(column, [value]) for column, value in partition.items())
         for attempt in range(1, _COMMIT_TRIES + 1):
             target = self._load_or_create(table, schema, tuple(partition))
             present = {task.file.file_path for task in target.scan(row_filter=where).plan_files()}
@@ -271,7 +270,7 @@ class Lake:
             target = self.table(table)
         except NoSuchTableError as error:
             raise NotReadyError(f"table {table} has no published day; needed: {describe_days(wanted)}") from error
-        where = In("ds", [_literal(day) for day in wanted])
+        where = _among("ds", wanted)
         found = sorted(
             (_partition_day(task.file.partition[0]), task.file.file_path)
             for task in target.scan(row_filter=where, snapshot_id=snapshot_id).plan_files()
@@ -292,9 +291,7 @@ class Lake:
         snapshot_id: int | None = None,
     ) -> pa.Table:
         """Read some days (default: all) of a table into memory; for small reads, tests and reports."""
-        where: BooleanExpression = AlwaysTrue()
-        if days is not None:
-            where = In("ds", [_literal(day) for day in days])
+        where = "true" if days is None else _among("ds", list(days))
         return self.table(table).scan(row_filter=where, selected_fields=columns, snapshot_id=snapshot_id).to_arrow()
 
 
@@ -329,15 +326,12 @@ def _partition_day(value: Any) -> date:
     return date.fromordinal(date(1970, 1, 1).toordinal() + int(value))
 
 
-def _literal(value: Any) -> Any:
-    return value.isoformat() if isinstance(value, date) else value
-
-
-def _and(expressions: list[BooleanExpression]) -> BooleanExpression:
-    combined: BooleanExpression = AlwaysTrue()
-    for expression in expressions:
-        combined = combined & expression
-    return combined
+def _among(column: str, values: Sequence[date | str]) -> str:
+    """Return the row filter ``column IN (values)``; values are days or names of the project's own tables."""
+    texts = [value.isoformat() if isinstance(value, date) else value for value in values]
+    if any("'" in text for text in texts):
+        raise BadConfigError(f"{column}: a quote is not allowed in {texts}")
+    return f"{column} in ({', '.join(repr(text) for text in texts)})"
 
 
 def _text(partition: Mapping[str, Any]) -> str:

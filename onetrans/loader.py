@@ -1,0 +1,635 @@
+"""The loader: published days of ``training_requests`` become packed batches, in bounded memory.
+
+Parquet files are read in order, window by window.  A *window* is a run of
+requests; training shuffles the requests within it, evaluation keeps the stored
+order.  Windows are laid out from the files' footers before any row is read, so
+that each holds at most ``window_batches`` batches and ``window_bytes`` of
+embedding rows, and all are about equally large: memory does not grow with the
+table, and no pass ends in a sliver of a batch.
+
+A *cursor* names the next batch: pass, window, batch.  A window's shuffle depends
+on the seed, the pass and the window alone, so reading from a cursor gives exactly
+the batches that an unbroken run would have given.
+
+Values never become Python objects: nested columns are flattened by their
+offsets, and the behaviour sequences of a request are merged by
+(time, position of the sequence in the schema) with one stable sort.
+
+Shape suffixes beyond those of :mod:`onetrans.batch`: F features of one side,
+S sequences, G row groups, W windows + 1.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+
+from onetrans import storage
+from onetrans.batch import RequestBatch
+from onetrans.errors import BadConfigError, BadDataError
+from onetrans.schema import Feature, FeatureSchema
+
+Ints = npt.NDArray[np.int64]
+T = TypeVar("T")
+
+TRUTH_COLUMNS = ("true_ctr", "true_cvr")
+"""A simulator's probabilities: read for reports only, never part of a batch."""
+
+_CANDIDATES = "candidates"
+_LABELS = ("click", "conversion")
+_CHUNK_BYTES = 8 << 20
+_INT_BYTES = 8
+
+
+@dataclass(frozen=True)
+class LoaderConfig:
+    """How rows become batches."""
+
+    batch_size: int
+    """Impressions of a batch, about: whole requests are packed."""
+    max_seq_len: int
+    """Most recent events kept of a request, all sequences together."""
+    window_batches: int = 16
+    """Batches a window holds at most; training shuffles requests within a window."""
+    window_bytes: int = 256 << 20
+    """Bytes of embedding rows a window holds at most; long sequences make windows shorter."""
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if value < 1:
+                raise BadConfigError(f"loader: {name} = {value} must be at least 1")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A row of the data."""
+
+    file: str
+    """Parquet file."""
+    row_group: int
+    """Row group within the file."""
+    row: int
+    """Row within the row group."""
+
+    def __str__(self) -> str:
+        return f"{self.file}, row group {self.row_group}, row {self.row}"
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """Where reading goes on."""
+
+    epoch: int = 0
+    """Pass over the data."""
+    window: int = 0
+    """Window of the pass."""
+    batch: int = 0
+    """Batch of the window."""
+    place: Place | None = None
+    """First row of the window; checked on resume, and tells a person where in the data a batch lies."""
+
+    def __str__(self) -> str:
+        where = f", which starts at {self.place}" if self.place else ""
+        return f"pass {self.epoch}, batch {self.batch} of window {self.window}{where}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for a checkpoint."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Cursor:
+        """Read what :meth:`to_dict` wrote."""
+        place = data.get("place")
+        return cls(data["epoch"], data["window"], data["batch"], Place(**place) if place else None)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """One batch and what belongs to it."""
+
+    batch: RequestBatch
+    """The batch, on the CPU."""
+    cursor: Cursor
+    """Names this batch."""
+    following: Cursor
+    """Names the next one."""
+    keys: pa.Table | None
+    """Per candidate request_id, user_id, item_id, ts, click, conversion and, where stored, true_ctr and
+    true_cvr; only when asked for."""
+
+
+@dataclass(frozen=True)
+class _RowGroup:
+    """One row group, as the footer describes it."""
+
+    file: str
+    index: int
+    requests: int
+    impressions: int
+    events: int
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Some requests, encoded; the members are those of :class:`onetrans.batch.RequestBatch`, in numpy."""
+
+    user_RU: Ints
+    context_RK: Ints
+    item_NI: Ints
+    candidate_offsets_O: Ints
+    event_EV: Ints
+    event_sequence_E: Ints
+    event_time_E: Ints
+    event_offsets_O: Ints
+    request_time_R: Ints
+    click_N: npt.NDArray[np.float32]
+    conversion_N: npt.NDArray[np.float32]
+    keys: pa.Table | None = field(default=None)
+
+
+class RequestData:
+    """Some files of ``training_requests``, readable as batches from any cursor."""
+
+    def __init__(
+        self, files: Iterable[str], schema: FeatureSchema, config: LoaderConfig, *, with_keys: bool = False
+    ) -> None:
+        """Read the footers of ``files`` (in reading order) and lay out the windows.
+
+        Raises:
+            BadDataError: if there are no rows, a file is unreadable, or a column is missing or of another type.
+        """
+        self.files = list(files)
+        self.schema = schema
+        self.config = config
+        self.with_keys = with_keys
+        groups = [group for file in self.files for group in self._footer(file)]
+        self._groups = [group for group in groups if group.requests]
+        if not self._groups:
+            raise BadDataError(f"training_requests: there are no rows in {len(self.files)} files")
+        self.requests = sum(group.requests for group in self._groups)
+        self.impressions = sum(group.impressions for group in self._groups)
+        self.events = sum(group.events for group in self._groups)
+        self._first_row_G = np.cumsum([0] + [group.requests for group in self._groups])
+        self._window_start_W = self._lay_out_windows()
+
+    @property
+    def num_windows(self) -> int:
+        """Windows of one pass."""
+        return len(self._window_start_W) - 1
+
+    # Layout
+
+    def _footer(self, file: str) -> Iterator[_RowGroup]:
+        parquet = _open(file)
+        _check_columns(file, parquet.schema_arrow, self.schema, self.with_keys)
+        metadata = parquet.metadata
+        path = [parquet.schema.column(column).path for column in range(metadata.num_columns)]
+        # One leaf of each list counts its elements; an empty list counts as one, so the figures are upper bounds.
+        click = next(c for c, p in enumerate(path) if p.startswith(f"{_CANDIDATES}.") and p.endswith(".click"))
+        event = [
+            next(c for c, p in enumerate(path) if p.startswith(f"{sequence.column}.") and p.endswith(".ts"))
+            for sequence in self.schema.sequences
+        ]
+        for index in range(metadata.num_row_groups):
+            group = metadata.row_group(index)
+            impressions = group.column(click).num_values
+            yield _RowGroup(
+                file, index, group.num_rows, impressions, sum(group.column(column).num_values for column in event)
+            )
+
+    def _request_bytes(self, group: _RowGroup) -> float:
+        """Return the size of the group's average request once encoded."""
+        sides = {side: len(self.schema.of_side(side)) for side in ("user", "context", "item", "event")}
+        total = (
+            group.requests * (sides["user"] + sides["context"] + 3)
+            + group.impressions * (sides["item"] + 2)
+            + group.events * (sides["event"] + 2)
+        )
+        return total * _INT_BYTES / group.requests
+
+    def _lay_out_windows(self) -> Ints:
+        """Cut the requests so that every window costs about the same, and none more than the limits allow."""
+        window_impressions = self.config.window_batches * self.config.batch_size
+        cost_G = np.array(
+            [
+                max(
+                    group.impressions / group.requests / window_impressions,
+                    self._request_bytes(group) / self.config.window_bytes,
+                )
+                for group in self._groups
+            ]
+        )
+        requests_G = np.diff(self._first_row_G)
+        reached_G = np.concatenate([[0.0], np.cumsum(cost_G * requests_G)])
+        windows = int(np.ceil(reached_G[-1] - 1e-9)) or 1
+        starts = np.interp(np.linspace(0.0, reached_G[-1], windows + 1), reached_G, self._first_row_G)
+        return np.unique(np.round(starts).astype(np.int64))
+
+    def place(self, window: int) -> Place:
+        """Return the first row of a window."""
+        row = int(self._window_start_W[window])
+        group = int(np.searchsorted(self._first_row_G, row, side="right")) - 1
+        return Place(self._groups[group].file, self._groups[group].index, row - int(self._first_row_G[group]))
+
+    # Reading
+
+    def batches(self, *, shuffle_seed: int | None, start: Cursor | None = None, epochs: int = 1) -> Iterator[Loaded]:
+        """Yield every batch from ``start`` to the end of the last pass.
+
+        ``shuffle_seed`` shuffles the requests of each window; None keeps the stored order.
+
+        Raises:
+            BadConfigError: if ``start`` belongs to other data or another layout.
+            BadDataError: on a null or mistyped value that no batch can hold; the text names file and row.
+        """
+        start = start or Cursor()
+        self._check_cursor(start, epochs)
+        skip = start.batch
+        for epoch in range(start.epoch, epochs):
+            first = start.window if epoch == start.epoch else 0
+            for window, rows in self._windows(first):
+                order_R = np.arange(rows.user_RU.shape[0])
+                if shuffle_seed is not None:
+                    order_R = np.random.default_rng([shuffle_seed, epoch, window]).permutation(order_R)
+                parts = self._batch_parts(rows, order_R)
+                for number in range(skip, len(parts)):
+                    here = Cursor(epoch, window, number, self.place(window))
+                    packed = _take(rows, parts[number])
+                    yield Loaded(_tensors(packed), here, self._following(here, len(parts)), packed.keys)
+                skip = 0
+
+    def _check_cursor(self, start: Cursor, epochs: int) -> None:
+        if start.epoch >= epochs:
+            return
+        fits = 0 <= start.window < self.num_windows
+        if not fits or (start.place is not None and start.place != self.place(start.window)):
+            raise BadConfigError(
+                f"the cursor ({start}) does not belong to this data: it has {self.num_windows} windows of "
+                f"{self.requests} requests in {len(self.files)} files; delete the checkpoint to start over"
+            )
+
+    def _following(self, cursor: Cursor, parts: int) -> Cursor:
+        if cursor.batch + 1 < parts:
+            return Cursor(cursor.epoch, cursor.window, cursor.batch + 1, cursor.place)
+        if cursor.window + 1 < self.num_windows:
+            return Cursor(cursor.epoch, cursor.window + 1, 0, self.place(cursor.window + 1))
+        return Cursor(cursor.epoch + 1, 0, 0, self.place(0))
+
+    def _batch_parts(self, rows: _Rows, order_R: Ints) -> list[Ints]:
+        """Cut a window's requests into batches of nearly equal impressions, each about ``batch_size``."""
+        sizes_R = np.diff(rows.candidate_offsets_O)[order_R]
+        reached_R = np.cumsum(sizes_R)
+        parts = max(1, round(float(reached_R[-1]) / self.config.batch_size))
+        targets = reached_R[-1] * np.arange(1, parts) / parts
+        cuts = np.unique(np.searchsorted(reached_R, targets, side="right"))
+        return [part for part in np.split(order_R, cuts) if part.shape[0]]
+
+    def _windows(self, first: int) -> Iterator[tuple[int, _Rows]]:
+        """Yield each window from ``first`` on, reading the files once, forwards."""
+        start = int(self._window_start_W[first])
+        pieces: list[_Rows] = []
+        window, done = first, start
+        for chunk, where in self._chunks(start):
+            taken = 0
+            while taken < chunk.num_rows:
+                count = min(chunk.num_rows - taken, int(self._window_start_W[window + 1]) - done)
+                pieces.append(
+                    _encode(chunk.slice(taken, count), self.schema, self.config.max_seq_len, self.with_keys, where)
+                )
+                taken, done = taken + count, done + count
+                if done == self._window_start_W[window + 1]:
+                    whole, pieces = _concatenate(pieces), []
+                    yield window, whole
+                    del whole
+                    window += 1
+
+    def _chunks(self, start: int) -> Iterator[tuple[pa.RecordBatch, Place]]:
+        """Yield record batches of a few MiB from row ``start`` (counted over all files) to the end."""
+        first = int(np.searchsorted(self._first_row_G, start, side="right")) - 1
+        skip = start - int(self._first_row_G[first])
+        parquet, opened = None, ""
+        for group in self._groups[first:]:
+            if parquet is None or group.file != opened:
+                parquet, opened = _open(group.file), group.file
+                leaves = _leaves(parquet, self.schema, self.with_keys)
+            rows = max(1, int(_CHUNK_BYTES / self._request_bytes(group)))
+            row = 0
+            for chunk in parquet.iter_batches(batch_size=rows, row_groups=[group.index], columns=leaves):
+                if row + chunk.num_rows > skip:
+                    cut = max(skip - row, 0)
+                    yield chunk.slice(cut), Place(group.file, group.index, row + cut)
+                row += chunk.num_rows
+            if row != group.requests:
+                raise BadDataError(f"{group.file}, row group {group.index}: {group.requests} rows declared, {row} read")
+            skip = 0
+
+
+def prefetch(items: Iterator[T], depth: int = 2) -> Iterator[T]:
+    """Yield ``items`` while a thread prepares up to ``depth`` ahead; an error in the thread is raised here."""
+    ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(maxsize=depth)
+    stop = threading.Event()
+
+    def put(entry: tuple[T | None, BaseException | None]) -> bool:
+        while not stop.is_set():
+            try:
+                ready.put(entry, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def fill() -> None:
+        try:
+            for item in items:
+                if not put((item, None)):
+                    return
+            put((None, None))
+        except BaseException as error:
+            put((None, error))
+
+    worker = threading.Thread(target=fill, name="loader", daemon=True)
+    worker.start()
+    try:
+        while True:
+            item, error = ready.get()
+            if error is not None:
+                raise error
+            if item is None:
+                return
+            yield item
+    finally:
+        stop.set()
+        worker.join()
+
+
+# Opening and checking files
+
+
+def _open(file: str) -> pq.ParquetFile:
+    filesystem, inner = storage.open_filesystem(file)
+    try:
+        return pq.ParquetFile(inner, filesystem=filesystem)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise BadDataError(f"training_requests: {file} cannot be read: {error}") from error
+
+
+def _wanted(schema: FeatureSchema, with_keys: bool) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
+    """Return the columns to read, plain and nested, each with the type it must have."""
+    types = {"hashed": "bigint", "bucketized": "double"}
+    plain = {f.name: types[f.kind] for f in (*schema.of_side("user"), *schema.of_side("context"))}
+    events = {"ts": "timestamp", **{f.name: types[f.kind] for f in schema.of_side("event")}}
+    candidates = {**{f.name: types[f.kind] for f in schema.of_side("item")}, **dict.fromkeys(_LABELS, "int")}
+    if with_keys:
+        plain.update(request_id="text", user_id="text")
+        candidates.update(item_id="text")
+    plain["ts"] = "timestamp"
+    nested = {sequence.column: events for sequence in schema.sequences}
+    return plain, {**nested, _CANDIDATES: candidates}
+
+
+_FITS = {
+    "bigint": lambda kind: kind == pa.int64(),
+    "double": lambda kind: kind == pa.float64(),
+    "int": pa.types.is_integer,
+    "text": lambda kind: pa.types.is_string(kind) or pa.types.is_large_string(kind),
+    "timestamp": lambda kind: pa.types.is_timestamp(kind) and kind.unit == "us",
+}
+
+
+def _check_columns(file: str, found: pa.Schema, schema: FeatureSchema, with_keys: bool) -> None:
+    """Refuse a file that lacks a column the schema needs, or has it in another type."""
+    plain, nested = _wanted(schema, with_keys)
+    kinds: dict[str, pa.DataType] = {column.name: column.type for column in found}
+    needed = dict(plain)
+    for top, members in nested.items():
+        kind = kinds.get(top)
+        if kind is None or not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+            raise BadDataError(f"training_requests: {file}: column {top} is {kind or 'missing'}, needed is a list")
+        for member in kind.value_type if pa.types.is_struct(kind.value_type) else ():
+            kinds[f"{top}.{member.name}"] = member.type
+        needed |= {f"{top}.{name}": wanted for name, wanted in members.items()}
+    for name, wanted in needed.items():
+        if name not in kinds:
+            raise BadDataError(
+                f"training_requests: {file} has no column {name}; build the day again with schema {schema.name!r}"
+            )
+        if not _FITS[wanted](kinds[name]):
+            raise BadDataError(f"training_requests: {file}: column {name} is {kinds[name]}, needed is {wanted}")
+
+
+def _leaves(parquet: pq.ParquetFile, schema: FeatureSchema, with_keys: bool) -> list[str]:
+    """Return the Parquet leaf columns to read; others (positions, keys, a simulator's truth) stay on disk."""
+    plain, nested = _wanted(schema, with_keys)
+    if with_keys:
+        nested = {**nested, _CANDIDATES: {**nested[_CANDIDATES], **dict.fromkeys(TRUTH_COLUMNS, "double")}}
+    paths = [parquet.schema.column(column).path for column in range(len(parquet.schema))]
+    return [
+        path
+        for path in paths
+        if path in plain or ("." in path and path.split(".")[-1] in nested.get(path.split(".")[0], ()))
+    ]
+
+
+# Arrow to embedding rows
+
+
+def _encode(chunk: pa.RecordBatch, schema: FeatureSchema, max_seq_len: int, with_keys: bool, where: Place) -> _Rows:
+    """Return the chunk's requests as embedding rows."""
+    count = chunk.num_rows
+    request_time_R = _int64(chunk.column("ts"), "ts", where)
+    offsets_O, members = _flatten(chunk.column(_CANDIDATES))
+    if (np.diff(offsets_O) == 0).any():
+        row = where.row + int(np.argmax(np.diff(offsets_O) == 0))
+        raise BadDataError(f"training_requests: {where.file}, row group {where.row_group}: row {row} has no candidate")
+    labels = {name: _label(members[name], name, where) for name in _LABELS}
+    event_EV, event_sequence_E, event_time_E, event_offsets_O = _merge_sequences(chunk, schema, max_seq_len, where)
+    if event_time_E.shape[0]:
+        owner_E = np.repeat(np.arange(count), np.diff(event_offsets_O))
+        late_E = event_time_E >= request_time_R[owner_E]
+        if late_E.any():
+            row = where.row + int(owner_E[np.argmax(late_E)])
+            raise BadDataError(
+                f"training_requests: {where.file}, row group {where.row_group}: {int(late_E.sum())} events are not "
+                f"before their request, first in row {row}; a label may leak, build the day again"
+            )
+    keys = None
+    if with_keys:
+        owner_N = pa.array(np.repeat(np.arange(count), np.diff(offsets_O)))
+        keys = pa.table(
+            {
+                **{name: chunk.column(name).take(owner_N) for name in ("request_id", "user_id")},
+                "item_id": members["item_id"],
+                "ts": chunk.column("ts").take(owner_N),
+                **{name: labels[name].astype(np.int8) for name in _LABELS},
+                **{name: members[name] for name in TRUTH_COLUMNS if name in members},
+            }
+        )
+    return _Rows(
+        user_RU=_embed(schema.of_side("user"), chunk.column, count),
+        context_RK=_embed(schema.of_side("context"), chunk.column, count),
+        item_NI=_embed(schema.of_side("item"), members.__getitem__, int(offsets_O[-1])),
+        candidate_offsets_O=offsets_O,
+        event_EV=event_EV,
+        event_sequence_E=event_sequence_E,
+        event_time_E=event_time_E,
+        event_offsets_O=event_offsets_O,
+        request_time_R=request_time_R,
+        click_N=labels["click"],
+        conversion_N=labels["conversion"],
+        keys=keys,
+    )
+
+
+def _merge_sequences(
+    chunk: pa.RecordBatch, schema: FeatureSchema, max_seq_len: int, where: Place
+) -> tuple[Ints, Ints, Ints, Ints]:
+    """Return rows, sequence, time and offsets of all events by (request, time, sequence), the latest ones only."""
+    features = schema.of_side("event")
+    owners, times, names, rows = [], [], [], []
+    for number, sequence in enumerate(schema.sequences):
+        offsets_O, members = _flatten(chunk.column(sequence.column))
+        total = int(offsets_O[-1])
+        owners.append(np.repeat(np.arange(chunk.num_rows), np.diff(offsets_O)))
+        times.append(_int64(members["ts"], f"{sequence.column}.ts", where))
+        names.append(np.full(total, number, dtype=np.int64))
+        rows.append(_embed(features, members.__getitem__, total))
+    if not owners:
+        none = np.zeros(0, dtype=np.int64)
+        return none.reshape(0, len(features)), none, none, np.zeros(chunk.num_rows + 1, dtype=np.int64)
+
+    owner_E, time_E = np.concatenate(owners), np.concatenate(times)
+    order_E = _stable_order(owner_E, time_E)
+    length_R = np.bincount(owner_E, minlength=chunk.num_rows)
+    end_R = np.cumsum(length_R)
+    kept_R = np.minimum(length_R, max_seq_len)
+    if (kept_R < length_R).any():
+        order_E = order_E[_ranges(end_R - kept_R, kept_R)]
+    return (
+        np.concatenate(rows)[order_E],
+        np.concatenate(names)[order_E],
+        time_E[order_E],
+        _offsets(kept_R),
+    )
+
+
+def _stable_order(owner_E: Ints, time_E: Ints) -> Ints:
+    """Return the order by (owner, time) that keeps equal events as they came."""
+    if not owner_E.shape[0]:
+        return np.zeros(0, dtype=np.int64)
+    earliest = int(time_E.min())
+    span = int(time_E.max()) - earliest + 1
+    if span * (int(owner_E.max()) + 1) < 1 << 62:
+        # One key instead of two: the sequences come in as sorted runs, which numpy's stable sort merges.
+        return np.argsort(owner_E * span + (time_E - earliest), kind="stable")
+    return np.lexsort((time_E, owner_E))
+
+
+def _flatten(column: pa.Array) -> tuple[Ints, dict[str, pa.Array]]:
+    """Return offsets and member arrays of a list of structs; a null list is empty, slices are honoured."""
+    lengths_R = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
+    values = column.flatten()
+    names = [values.type.field(i).name for i in range(values.type.num_fields)]
+    return _offsets(lengths_R), dict(zip(names, values.flatten(), strict=True))
+
+
+def _embed(features: tuple[Feature, ...], column: Any, count: int) -> Ints:
+    """Return embedding rows, shape (count, F), of some features' columns."""
+    rows_FC = np.empty((len(features), count), dtype=np.int64)
+    for number, feature in enumerate(features):
+        stored = column(feature.name)
+        missing = stored.is_null().to_numpy(zero_copy_only=False) if stored.null_count else None
+        if missing is not None:
+            stored = pc.fill_null(stored, 0)
+        rows_FC[number] = feature.encode(stored.to_numpy(zero_copy_only=False), missing)
+    return np.ascontiguousarray(rows_FC.T)
+
+
+def _int64(times: pa.Array, name: str, where: Place) -> Ints:
+    if times.null_count:
+        raise BadDataError(
+            f"training_requests: {where.file}, row group {where.row_group}, from row {where.row}: "
+            f"{times.null_count} values of {name} are null"
+        )
+    return times.view(pa.int64()).to_numpy(zero_copy_only=False)
+
+
+def _label(values: pa.Array, name: str, where: Place) -> npt.NDArray[np.float32]:
+    numbers = pc.fill_null(pc.cast(values, pa.float32()), float("nan")).to_numpy(zero_copy_only=False)
+    bad = (numbers != 0) & (numbers != 1)
+    if bad.any():
+        raise BadDataError(
+            f"training_requests: {where.file}, row group {where.row_group}, from row {where.row}: "
+            f"{int(bad.sum())} values of candidates.{name} are neither 0 nor 1, for example {numbers[np.argmax(bad)]}"
+        )
+    return numbers
+
+
+# Rows to batches
+
+
+def _concatenate(pieces: list[_Rows]) -> _Rows:
+    if len(pieces) == 1:
+        return pieces[0]
+
+    def joined(name: str) -> Any:
+        return np.concatenate([getattr(piece, name) for piece in pieces])
+
+    def joined_offsets(name: str) -> Ints:
+        return _offsets(np.concatenate([np.diff(getattr(piece, name)) for piece in pieces]))
+
+    values: dict[str, Any] = {
+        name: joined_offsets(name) if name.endswith("_O") else joined(name)
+        for name in _Rows.__dataclass_fields__
+        if name != "keys"
+    }
+    tables = [piece.keys for piece in pieces if piece.keys is not None]
+    return _Rows(**values, keys=pa.concat_tables(tables, promote_options="default") if tables else None)
+
+
+def _take(rows: _Rows, order_R: Ints) -> _Rows:
+    """Return some requests of ``rows``, in the given order."""
+    sizes_R = np.diff(rows.candidate_offsets_O)[order_R]
+    lengths_R = np.diff(rows.event_offsets_O)[order_R]
+    of_N = _ranges(rows.candidate_offsets_O[order_R], sizes_R)
+    of_E = _ranges(rows.event_offsets_O[order_R], lengths_R)
+    return _Rows(
+        user_RU=rows.user_RU[order_R],
+        context_RK=rows.context_RK[order_R],
+        item_NI=rows.item_NI[of_N],
+        candidate_offsets_O=_offsets(sizes_R),
+        event_EV=rows.event_EV[of_E],
+        event_sequence_E=rows.event_sequence_E[of_E],
+        event_time_E=rows.event_time_E[of_E],
+        event_offsets_O=_offsets(lengths_R),
+        request_time_R=rows.request_time_R[order_R],
+        click_N=rows.click_N[of_N],
+        conversion_N=rows.conversion_N[of_N],
+        keys=None if rows.keys is None else rows.keys.take(pa.array(of_N)),
+    )
+
+
+def _tensors(rows: _Rows) -> RequestBatch:
+    values = {name: getattr(rows, name) for name in _Rows.__dataclass_fields__ if name != "keys"}
+    return RequestBatch(**{name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in values.items()})
+
+
+def _offsets(lengths_R: Ints) -> Ints:
+    offsets_O = np.zeros(lengths_R.shape[0] + 1, dtype=np.int64)
+    np.cumsum(lengths_R, out=offsets_O[1:])
+    return offsets_O
+
+
+def _ranges(start_R: Ints, length_R: Ints) -> Ints:
+    """Return start[r], start[r] + 1, ... (length[r] of them) for every r, end to end."""
+    offsets_O = _offsets(length_R)
+    return np.repeat(start_R - offsets_O[:-1], length_R) + np.arange(offsets_O[-1])

@@ -1,0 +1,1 @@
+"""Servers on one machine, for a laptop, the demo and the tests: Airflow, MLflow and Data Docs on loopback."""

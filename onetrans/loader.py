@@ -372,6 +372,15 @@ def prefetch(items: Iterator[T], depth: int = 2) -> Iterator[T]:
         worker.join()
 
 
+def batch_of(rows: pa.RecordBatch, schema: FeatureSchema, max_seq_len: int, where: str = "requests") -> RequestBatch:
+    """Return some rows of ``training_requests`` that are in memory as one batch, in their order.
+
+    Raises:
+        BadDataError: as :meth:`RequestData.batches` does; ``where`` takes the place of the file's name.
+    """
+    return _tensors(_encode(rows, schema, max_seq_len, False, Place(where, 0, 0)))
+
+
 # Opening and checking files
 
 

@@ -378,7 +378,8 @@ def batch_of(rows: pa.RecordBatch, schema: FeatureSchema, max_seq_len: int, wher
     Raises:
         BadDataError: as :meth:`RequestData.batches` does; ``where`` takes the place of the file's name.
     """
-    return _tensors(_encode(rows, schema, max_seq_len, False, Place(where, 0, 0)))
+    encoded = _encode(rows, schema, max_seq_len, False, Place(where, 0, 0))
+    return _tensors(_take(encoded, np.arange(rows.num_rows)))  # copies: a tensor must not write into Arrow's memory
 
 
 # Opening and checking files

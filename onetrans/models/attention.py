@@ -1,0 +1,119 @@
+"""Attention of OneTrans over right-aligned rectangles: masks, rotation by index and time, the two stages.
+
+Stage I: S-tokens of a request attend to each other.  Stage II: the NS-tokens of
+each candidate attend to their request's S-keys and to each other (paper
+sections 3.3 and 3.4).
+
+Shape suffixes: those of :mod:`onetrans.batch` and :mod:`onetrans.models.ragged`, and
+
+    P  NS positions          Q  slots that issue queries
+    H  heads, D  head width  A  rotation planes of a head, D / 2
+    W  C * P, NS-tokens of one group
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from onetrans.models.config import Attention, Position
+from onetrans.models.ragged import Groups, Layout
+
+_INDEX_BASE = 10_000.0
+_SHORTEST_PERIOD_S = 60.0
+_LONGEST_PERIOD_S = 365 * 86_400.0
+
+
+class Rotation:
+    """Cosine and sine by which queries and keys of a row turn; None of it where positions do not rotate."""
+
+    def __init__(self, position: Position, head_dim: int, index_X: Tensor, time_X: Tensor) -> None:
+        """Prepare the rotation of rows with an ``index`` (tokens) and a ``time`` (microseconds since 1970)."""
+        angle_XA = _angles(position, head_dim, index_X, time_X)
+        self.cos_X1A = angle_XA.cos()[:, None, :]
+        self.sin_X1A = angle_XA.sin()[:, None, :]
+
+    def __call__(self, x_XHD: Tensor) -> Tensor:
+        """Turn each pair (d, d + D/2) of ``x`` (..., X, H, D) by its row's angles."""
+        a, b = x_XHD.chunk(2, dim=-1)
+        cos, sin = self.cos_X1A.to(a.dtype), self.sin_X1A.to(a.dtype)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+    def select(self, kept: Tensor) -> Rotation:
+        """Return the rotation of some of the rows."""
+        chosen = object.__new__(Rotation)
+        chosen.cos_X1A = self.cos_X1A.index_select(0, kept)
+        chosen.sin_X1A = self.sin_X1A.index_select(0, kept)
+        return chosen
+
+
+def _angles(position: Position, head_dim: int, index_X: Tensor, time_X: Tensor) -> Tensor:
+    """Return angles in [0, 2 pi); float64 on the way, since a time in seconds needs 31 bits before the point."""
+    planes = head_dim // 2
+    by_time = planes // 2 if position == "rotary_time" else 0
+    by_index = planes - by_time
+    steps = torch.arange(by_index, device=index_X.device, dtype=torch.float64) / by_index
+    angle_XA = index_X.double()[:, None] * _INDEX_BASE**-steps
+    if by_time:
+        steps = torch.arange(by_time, device=index_X.device, dtype=torch.float64) / max(by_time - 1, 1)
+        period = _SHORTEST_PERIOD_S * (_LONGEST_PERIOD_S / _SHORTEST_PERIOD_S) ** steps
+        turns_XA = (time_X.double()[:, None] * 1e-6) / period
+        angle_XA = torch.cat((angle_XA, (turns_XA - turns_XA.floor()) * 2 * math.pi), dim=1)
+    return angle_XA.remainder(2 * math.pi).float()
+
+
+def sequence_mask(queries: Layout, keys: Layout, attention: Attention, dtype: torch.dtype) -> Tensor:
+    """Return the additive mask (R, 1, Q, L) of stage I: 0 where a query sees a key, -inf elsewhere.
+
+    Both rectangles end with the most recent token, so ages are compared, not slots: that is the bottom-right
+    alignment a causal mask needs when fewer queries than keys are given.  An empty query slot sees the key slot
+    of its own age, because a softmax over nothing is not a number; what it computes is dropped.
+    """
+    device = keys.lengths_R.device
+    age_Q1 = torch.arange(queries.width - 1, -1, -1, device=device)[:, None]
+    age_L = torch.arange(keys.width - 1, -1, -1, device=device)
+    seen_RQL = keys.real_RL[:, None, :]
+    if attention == "causal":
+        seen_RQL = seen_RQL & (age_L >= age_Q1)
+    return _additive(seen_RQL | (age_L == age_Q1), dtype)[:, None]
+
+
+def candidate_mask(keys: Layout, groups: Groups, positions: int, attention: Attention, dtype: torch.dtype) -> Tensor:
+    """Return the additive mask (G, 1, W, L + W) of stage II over [S ; NS-tokens of the group's candidates].
+
+    An NS-token sees all S-tokens of its request and, of its own candidate alone, the NS-tokens up to itself
+    (all of them under full attention).
+    """
+    device = keys.lengths_R.device
+    tokens = groups.size * positions
+    token_W = torch.arange(tokens, device=device)
+    candidate_W = token_W // positions
+    seen_WW = candidate_W[:, None] == candidate_W
+    if attention == "causal":
+        seen_WW = seen_WW & (token_W <= token_W[:, None])
+    real_GL = groups.of_request(keys.real_RL)
+    return _additive(
+        torch.cat(
+            (
+                real_GL[:, None, :].expand(-1, tokens, -1),
+                seen_WW[None].expand(groups.count, -1, -1),
+            ),
+            dim=2,
+        ),
+        dtype,
+    )[:, None]
+
+
+def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -math.inf)
+
+
+def attend(q_BQHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, mask_B1QL: Tensor) -> Tensor:
+    """Return softmax(q k / sqrt(D) + mask) v as (B, Q, H * D)."""
+    out_BHQD = F.scaled_dot_product_attention(
+        q_BQHD.transpose(1, 2), k_BLHD.transpose(1, 2), v_BLHD.transpose(1, 2), attn_mask=mask_B1QL
+    )
+    return out_BHQD.transpose(1, 2).flatten(2)

@@ -1,0 +1,250 @@
+"""OneTrans: one causal transformer over [S-tokens ; NS-tokens] (arXiv 2510.26104, section 3).
+
+The forward pass has two stages (section 3.4).  Stage I runs the S-tokens once
+per request and keeps every block's keys and values.  Stage II runs the
+NS-tokens of each candidate against them.  S-tokens never see NS-tokens, so this
+equals running [S ; NS] once per candidate.
+
+Shape suffixes: those of :mod:`onetrans.batch` and :mod:`onetrans.models.ragged`, and
+
+    P  NS positions      H  heads      D  head width      M  token width (hidden_dim)
+    W  C * P, NS-tokens of one group of candidates        X  any rows
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from onetrans.batch import RequestBatch
+from onetrans.models.attention import Rotation, attend, candidate_mask, sequence_mask
+from onetrans.models.config import OneTransConfig
+from onetrans.models.ragged import Groups, Layout, latest_events
+from onetrans.models.ranking import Heads, RankingModel, Scores
+from onetrans.models.tokenizer import AutoSplit, GroupWise, SequenceTokenizer, SequenceTokens
+from onetrans.schema import FeatureSchema
+
+
+class MixedLinear(nn.Module):
+    """A linear map shared by all S-tokens, and one of its own per NS position (section 3.3).
+
+    NS weights are stacked, so all positions are one batched product.  With ``ns_parameters = "shared"``
+    NS-tokens use the map of the S-tokens.
+    """
+
+    def __init__(self, config: OneTransConfig, in_dim: int, out_dim: int, *, for_s: bool, gain: float = 1.0) -> None:
+        super().__init__()
+        own = config.ns_parameters == "own"
+        std = gain * in_dim**-0.5
+        self.weight_s = nn.Parameter(torch.randn(out_dim, in_dim) * std) if for_s or not own else None
+        self.weight_ns = nn.Parameter(torch.randn(config.num_ns_tokens, in_dim, out_dim) * std) if own else None
+
+    def s(self, x_TI: Tensor) -> Tensor:
+        """Map S-tokens (T, in) to (T, out)."""
+        assert self.weight_s is not None, "this block has no S-queries"
+        return F.linear(x_TI, self.weight_s)
+
+    def ns(self, x_PNI: Tensor) -> Tensor:
+        """Map NS-tokens (P, N, in) to (P, N, out)."""
+        if self.weight_ns is None:
+            assert self.weight_s is not None
+            return F.linear(x_PNI, self.weight_s)
+        return torch.bmm(x_PNI, self.weight_ns)
+
+
+class BlockCache(NamedTuple):
+    """What stage II needs of one block's S-tokens: keys (rotated) and values, right-aligned."""
+
+    k_RLHD: Tensor
+    v_RLHD: Tensor
+
+
+@dataclass(frozen=True)
+class RequestState:
+    """Everything stage I computed for a batch of requests: it depends on no candidate."""
+
+    blocks: tuple[BlockCache, ...]
+    """Keys and values of each block's input."""
+    layouts: tuple[Layout, ...]
+    """Where they stand."""
+    top_RM: Tensor | None
+    """Mean of the S-states that leave the top block, zero without any; None where none leave it."""
+
+
+class Block(nn.Module):
+    """Pre-norm attention and FFN with mixed parameters: Z = MHA(norm X) + X, X' = FFN(norm Z) + Z."""
+
+    def __init__(self, config: OneTransConfig, *, s_queries: bool) -> None:
+        super().__init__()
+        width = config.hidden_dim
+        inner = width * config.ffn_multiplier
+        # Two residual branches per block: scaled so that the sum over all of them keeps its variance.
+        residual = (2 * config.num_layers) ** -0.5
+        self.heads, self.head_dim = config.num_heads, config.head_dim
+        self.norm_attention = nn.RMSNorm(width, eps=1e-6)
+        self.norm_ffn = nn.RMSNorm(width, eps=1e-6)
+        self.query = MixedLinear(config, width, width, for_s=s_queries)
+        self.key_value = MixedLinear(config, width, 2 * width, for_s=True)
+        self.out = MixedLinear(config, width, width, for_s=s_queries, gain=residual)
+        self.ffn_in = MixedLinear(config, width, inner, for_s=s_queries)
+        self.ffn_out = MixedLinear(config, inner, width, for_s=s_queries, gain=residual)
+        self.norm_query = nn.RMSNorm(config.head_dim, eps=1e-6) if config.qk_norm else None
+        self.norm_key = nn.RMSNorm(config.head_dim, eps=1e-6) if config.qk_norm else None
+        self.dropout = nn.Dropout(config.dropout)
+
+    def _queries(self, q_XM: Tensor, rotation: Rotation | None) -> Tensor:
+        q_XHD = q_XM.unflatten(-1, (self.heads, self.head_dim))
+        if self.norm_query is not None:
+            q_XHD = self.norm_query(q_XHD)
+        return rotation(q_XHD) if rotation is not None else q_XHD
+
+    def _keys_values(self, kv_X2M: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
+        k_XM, v_XM = kv_X2M.chunk(2, dim=-1)
+        k_XHD = k_XM.unflatten(-1, (self.heads, self.head_dim))
+        if self.norm_key is not None:
+            k_XHD = self.norm_key(k_XHD)
+        return (rotation(k_XHD) if rotation is not None else k_XHD), v_XM
+
+    def encode_keys(self, x_TM: Tensor, layout: Layout, rotation: Rotation | None) -> tuple[Tensor, BlockCache]:
+        """Return the normalised S-tokens (T, M), and keys and values of all of them."""
+        normed_TM = self.norm_attention(x_TM)
+        k_THD, v_TM = self._keys_values(self.key_value.s(normed_TM), rotation)
+        k_RLHD = layout.pad(k_THD.flatten(1)).unflatten(-1, (self.heads, self.head_dim))
+        v_RLHD = layout.pad(v_TM).unflatten(-1, (self.heads, self.head_dim))
+        return normed_TM, BlockCache(k_RLHD, v_RLHD)
+
+    def encode_s(
+        self,
+        x_QM: Tensor,
+        normed_QM: Tensor,
+        cache: BlockCache,
+        layout: Layout,
+        mask: Tensor,
+        rotation: Rotation | None,
+    ) -> Tensor:
+        """Return the outputs of the packed S-tokens that issue queries, laid out by ``layout``."""
+        q_QHD = self._queries(self.query.s(normed_QM), rotation)
+        q_RQHD = layout.pad(q_QHD.flatten(1)).unflatten(-1, (self.heads, self.head_dim))
+        attended_QM = layout.unpad(attend(q_RQHD, cache.k_RLHD, cache.v_RLHD, mask))
+        z_QM = x_QM + self.dropout(self.out.s(attended_QM))
+        return z_QM + self.dropout(self.ffn_out.s(F.gelu(self.ffn_in.s(self.norm_ffn(z_QM)))))
+
+    def encode_ns(
+        self, x_PNM: Tensor, cache: BlockCache, groups: Groups, mask: Tensor, rotation: Rotation | None
+    ) -> Tensor:
+        """Return the outputs (P, N, M) of every candidate's NS-tokens."""
+        normed_PNM = self.norm_attention(x_PNM)
+        q_PNHD = self._queries(self.query.ns(normed_PNM), rotation)
+        k_PNHD, v_PNM = self._keys_values(self.key_value.ns(normed_PNM), rotation)
+        q_GWHD = self._group(q_PNHD.flatten(2), groups)
+        k_GLHD = torch.cat((groups.of_request(cache.k_RLHD), self._group(k_PNHD.flatten(2), groups)), dim=1)
+        v_GLHD = torch.cat((groups.of_request(cache.v_RLHD), self._group(v_PNM, groups)), dim=1)
+        positions, _, width = x_PNM.shape
+        attended_GWM = attend(q_GWHD, k_GLHD, v_GLHD, mask)
+        attended_GCF = attended_GWM.reshape(groups.count, groups.size, positions * width)
+        attended_NPM = groups.unpad(attended_GCF).unflatten(1, (positions, width))
+        z_PNM = x_PNM + self.dropout(self.out.ns(attended_NPM.transpose(0, 1)))
+        return z_PNM + self.dropout(self.ffn_out.ns(F.gelu(self.ffn_in.ns(self.norm_ffn(z_PNM)))))
+
+    def _group(self, x_PNM: Tensor, groups: Groups) -> Tensor:
+        """Put the NS-tokens of each group's candidates side by side: (G, W, H, D)."""
+        x_GCF = groups.pad(x_PNM.transpose(0, 1).flatten(1))
+        return x_GCF.reshape(groups.count, groups.size * x_PNM.shape[0], self.heads, self.head_dim)
+
+
+class OneTrans(RankingModel):
+    """The unified ranking transformer, with request-level two-stage forward and pyramid."""
+
+    config: OneTransConfig
+
+    def __init__(self, config: OneTransConfig, schema: FeatureSchema) -> None:
+        super().__init__(config, schema)
+        tokenizer = AutoSplit if config.tokenizer == "auto_split" else GroupWise
+        self.ns_tokenizer = tokenizer(config, self.embeddings)
+        self.s_tokenizer = SequenceTokenizer(config, self.embeddings)
+        self.schedule = config.query_schedule()
+        self.blocks = nn.ModuleList(Block(config, s_queries=queries > 0) for queries in self.schedule)
+        self.norm = nn.RMSNorm(config.hidden_dim, eps=1e-6)
+        states = config.num_ns_tokens + (1 if self.schedule[-1] else 0)
+        self.heads = Heads(states * config.hidden_dim, config.hidden_dim)
+
+    def forward(self, batch: RequestBatch) -> Scores:
+        """Score every candidate of ``batch``."""
+        return self.score_candidates(batch, self.encode_requests(batch))
+
+    def encode_requests(self, batch: RequestBatch) -> RequestState:
+        """Run stage I: the S-tokens, once per request; candidates are not read."""
+        batch = latest_events(batch, self.config.max_seq_len)
+        x_TM, time_T, layout = self.s_tokenizer(self.embeddings("event", batch.event_EV), batch)
+        rotation = self._rotation(layout.index_T, time_T)
+        caches: list[BlockCache] = []
+        layouts: list[Layout] = []
+        mask, mask_of = None, None
+        for block, queries in zip(self.blocks, self.schedule, strict=True):
+            assert isinstance(block, Block)
+            normed_TM, cache = block.encode_keys(x_TM, layout, rotation)
+            caches.append(cache)
+            layouts.append(layout)
+            if not queries:
+                break
+            tail, kept = layout.tail(self._with_separators(queries))
+            if kept is not None:
+                x_TM, normed_TM = x_TM.index_select(0, kept), normed_TM.index_select(0, kept)
+                rotation = rotation.select(kept) if rotation is not None else None
+            if tail.width:
+                if mask is None or mask_of != (id(tail), id(layout)):
+                    mask = sequence_mask(tail, layout, self.config.attention, x_TM.dtype)
+                    mask_of = (id(tail), id(layout))
+                x_TM = block.encode_s(x_TM, normed_TM, cache, tail, mask, rotation)
+            layout = tail
+        top_RM = self._mean(self.norm(x_TM), layout) if self.schedule[-1] else None
+        return RequestState(tuple(caches), tuple(layouts), top_RM)
+
+    def score_candidates(self, batch: RequestBatch, state: RequestState) -> Scores:
+        """Run stage II: the NS-tokens of every candidate against its request's state; events are not read."""
+        config, request_N = self.config, batch.candidate_request_N
+        x_PNM = self.ns_tokenizer(
+            self.embeddings("user", batch.user_RU),
+            self.embeddings("context", batch.context_RK),
+            self.embeddings("item", batch.item_NI),
+            request_N,
+        )
+        first = state.layouts[0]
+        # A wider group also computes scores between its candidates only to mask them: keep that below the S side.
+        groups = Groups.of(batch.candidate_offsets_O, limit=max(first.width // config.num_ns_tokens, MIN_GROUP))
+        rotation = self._rotation(first.lengths_R[request_N], batch.request_time_R[request_N])
+        mask, mask_of = None, None
+        for block, cache, layout in zip(self.blocks, state.blocks, state.layouts, strict=True):
+            assert isinstance(block, Block)
+            if mask is None or mask_of is not layout:
+                mask = candidate_mask(layout, groups, config.num_ns_tokens, config.attention, x_PNM.dtype)
+                mask_of = layout
+            x_PNM = block.encode_ns(x_PNM, cache, groups, mask, rotation)
+        states_NF = self.norm(x_PNM).transpose(0, 1).flatten(1)
+        if state.top_RM is not None:
+            states_NF = torch.cat((states_NF, state.top_RM.index_select(0, request_N)), dim=1)
+        return self.heads(states_NF)
+
+    def _with_separators(self, queries: int) -> int:
+        """Return a number of S-queries with the [SEP] tokens added where all S-tokens are meant."""
+        if self.config.separators and queries == self.config.max_seq_len:
+            return queries + len(self.schema.sequences) - 1
+        return queries
+
+    def _rotation(self, index_X: Tensor, time_X: Tensor) -> Rotation | None:
+        if self.config.position not in ("rotary", "rotary_time"):
+            return None
+        return Rotation(self.config.position, self.config.head_dim, index_X, time_X)
+
+    @staticmethod
+    def _mean(x_TM: Tensor, layout: Layout) -> Tensor:
+        total_RM = x_TM.new_zeros(layout.lengths_R.shape[0], x_TM.shape[1]).index_add(0, layout.request_T, x_TM)
+        return total_RM / layout.lengths_R.clamp(min=1)[:, None]
+
+
+MIN_GROUP = 8
+"""Candidates that may share a group however short the sequences are."""

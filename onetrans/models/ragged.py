@@ -1,0 +1,167 @@
+"""Uneven lengths without loops: how packed events and candidates are laid out for attention.
+
+Linear layers run on packed rows, where nothing is wasted.  Only attention needs
+a rectangle.  There events stand *right-aligned*: the last slot of a request is
+its most recent event, so "the last n slots" is the tail that the pyramid keeps.
+Candidates stand in groups of a few, each group of one request.
+
+Shape suffixes: those of :mod:`onetrans.batch`, and
+
+    T  packed tokens (events) of all requests     L  slots of one request
+    G  groups of candidates                       C  slots of one group
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from onetrans.batch import RequestBatch
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the packed tokens of each request stand in an (R, L) rectangle, right-aligned."""
+
+    lengths_R: Tensor
+    """Tokens of each request; may be 0."""
+    request_T: Tensor
+    """Request of each token."""
+    age_T: Tensor
+    """Tokens of the same request that come after this one; 0 for the most recent."""
+    slot_T: Tensor
+    """Slot of each token in the flattened rectangle."""
+    width: int
+    """L, the longest request of the batch."""
+
+    @classmethod
+    def of(cls, lengths_R: Tensor) -> Layout:
+        """Return the layout of packed tokens, request after request, oldest first."""
+        total = int(lengths_R.sum())
+        width = int(lengths_R.max()) if lengths_R.numel() else 0
+        request_T = torch.repeat_interleave(
+            torch.arange(lengths_R.shape[0], device=lengths_R.device), lengths_R, output_size=total
+        )
+        end_R = lengths_R.cumsum(0)
+        age_T = end_R[request_T] - 1 - torch.arange(total, device=lengths_R.device)
+        return cls(lengths_R, request_T, age_T, request_T * width + (width - 1 - age_T), width)
+
+    @property
+    def index_T(self) -> Tensor:
+        """Tokens of the same request that come before this one; 0 for the oldest."""
+        return self.lengths_R[self.request_T] - 1 - self.age_T
+
+    @property
+    def real_RL(self) -> Tensor:
+        """Which slots hold a token."""
+        age_L = torch.arange(self.width - 1, -1, -1, device=self.lengths_R.device)
+        return age_L < self.lengths_R[:, None]
+
+    def pad(self, x_TF: Tensor) -> Tensor:
+        """Return (R, L, F) with zeros in empty slots."""
+        requests = self.lengths_R.shape[0]
+        flat = x_TF.new_zeros(requests * self.width, x_TF.shape[1]).index_copy(0, self.slot_T, x_TF)
+        return flat.view(requests, self.width, x_TF.shape[1])
+
+    def unpad(self, x_RLF: Tensor) -> Tensor:
+        """Return the packed rows (T, F): the inverse of :meth:`pad`."""
+        return x_RLF.reshape(-1, x_RLF.shape[-1]).index_select(0, self.slot_T)
+
+    def tail(self, limit: int) -> tuple[Layout, Tensor | None]:
+        """Return the layout of each request's last ``limit`` tokens, and which tokens those are.
+
+        None stands for all of them: then the layout is this very object.
+        """
+        if limit >= self.width:
+            return self, None
+        kept = (self.age_T < limit).nonzero().squeeze(1)
+        return Layout.of(self.lengths_R.clamp(max=limit)), kept
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Candidates in groups of at most C, each group of one request, as a (G, C) rectangle."""
+
+    request_G: Tensor | None
+    """Request of each group; None when group r is all of request r."""
+    slot_N: Tensor | None
+    """Slot of each candidate in the flattened rectangle; None when candidates fill it in order."""
+    count: int
+    """G."""
+    size: int
+    """C."""
+
+    @classmethod
+    def of(cls, offsets_O: Tensor, limit: int) -> Groups:
+        """Group the candidates of a batch, at most ``limit`` (and at least one) to a group.
+
+        One large request must not widen the rectangle for all others, and few groups per request are better,
+        since each copies its request's keys: the size with the least slots is taken, a group counted as
+        :data:`GROUP_COST` further slots.
+        """
+        counts_R = offsets_O[1:] - offsets_O[:-1]
+        largest = int(counts_R.max()) if counts_R.numel() else 0
+        if largest == 0:
+            return cls(None, None, counts_R.shape[0], 1)
+        mean = -(-int(offsets_O[-1]) // counts_R.shape[0])
+        tries = sorted(
+            {min(max(size, 1), limit, largest) for size in (mean // 2, mean, mean * 3 // 2, mean * 2, largest)}
+        )
+        needed = {size: int(((counts_R + size - 1) // size).sum()) for size in tries}
+        size = min(tries, key=lambda c: needed[c] * (c + GROUP_COST))
+        groups_R = (counts_R + size - 1) // size
+        total = int(offsets_O[-1])
+        one_each = size == largest
+        if one_each and total == counts_R.shape[0] * size:
+            return cls(None, None, counts_R.shape[0], size)
+        if one_each:
+            groups_R = torch.ones_like(groups_R)
+        count = int(groups_R.sum())
+        requests_R = torch.arange(counts_R.shape[0], device=offsets_O.device)
+        first_R = groups_R.cumsum(0) - groups_R
+        request_N = torch.repeat_interleave(requests_R, counts_R, output_size=total)
+        place_N = torch.arange(total, device=offsets_O.device) - offsets_O[request_N]
+        return cls(
+            None if one_each else torch.repeat_interleave(requests_R, groups_R, output_size=count),
+            first_R[request_N] * size + place_N,
+            count,
+            size,
+        )
+
+    def pad(self, x_NF: Tensor) -> Tensor:
+        """Return (G, C, F) with zeros in empty slots."""
+        if self.slot_N is not None:
+            x_NF = x_NF.new_zeros(self.count * self.size, x_NF.shape[1]).index_copy(0, self.slot_N, x_NF)
+        return x_NF.reshape(self.count, self.size, x_NF.shape[1])
+
+    def unpad(self, x_GCF: Tensor) -> Tensor:
+        """Return (N, F): the inverse of :meth:`pad`."""
+        flat = x_GCF.reshape(self.count * self.size, x_GCF.shape[-1])
+        return flat if self.slot_N is None else flat.index_select(0, self.slot_N)
+
+    def of_request(self, x_R: Tensor) -> Tensor:
+        """Return a request's rows for each group, (G, ...)."""
+        return x_R if self.request_G is None else x_R.index_select(0, self.request_G)
+
+
+GROUP_COST = 4
+"""Slots of a group's rectangle that cost as much as copying a request's keys once more (an estimate)."""
+
+
+def latest_events(batch: RequestBatch, limit: int) -> RequestBatch:
+    """Return the batch with each request's most recent ``limit`` events, all sequences together."""
+    lengths_R = batch.event_offsets_O[1:] - batch.event_offsets_O[:-1]
+    layout, kept = Layout.of(lengths_R).tail(limit)
+    if kept is None:
+        return batch
+    offsets_O = torch.zeros_like(batch.event_offsets_O)
+    offsets_O[1:] = layout.lengths_R.cumsum(0)
+    return replace(
+        batch,
+        event_EV=batch.event_EV[kept],
+        event_sequence_E=batch.event_sequence_E[kept],
+        event_time_E=batch.event_time_E[kept],
+        event_offsets_O=offsets_O,
+    )

@@ -1,0 +1,84 @@
+"""What both models have in common: their interface, their outputs and the heads that compute them.
+
+Shape suffixes: those of :mod:`onetrans.batch`, and
+
+    F  width of a state given to the heads     C  tasks (CTR, CVR)
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from onetrans.batch import RequestBatch
+from onetrans.models.config import ModelConfig
+from onetrans.models.embeddings import Embeddings
+from onetrans.schema import FeatureSchema
+
+
+class Scores(NamedTuple):
+    """One score per task for each of a batch's N candidates, in the batch's order."""
+
+    ctr_logit_N: Tensor
+    """Log-odds of a click given the impression."""
+    cvr_logit_N: Tensor
+    """Log-odds of a conversion given the click."""
+
+
+class RankingModel(nn.Module):
+    """A model that scores the candidates of a batch; each score depends on its own request and candidate alone."""
+
+    def __init__(self, config: ModelConfig, schema: FeatureSchema) -> None:
+        super().__init__()
+        self.config = config
+        self.schema = schema
+        self.embeddings = Embeddings(schema, config.embedding_dim)
+
+    def forward(self, batch: RequestBatch) -> Scores:
+        """Score every candidate of ``batch``."""
+        raise NotImplementedError
+
+    def embedding_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the embedding tables by parameter name; the gradient of a large one is sparse."""
+        return {f"embeddings.{name}": parameter for name, parameter in self.embeddings.named_parameters()}
+
+    def dense_parameters(self) -> dict[str, nn.Parameter]:
+        """Return every other parameter by name."""
+        tables = self.embedding_parameters()
+        return {name: parameter for name, parameter in self.named_parameters() if name not in tables}
+
+
+class Heads(nn.Module):
+    """One MLP with a hidden layer per task, on the same state."""
+
+    def __init__(self, state_dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.ctr = nn.Sequential(nn.Linear(state_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, 1))
+        self.cvr = nn.Sequential(nn.Linear(state_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, 1))
+
+    def forward(self, state_NF: Tensor) -> Scores:
+        """Return the logits of both tasks, always in float32."""
+        return Scores(self.ctr(state_NF).squeeze(-1).float(), self.cvr(state_NF).squeeze(-1).float())
+
+
+class RequestCandidateLinear(nn.Module):
+    """A linear layer over [request ; candidate] whose request part is computed once per request.
+
+    ``y = W [r ; c] + b`` equals ``W_r r + W_c c + b``, so nothing is repeated for the candidates of a request
+    but the sum.
+    """
+
+    def __init__(self, request_dim: int, candidate_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.request_dim = request_dim
+        self.linear = nn.Linear(request_dim + candidate_dim, out_dim)
+
+    def forward(self, request_RF: Tensor, candidate_NF: Tensor, request_N: Tensor) -> Tensor:
+        """Return (N, out); ``request_N`` is the request of each candidate."""
+        weight_r = self.linear.weight[:, : self.request_dim]
+        weight_c = self.linear.weight[:, self.request_dim :]
+        return F.linear(request_RF, weight_r).index_select(0, request_N) + F.linear(
+            candidate_NF, weight_c, self.linear.bias
+        )

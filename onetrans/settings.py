@@ -117,12 +117,18 @@ class TrainingSettings:
     """Impressions per optimizer step, reached by packing whole requests."""
     epochs: int = 1
     """Passes over the training days; the published recipe is one."""
+    click_weight: float = 1.0
+    """Weight of the click loss."""
+    conversion_weight: float = 1.0
+    """Weight of the conversion loss, which is a mean over clicked impressions."""
     seed: int = 17
     """Seed of initial weights and of the order of rows."""
     device: str = "auto"
     """``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
     threads: int = 0
     """CPU threads of one training process; 0: all cores."""
+    checkpoint_seconds: float = 120.0
+    """Time between two checkpoints: what a killed training loses at most."""
     runs: str = "var/runs"
     """Folder (or s3:// prefix) of plans, checkpoints and scores."""
 
@@ -131,6 +137,9 @@ class TrainingSettings:
         _at_least("training.lookback_days", self.lookback_days, 1)
         _at_least("training.batch_size", self.batch_size, 1)
         _at_least("training.epochs", self.epochs, 1)
+        _at_least("training.click_weight", self.click_weight, 0)
+        _at_least("training.conversion_weight", self.conversion_weight, 0)
+        _at_least("training.checkpoint_seconds", self.checkpoint_seconds, 0)
         _at_least("training.threads", self.threads, 0)
 
 

@@ -1,0 +1,450 @@
+"""The plan of one day's training: which days, from which data, starting from what; decided once and pinned.
+
+Both models of a day read the same rows and start from the same earlier day:
+
+* *warm start*: the newest earlier day, at most ``lookback_days`` back, on which
+  both models finished with the same configuration and feature schema as now.
+  They go on from its checkpoints and read the days from that day to D-1 (its own
+  training ended the day before it);
+* *look-back*: without such a day both start from fresh weights and read the
+  ``lookback_days`` before D, or as many as were ever published.
+
+A plan's id is a hash of everything that decides the outcome: data files,
+configurations, schema and warm start.  Planning again with nothing changed finds
+the same folder, and each step finds its finished work in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+import subprocess
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, date, datetime
+from pathlib import Path
+from typing import Any, get_args
+
+from onetrans import storage
+from onetrans.days import day_range, days_before, describe_days, parse_day
+from onetrans.errors import BadConfigError, NotReadyError
+from onetrans.lake import Lake
+from onetrans.models.config import CONFIGS, ModelConfig, config_from_dict, config_to_dict, preset
+from onetrans.optim import OptimizerConfig, optimizer_preset
+from onetrans.schema import FeatureSchema
+from onetrans.settings import Preset, Settings, load_settings
+
+logger = logging.getLogger(__name__)
+
+TABLE = "training_requests"
+PLAN_FILE = "plan.json"
+FINISHED_FILE = "finished.json"
+
+EXAMPLES = """examples:
+  onetrans plan --ds 2022-05-06
+  onetrans plan --ds 2022-05-06 --config tiny --from-scratch --no-mlflow"""
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """What one model starts as."""
+
+    config: ModelConfig
+    """The model's configuration."""
+    optimizer: OptimizerConfig
+    """How its weights are updated."""
+    warm_start: str | None
+    """Folder of the finished training it goes on from; None: fresh weights."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return {**self.decides(), "warm_start": self.warm_start}
+
+    def decides(self) -> dict[str, dict[str, Any]]:
+        """Return what a later training must have in common with this one to go on from it."""
+        return {"config": config_to_dict(self.config), "optimizer": asdict(self.optimizer)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ModelPlan:
+        """Read what :meth:`to_dict` wrote."""
+        return cls(config_from_dict(data["config"]), OptimizerConfig(**data["optimizer"]), data["warm_start"])
+
+
+def preset_models(preset_name: str) -> dict[str, ModelPlan]:
+    """Return both models in a named size, with fresh weights."""
+    return {name: ModelPlan(preset(name, preset_name), optimizer_preset(preset_name), None) for name in CONFIGS}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How both models are trained."""
+
+    batch_size: int
+    """Impressions per optimizer step, about."""
+    epochs: int
+    """Passes over the training days."""
+    seed: int
+    """Seed of initial weights and of the order of rows."""
+    click_weight: float
+    """Weight of the click loss."""
+    conversion_weight: float
+    """Weight of the conversion loss, which is a mean over clicked impressions."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One day's training, pinned."""
+
+    plan_id: str
+    """Hash of what decides the outcome."""
+    path: str
+    """Folder of everything this training writes."""
+    ds: date
+    """The day both models are evaluated on; training days lie before it."""
+    preset: str
+    """Named size of both models."""
+    decision: str
+    """Why these days and this start, in words."""
+    train_days: tuple[date, ...]
+    """Days read for training, oldest first."""
+    warm_start_ds: date | None
+    """Day whose finished training is continued; None: fresh weights."""
+    snapshot_id: int
+    """Snapshot of ``training_requests`` at the time of planning."""
+    train_files: tuple[str, ...]
+    """Data files of the training days in that snapshot, in reading order."""
+    evaluation_files: tuple[str, ...]
+    """Data files of ``ds`` in that snapshot."""
+    schema: FeatureSchema
+    """The feature schema."""
+    recipe: Recipe
+    """How both models are trained."""
+    models: Mapping[str, ModelPlan]
+    """Per model name, what it starts as."""
+    git_revision: str
+    """Revision of the code that planned, ``+changes`` when it was edited since, or ``unknown``."""
+    created_at: str
+    """When the plan was made, UTC."""
+    mlflow_run_id: str = ""
+    """Parent run of the day; empty: nothing is tracked."""
+
+    def model_path(self, model_name: str) -> str:
+        """Return the folder of one model's training.
+
+        Raises:
+            BadConfigError: if the plan has no such model.
+        """
+        if model_name not in self.models:
+            raise BadConfigError(f"the plan has no model {model_name!r}; its models are {', '.join(self.models)}")
+        return storage.join(self.path, model_name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for ``plan.json``."""
+        return {
+            **{name: getattr(self, name) for name in self.__dataclass_fields__},
+            "ds": str(self.ds),
+            "train_days": [str(day) for day in self.train_days],
+            "warm_start_ds": str(self.warm_start_ds) if self.warm_start_ds else None,
+            "schema": self.schema.to_dict(),
+            "recipe": asdict(self.recipe),
+            "models": {name: model.to_dict() for name, model in self.models.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Plan:
+        """Read what :meth:`to_dict` wrote."""
+        return cls(
+            **{
+                **data,
+                "ds": parse_day(data["ds"]),
+                "train_days": tuple(parse_day(day) for day in data["train_days"]),
+                "warm_start_ds": parse_day(data["warm_start_ds"]) if data["warm_start_ds"] else None,
+                "train_files": tuple(data["train_files"]),
+                "evaluation_files": tuple(data["evaluation_files"]),
+                "schema": FeatureSchema.from_dict(data["schema"]),
+                "recipe": Recipe(**data["recipe"]),
+                "models": {name: ModelPlan.from_dict(model) for name, model in data["models"].items()},
+            }
+        )
+
+    def save(self) -> Plan:
+        """Write ``plan.json`` and return the plan."""
+        storage.write_json(storage.join(self.path, PLAN_FILE), self.to_dict())
+        return self
+
+    @classmethod
+    def load(cls, path: str) -> Plan:
+        """Read a plan from its folder, or from its ``plan.json``.
+
+        Raises:
+            BadConfigError: if there is none, or it was written by another version.
+        """
+        folder = path.rstrip("/").removesuffix(f"/{PLAN_FILE}")
+        try:
+            data = storage.read_json(storage.join(folder, PLAN_FILE))
+            # The folder as it is found now: a run may have been copied.
+            return replace(cls.from_dict(data), path=storage.resolve(folder))
+        except FileNotFoundError as error:
+            raise BadConfigError(f"there is no plan at {path}; run: onetrans plan --ds DAY") from error
+        except (KeyError, TypeError) as error:
+            raise BadConfigError(f"{path} was written by another version of onetrans ({error}); plan again") from error
+
+
+@dataclass(frozen=True)
+class _Start:
+    """Where training begins: the days to read and what to go on from."""
+
+    days: list[date]
+    decision: str
+    ds: date | None = None
+    folder: str | None = None
+
+
+def make_plan(
+    settings: Settings,
+    ds: date,
+    schema: FeatureSchema,
+    *,
+    models: Mapping[str, ModelPlan] | None = None,
+    from_scratch: bool = False,
+    track: bool = True,
+) -> Plan:
+    """Decide one day's training and write it down; the same inputs find the plan made before.
+
+    Args:
+        settings: where lake and runs are, and how to train.
+        ds: the day to evaluate on.
+        schema: the feature schema.
+        models: configurations of each model; default: the preset of the settings.
+        from_scratch: leave earlier trainings aside.
+        track: open the day's parent run in MLflow.
+
+    Raises:
+        NotReadyError: if ``ds``, or one of the days to train on, is not published.
+    """
+    lake = Lake(settings.lake)
+    training = settings.training
+    models = models or preset_models(training.preset)
+    snapshot_id = lake.snapshot_id(TABLE)
+    if snapshot_id is None:
+        raise NotReadyError(f"table {TABLE} has no published day; needed: {ds} and the days before it")
+    start = _decide(lake, snapshot_id, settings, ds, schema, models, from_scratch)
+    recipe = Recipe(
+        training.batch_size, training.epochs, training.seed, training.click_weight, training.conversion_weight
+    )
+    train_files = lake.files(TABLE, start.days, snapshot_id)
+    evaluation_files = lake.files(TABLE, [ds], snapshot_id)
+    decides = {
+        "train": train_files,
+        "evaluation": evaluation_files,
+        "schema": schema.fingerprint,
+        "recipe": asdict(recipe),
+        "models": {name: model.decides() for name, model in models.items()},
+        "warm_start": start.folder and start.folder.rsplit("/", 1)[-1],
+    }
+    plan_id = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
+    path = storage.join(storage.resolve(training.runs), f"ds={ds}", plan_id)
+    if storage.exists(storage.join(path, PLAN_FILE)):
+        plan = Plan.load(path)
+        logger.info("plan %s of %s was made before, on %s", plan_id, ds, plan.created_at)
+    else:
+        plan = Plan(
+            plan_id=plan_id,
+            path=path,
+            ds=ds,
+            preset=training.preset,
+            decision=start.decision,
+            train_days=tuple(start.days),
+            warm_start_ds=start.ds,
+            snapshot_id=snapshot_id,
+            train_files=tuple(train_files),
+            evaluation_files=tuple(evaluation_files),
+            schema=schema,
+            recipe=recipe,
+            models={
+                name: replace(model, warm_start=start.folder and storage.join(start.folder, name))
+                for name, model in models.items()
+            },
+            git_revision=git_revision(),
+            created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        ).save()
+    if track and not plan.mlflow_run_id:
+        from onetrans.tracking import start_day
+
+        plan = replace(plan, mlflow_run_id=start_day(settings, plan)).save()
+    return plan
+
+
+def _decide(
+    lake: Lake,
+    snapshot_id: int,
+    settings: Settings,
+    ds: date,
+    schema: FeatureSchema,
+    models: Mapping[str, ModelPlan],
+    from_scratch: bool,
+) -> _Start:
+    published = lake.days(TABLE, snapshot_id)
+    window = days_before(ds, settings.training.lookback_days)
+    if from_scratch:
+        reason = "fresh weights, as asked"
+    else:
+        found, reason = _newest_finished(settings, window, schema, models)
+        if found is not None:
+            days = day_range(found.ds, window[-1])
+            _require_published(published, [*days, ds])
+            text = f"goes on from the training of {found.ds} and reads {describe_days(days)}"
+            return _Start(days, text, found.ds, found.folder)
+    earlier = [day for day in published if day < ds]
+    days = [day for day in window if not earlier or day >= earlier[0]]
+    # Without any earlier day the day before is named as missing, not the whole window.
+    _require_published(published, [*(days if earlier else window[-1:]), ds])
+    return _Start(days, f"{reason}; reads {describe_days(days)}")
+
+
+def _require_published(published: list[date], needed: list[date]) -> None:
+    missing = sorted(set(needed) - set(published))
+    if missing:
+        raise NotReadyError(
+            f"table {TABLE} has no published {describe_days(missing)}, needed to train for {needed[-1]}; "
+            f"published are {describe_days(published)}"
+        )
+
+
+@dataclass(frozen=True)
+class _Finished:
+    """An earlier day on which every model finished."""
+
+    ds: date
+    folder: str
+
+
+def _newest_finished(
+    settings: Settings, window: list[date], schema: FeatureSchema, models: Mapping[str, ModelPlan]
+) -> tuple[_Finished | None, str]:
+    """Return the newest training in ``window`` that all of ``models`` can go on from, else None and why."""
+    why_not = f"fresh weights, as no training of the last {len(window)} days is finished"
+    for day in reversed(window):
+        folder = storage.join(storage.resolve(settings.training.runs), f"ds={day}")
+        records: dict[str, dict[str, dict[str, Any]]] = {}
+        for file in storage.list_files(folder, FINISHED_FILE):
+            run, model_name, _ = file.rsplit("/", 2)
+            if model_name in models:
+                records.setdefault(run, {})[model_name] = storage.read_json(file)
+        # Several plans of one day may be finished: take the one finished last.
+        whole = sorted(
+            (max(str(r["finished_at"]) for r in run.values()), path)
+            for path, run in records.items()
+            if set(run) == set(models)
+        )
+        for _, path in reversed(whole):
+            difference = _difference(records[path], schema, models)
+            if difference is None:
+                return _Finished(day, path), ""
+            if why_not.endswith("is finished"):
+                why_not = f"fresh weights for every model, as the training of {day} had {difference}"
+    return None, why_not
+
+
+def _difference(
+    records: Mapping[str, Mapping[str, Any]], schema: FeatureSchema, models: Mapping[str, ModelPlan]
+) -> str | None:
+    """Say what keeps a finished training from being continued; None if nothing does."""
+    for name, record in records.items():
+        if record["schema_fingerprint"] != schema.fingerprint:
+            return "another feature schema"
+        for part, now in models[name].decides().items():
+            then = record[part]
+            changed = sorted(field for field in {*now, *then} if now.get(field) != then.get(field))
+            if changed:
+                field = changed[0]
+                return f"{name} {part}: {field} = {then.get(field)!r}, now {now.get(field)!r}"
+    return None
+
+
+def git_revision() -> str:
+    """Return the code's git revision, with ``+changes`` if files were edited, or ``unknown`` outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        revision, edited = (
+            subprocess.run(
+                ["git", "-C", str(here), *command], capture_output=True, text=True, check=True, timeout=30
+            ).stdout.strip()
+            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return f"{revision}+changes" if edited else revision
+
+
+def load_schema(settings: Settings) -> FeatureSchema:
+    """Return the feature schema of the settings: the named file, the one beside the log, or the source's own.
+
+    Raises:
+        BadConfigError: if there is none of them, or it is refused.
+    """
+    source = settings.source
+    if source.schema:
+        return FeatureSchema.load(source.schema)
+    beside = Path(source.path) / "schema.toml"
+    own = Path(__file__).parents[1] / "jobs" / "sources" / source.kind / "schema.toml"
+    for candidate in (beside, own):
+        if candidate.is_file():
+            return FeatureSchema.load(candidate)
+    raise BadConfigError(f"source.schema is empty, and there is neither {beside} nor {own}")
+
+
+# Command
+
+
+def add_day_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options that decide a plan, shared by the commands that can make one themselves."""
+    parser.add_argument("--ds", type=parse_day, help="day to evaluate on; training reads the days before it")
+    parser.add_argument("--config", choices=get_args(Preset), help="size of both models (default: training.preset)")
+    parser.add_argument("--from-scratch", action="store_true", help="fresh weights and the look-back window")
+    parser.add_argument("--no-mlflow", action="store_true", help="record nothing in MLflow")
+
+
+def plan_of(arguments: argparse.Namespace, settings: Settings) -> Plan:
+    """Return the plan the options name, or make the one they describe."""
+    if getattr(arguments, "plan", None):
+        return Plan.load(arguments.plan)
+    if arguments.ds is None:
+        raise BadConfigError("either --plan PATH or --ds DAY is needed")
+    if arguments.config:
+        settings = replace(settings, training=replace(settings.training, preset=arguments.config))
+    return make_plan(
+        settings,
+        arguments.ds,
+        load_schema(settings),
+        from_scratch=arguments.from_scratch,
+        track=not arguments.no_mlflow,
+    )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    add_day_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Make the plan and print its folder, the value of ``--plan`` for the steps that follow."""
+    plan = plan_of(arguments, load_settings())
+    logger.info("plan %s of %s (%s): %s", plan.plan_id, plan.ds, plan.preset, plan.decision)
+    print(plan.path)
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command as ``python -m onetrans.plan``."""
+    import sys
+
+    from onetrans.cli import main as cli
+
+    return cli(["plan", *(sys.argv[1:] if argv is None else argv)])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -201,15 +201,11 @@ class Optimizers:
             raise BadConfigError(
                 f"optimizer.dense = {self.config.dense!r}, but the saved state is of {state['config']['dense']!r}"
             )
-        rates = [
-            (optimizer, group["lr"]) for optimizer in (self.dense, self.embedding) for group in optimizer.param_groups
-        ]
         self.steps = state["steps"]
         self.dense.load_state_dict(state["dense"])
         self.embedding.load_state_dict(state["embedding"])
-        groups = [group for optimizer in (self.dense, self.embedding) for group in optimizer.param_groups]
-        for group, (_, lr) in zip(groups, rates, strict=True):
-            group["lr"] = lr
+        for group in self.embedding.param_groups:
+            group["lr"] = self.config.embedding_lr
 
 
 def build_optimizers(model: RankingModel, config: OptimizerConfig) -> Optimizers:

@@ -130,3 +130,10 @@ def delete_tree(path: str) -> None:
     filesystem, inner = open_filesystem(path)
     if filesystem.get_file_info(inner).type == fs.FileType.Directory:
         filesystem.delete_dir(inner)
+
+
+def delete_file(path: str) -> None:
+    """Delete a file; nothing happens if it is not there."""
+    filesystem, inner = open_filesystem(path)
+    if filesystem.get_file_info(inner).type == fs.FileType.File:
+        filesystem.delete_file(inner)

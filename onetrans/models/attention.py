@@ -28,19 +28,19 @@ _LONGEST_PERIOD_S = 365 * 86_400.0
 
 
 class Rotation:
-    """Cosine and sine by which queries and keys of a row turn; None of it where positions do not rotate."""
+    """Cosine and sine by which the queries and keys of packed rows turn."""
 
-    def __init__(self, position: Position, head_dim: int, index_X: Tensor, time_X: Tensor) -> None:
+    def __init__(self, position: Position, head_dim: int, index_X: Tensor, time_X: Tensor, dtype: torch.dtype) -> None:
         """Prepare the rotation of rows with an ``index`` (tokens) and a ``time`` (microseconds since 1970)."""
         angle_XA = _angles(position, head_dim, index_X, time_X)
-        self.cos_X1A = angle_XA.cos()[:, None, :]
-        self.sin_X1A = angle_XA.sin()[:, None, :]
+        self.cos_X1A = angle_XA.cos().to(dtype)[:, None, :]
+        self.sin_X1A = angle_XA.sin().to(dtype)[:, None, :]
 
     def __call__(self, x_XHD: Tensor) -> Tensor:
         """Turn each pair (d, d + D/2) of ``x`` (..., X, H, D) by its row's angles."""
         a, b = x_XHD.chunk(2, dim=-1)
-        cos, sin = self.cos_X1A.to(a.dtype), self.sin_X1A.to(a.dtype)
-        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+        cos, sin = self.cos_X1A, self.sin_X1A
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x_XHD.dtype)
 
     def select(self, kept: Tensor) -> Rotation:
         """Return the rotation of some of the rows."""
@@ -51,7 +51,7 @@ class Rotation:
 
 
 def _angles(position: Position, head_dim: int, index_X: Tensor, time_X: Tensor) -> Tensor:
-    """Return angles in [0, 2 pi); float64 on the way, since a time in seconds needs 31 bits before the point."""
+    """Return angles in float64: a time in seconds needs 31 bits before the point."""
     planes = head_dim // 2
     by_time = planes // 2 if position == "rotary_time" else 0
     by_index = planes - by_time
@@ -62,7 +62,7 @@ def _angles(position: Position, head_dim: int, index_X: Tensor, time_X: Tensor) 
         period = _SHORTEST_PERIOD_S * (_LONGEST_PERIOD_S / _SHORTEST_PERIOD_S) ** steps
         turns_XA = (time_X.double()[:, None] * 1e-6) / period
         angle_XA = torch.cat((angle_XA, (turns_XA - turns_XA.floor()) * 2 * math.pi), dim=1)
-    return angle_XA.remainder(2 * math.pi).float()
+    return angle_XA
 
 
 def sequence_mask(queries: Layout, keys: Layout, attention: Attention, dtype: torch.dtype) -> Tensor:

@@ -333,7 +333,7 @@ def config_from_dict(data: Mapping[str, Any]) -> ModelConfig:
     Raises:
         BadConfigError: on an unknown model or field, a missing field, or a refused value.
     """
-    values = dict(data)
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
     name = values.pop("model", None)
     if name not in CONFIGS:
         raise BadConfigError(f"model configuration: model = {name!r} is none of {', '.join(CONFIGS)}")
@@ -343,7 +343,7 @@ def config_from_dict(data: Mapping[str, Any]) -> ModelConfig:
     if unknown:
         raise BadConfigError(f"{name} has no field {unknown[0]!r}; its fields are {', '.join(known)}")
     try:
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        return cls(**values)
     except TypeError as error:
         raise BadConfigError(f"{name}: {str(error).replace('__init__() ', '')}") from error
 

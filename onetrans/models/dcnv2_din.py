@@ -11,6 +11,8 @@ Shape suffixes: those of :mod:`onetrans.batch` and :mod:`onetrans.models.ragged`
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -79,7 +81,7 @@ class InterestPooling(nn.Module):
         super().__init__()
         self.first = nn.Linear(4 * event_dim, hidden[0])
         widths = (*hidden, 1)
-        self.rest = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.rest = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
 
     def forward(self, target_GCQ: Tensor, event_GLQ: Tensor, real_GL: Tensor) -> Tensor:
         """Return the pooled events (G, C, Q) of each candidate; zero where a request has none."""
@@ -139,11 +141,11 @@ class DCNv2DIN(RankingModel):
         self.target = Target(embeddings)
         self.recency = Recency(embeddings.width)
         self.pooling = nn.ModuleList(InterestPooling(event_dim, config.attention_hidden) for _ in schema.sequences)
-        width = sum(embeddings.output_dim(side) for side in ("user", "context", "item"))  # type: ignore[arg-type]
+        width = sum(embeddings.output_dim(side) for side in ("user", "context", "item"))
         width += len(schema.sequences) * event_dim
         self.cross = nn.ModuleList(CrossLayer(width, config.cross_rank) for _ in range(config.cross_layers))
         layers: list[nn.Module] = []
-        for a, b in zip((width, *config.mlp_hidden), config.mlp_hidden, strict=False):
+        for a, b in pairwise((width, *config.mlp_hidden)):
             layers += [nn.Linear(a, b), Normalize(config.normalization, b), nn.ReLU(), nn.Dropout(config.dropout)]
         self.mlp = nn.Sequential(*layers)
         self.heads = Heads(width + config.mlp_hidden[-1], config.head_hidden)

@@ -48,7 +48,7 @@ class Embeddings(nn.Module):
         if rows_MF.shape[1] != len(features):
             raise ValueError(f"{side} rows have {rows_MF.shape[1]} columns, the schema has {len(features)} features")
         if not features:
-            return rows_MF.new_zeros((rows_MF.shape[0], 0), dtype=torch.get_default_dtype())
+            return next(self.parameters()).new_zeros((rows_MF.shape[0], 0))
         return torch.cat(
             [
                 F.embedding(rows_MF[:, i], self.table(f.embedding), sparse=f.rows >= SPARSE_FROM_ROWS)

@@ -25,7 +25,7 @@ from onetrans.models.attention import Rotation, attend, candidate_mask, sequence
 from onetrans.models.config import OneTransConfig
 from onetrans.models.ragged import Groups, Layout, latest_events
 from onetrans.models.ranking import Heads, RankingModel, Scores
-from onetrans.models.tokenizer import AutoSplit, GroupWise, SequenceTokenizer, SequenceTokens
+from onetrans.models.tokenizer import AutoSplit, GroupWise, SequenceTokenizer
 from onetrans.schema import FeatureSchema
 
 
@@ -238,7 +238,8 @@ class OneTrans(RankingModel):
     def _rotation(self, index_X: Tensor, time_X: Tensor) -> Rotation | None:
         if self.config.position not in ("rotary", "rotary_time"):
             return None
-        return Rotation(self.config.position, self.config.head_dim, index_X, time_X)
+        dtype = self.norm.weight.dtype
+        return Rotation(self.config.position, self.config.head_dim, index_X, time_X, dtype)
 
     @staticmethod
     def _mean(x_TM: Tensor, layout: Layout) -> Tensor:

@@ -106,9 +106,8 @@ class Groups:
         if largest == 0:
             return cls(None, None, counts_R.shape[0], 1)
         mean = -(-int(offsets_O[-1]) // counts_R.shape[0])
-        tries = sorted(
-            {min(max(size, 1), limit, largest) for size in (mean // 2, mean, mean * 3 // 2, mean * 2, largest)}
-        )
+        likely = (mean // 2, mean, mean * 3 // 2, mean * 2, largest)
+        tries = sorted({min(max(size, 1), limit, largest) for size in likely})
         needed = {size: int(((counts_R + size - 1) // size).sum()) for size in tries}
         size = min(tries, key=lambda c: needed[c] * (c + GROUP_COST))
         groups_R = (counts_R + size - 1) // size

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -59,8 +60,13 @@ class Heads(nn.Module):
         self.cvr = nn.Sequential(nn.Linear(state_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, 1))
 
     def forward(self, state_NF: Tensor) -> Scores:
-        """Return the logits of both tasks, always in float32."""
-        return Scores(self.ctr(state_NF).squeeze(-1).float(), self.cvr(state_NF).squeeze(-1).float())
+        """Return the logits of both tasks, in float32 also where the model runs in half precision."""
+        ctr_N, cvr_N = self.ctr(state_NF).squeeze(-1), self.cvr(state_NF).squeeze(-1)
+        return Scores(_at_least_float32(ctr_N), _at_least_float32(cvr_N))
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class RequestCandidateLinear(nn.Module):

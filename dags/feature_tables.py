@@ -1,0 +1,101 @@
+"""
+# Feature tables
+
+Builds, audits and publishes the six tables of one day.
+
+| step | what it does | when it fails |
+|---|---|---|
+| `build` | a Spark job writes the day's rows to files of their own | nothing is published |
+| `audit` | Great Expectations judges exactly those files; pages in Data Docs | the day stops, published data stays |
+| `publish` | one Iceberg commit replaces the day | readers see the old day or the new one, never a part |
+
+**Order.** Features of users and items are counted over the days *before* this one, so they wait for nothing.
+`behavior_sequences` adds today's events to yesterday's tail. `training_requests` joins them all, with yesterday's tail
+for what was known before each request. Days are therefore run one after another.
+
+**Run one day by hand:** *Trigger*, fill in *Day*. **Run a range again:** *Trigger* -> *Backfill*; a day that is run
+again replaces its rows and gives the same ones.
+
+**When a step fails:** its log ends with one paragraph that names table, day, column and an example. `BAD DATA` and
+`BAD CONFIGURATION` are not retried, anything else is. Correct the cause, then *Clear* the task: what follows it runs
+too. Single bad rows do not fail a step: they go to the table `quarantine`, with the reason.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+from airflow.sdk import DAG, Asset, TaskGroup
+
+from dags.days import DAILY, START, day_param
+from dags.steps import DAY, DEFAULTS, Step
+
+NEEDS: dict[str, tuple[str, ...]] = {
+    "impressions": (),
+    "behaviors": (),
+    "user_features": (),
+    "item_features": (),
+    "behavior_sequences": ("behaviors",),
+    "training_requests": ("impressions", "behaviors", "user_features", "item_features"),
+}
+"""Table -> tables whose same day it reads."""
+
+ABOUT: dict[str, str] = {
+    "impressions": "What was shown, with clicks and conversions: cleaned, deduplicated, bad rows in quarantine.",
+    "behaviors": "What users did, with the time at which each event became known.",
+    "user_features": "Users, with their counts and rates over the days before.",
+    "item_features": "Items, with their counts and rates over the days before.",
+    "behavior_sequences": "Per user the latest events at the end of the day: yesterday's tail plus today.",
+    "training_requests": "One row per request: user, context, sequences strictly before it, candidates with labels.",
+}
+"""Table -> what it holds, shown beside its steps."""
+
+
+def table_asset(table: str) -> Asset:
+    """Return the asset that stands for a published table; its events carry the day as ``ds``."""
+    return Asset(name=f"ranking.{table}", uri=f"iceberg://ranking/{table}", group="feature_tables")
+
+
+with DAG(
+    dag_id="feature_tables",
+    description="One day's tables: built by Spark, audited, published as Iceberg commits",
+    schedule=DAILY,
+    start_date=START,
+    catchup=False,
+    max_active_runs=1,  # Today's tail is built on yesterday's.
+    dagrun_timeout=timedelta(hours=12),
+    default_args=DEFAULTS,
+    params={"ds": day_param()},
+    tags=["ranking", "data"],
+    doc_md=__doc__,
+) as dag:
+    groups: dict[str, TaskGroup] = {}
+    for table, needed in NEEDS.items():
+        with TaskGroup(group_id=table, tooltip=ABOUT[table]) as groups[table]:
+            build = Step(
+                task_id="build",
+                module=f"jobs.{table}",
+                arguments=["--ds", DAY],
+                execution_timeout=timedelta(hours=2),
+                doc_md=f"{ABOUT[table]}\n\nBy hand: `python -m jobs.{table} --ds DAY`",
+            )
+            audit = Step(
+                task_id="audit",
+                module="expectations.audit",
+                arguments=[table, "--ds", DAY],
+                execution_timeout=timedelta(hours=1),
+                doc_md=f"Judges the staged files of `{table}`.\n\n"
+                f"By hand: `python -m expectations.audit {table} --ds DAY`",
+            )
+            publish = Step(
+                task_id="publish",
+                module="onetrans.cli",
+                arguments=["publish", table, "--ds", DAY],
+                execution_timeout=timedelta(minutes=30),
+                outlets=[table_asset(table)],
+                doc_md=f"Makes the audited day of `{table}` what readers see.\n\n"
+                f"By hand: `onetrans publish {table} --ds DAY`",
+            )
+            build >> audit >> publish
+        for other in needed:
+            groups[other] >> groups[table]

@@ -1,0 +1,141 @@
+"""
+# Ranking model
+
+Trains OneTrans and the DCNv2+DIN baseline on the same rows of the days before this one, measures both on this day,
+which neither has seen, and makes OneTrans the champion if it is better beyond noise.
+
+| step | what it does |
+|---|---|
+| `wait_for_day` | waits until `training_requests` of the day is published, by whatever means; holds no worker |
+| `plan` | pins data snapshot, training days and the checkpoint to go on from; opens the day's MLflow run |
+| `train_*` | both models, side by side; a killed training goes on where it was |
+| `evaluate` | scores the day's rows with both: AUC, per-user AUC, log loss, calibration |
+| `gate` | compares them, paired, by a bootstrap over users |
+| `promote` | registers the model and moves the alias `champion`, if the gate says so |
+
+**Not better is not a failure:** the run succeeds, and `gate` and `promote` say why the champion stayed.
+
+**Run one day by hand:** *Trigger*, fill in *Day*. **Train a range again:** *Trigger* -> *Backfill*. Each day goes on
+from the one before, so days are run in order, one after another.
+
+**When a step fails:** its log ends with one paragraph. `BAD DATA` and `BAD CONFIGURATION` are not retried, anything
+else is. *Clear* the task to run it again: a step that was finished finds its own work and ends at once.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+from airflow.sdk import DAG, Asset, Param
+
+from dags.days import DAILY, START, day_param
+from dags.steps import DAY, DEFAULTS, Step, WaitStep
+
+AS_CONFIGURED = "as configured"
+"""Choice of the form that leaves a setting as the deployment has it."""
+
+PLAN = "{{ ti.xcom_pull(task_ids='plan') }}"
+"""Folder of the run's plan: the line `onetrans plan` printed last."""
+
+
+def choice(field: str, setting: str, choices: list[str], description: str) -> tuple[Param, dict[str, str]]:
+    """Return a form field, and the variable by which the steps learn what was chosen."""
+    param = Param(AS_CONFIGURED, type="string", enum=[AS_CONFIGURED, *choices], description=description)
+    return param, {setting: f"{{{{ '' if params.{field} == '{AS_CONFIGURED}' else params.{field} }}}}"}
+
+
+preset, preset_variable = choice(
+    "preset",
+    "ONETRANS_TRAINING_PRESET",
+    ["tiny", "small", "base", "large"],
+    "Size of both models. A size that differs from yesterday's starts from fresh weights.",
+)
+gate_mode, gate_variable = choice(
+    "gate_mode",
+    "ONETRANS_GATE_MODE",
+    ["enabled", "dry_run", "off"],
+    "enabled: promote a winner; dry_run: judge, but leave the alias; off: do not judge.",
+)
+VARIABLES = {**preset_variable, **gate_variable}
+
+with DAG(
+    dag_id="ranking_model",
+    description="Trains OneTrans and its baseline, compares them on the day, promotes what is better",
+    schedule=DAILY,
+    start_date=START,
+    catchup=False,
+    max_active_runs=1,  # Today's training goes on from yesterday's.
+    dagrun_timeout=timedelta(hours=36),
+    default_args=DEFAULTS,
+    params={
+        "ds": day_param(),
+        "preset": preset,
+        "from_scratch": Param(
+            False,
+            type="boolean",
+            title="From scratch",
+            description="Leave yesterday's checkpoint aside: fresh weights and the whole look-back window.",
+        ),
+        "gate_mode": gate_mode,
+    },
+    tags=["ranking", "model"],
+    doc_md=__doc__,
+) as dag:
+
+    def command(task_id: str, *arguments: str, timeout: timedelta, doc: str, outlets: tuple[Asset, ...] = ()) -> Step:
+        """Return the step that runs one `onetrans` command with the choices of the form."""
+        return Step(
+            task_id=task_id,
+            module="onetrans.cli",
+            arguments=arguments,
+            environment=VARIABLES,
+            execution_timeout=timeout,
+            outlets=list(outlets),
+            doc_md=doc,
+        )
+
+    wait_for_day = WaitStep(
+        task_id="wait_for_day",
+        module="onetrans.cli",
+        arguments=["published", "training_requests", "--ds", DAY],
+        every=timedelta(minutes=1),
+        at_most=timedelta(hours=12),
+        execution_timeout=timedelta(minutes=10),
+        doc_md="Looks at once, then every minute. By hand: `onetrans published training_requests --ds DAY`",
+    )
+    plan = command(
+        "plan",
+        *("plan", "--ds", DAY, "{{ '--from-scratch' if params.from_scratch else '' }}"),
+        timeout=timedelta(minutes=30),
+        doc="Decides once what this run reads and starts from; every later step reads the plan. "
+        "By hand: `onetrans plan --ds DAY`",
+    )
+    trained = [
+        command(
+            f"train_{model}",
+            *("train", "--plan", PLAN, "--model", model),
+            timeout=timedelta(hours=12),
+            doc=f"Trains `{model}` on the plan's days. By hand: `onetrans train --plan PLAN --model {model}`",
+        )
+        for model in ("onetrans", "dcnv2_din")
+    ]
+    evaluate = command(
+        "evaluate",
+        *("evaluate", "--plan", PLAN),
+        timeout=timedelta(hours=3),
+        doc="Both models score the same rows of the day. By hand: `onetrans evaluate --plan PLAN`",
+    )
+    gate = command(
+        "gate",
+        *("gate", "--plan", PLAN),
+        timeout=timedelta(hours=1),
+        doc="Writes `gate.json`: every figure and the verdict. By hand: `onetrans gate --plan PLAN`",
+    )
+    promote = command(
+        "promote",
+        *("promote", "--plan", PLAN),
+        timeout=timedelta(minutes=30),
+        outlets=(Asset(name="ranking.model", uri="mlflow://onetrans-ranker", group="ranking_model"),),
+        doc="Registers the model and moves the aliases the gate allows. By hand: `onetrans promote --plan PLAN`",
+    )
+    wait_for_day >> plan >> trained >> evaluate >> gate >> promote

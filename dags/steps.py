@@ -1,0 +1,321 @@
+"""One step of a day: a process, its output in the task's log, and what its exit code means to Airflow.
+
+A step is never code inside Airflow: it is ``python -m ...`` with the
+environment of the worker, so that it can be run by hand, killed, timed and
+given memory like any other program.  Its exit code says what to do next (the
+other end of this table is ``onetrans/errors.py``):
+
+=====  ==================  ==================================================
+ 0     done                success
+65     bad data            failure, not retried
+75     not ready           failure, retried
+78     bad configuration   failure, not retried
+other  anything else       failure, retried: a lost executor or connection
+=====  ==================  ==================================================
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import selectors
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from airflow.sdk import BaseOperator
+from airflow.sdk.exceptions import AirflowException, AirflowFailException
+
+from dags.days import run_day
+from dags.triggers import StepTrigger
+
+EXIT_OK = 0
+EXIT_BAD_DATA = 65
+EXIT_NOT_READY = 75
+EXIT_BAD_CONFIG = 78
+NEVER_RETRIED = (EXIT_BAD_DATA, EXIT_BAD_CONFIG)
+
+DAY = "{{ day }}"
+"""Placeholder for the run's day in the arguments of a step."""
+
+DEFAULTS: dict[str, Any] = {
+    "owner": "ranking",
+    "retries": 3,
+    "retry_delay": timedelta(minutes=1),
+    "retry_exponential_backoff": 2.0,
+    "max_retry_delay": timedelta(minutes=30),
+}
+"""Arguments of every task."""
+
+_GRACE_S = 3.0
+"""Seconds between asking a step to end and killing it; Airflow kills the task itself after five."""
+_READ = 1 << 16
+_ERROR_LINE = re.compile(r"^\w*(?:Error|Exception): ")
+_SEVERITY = (
+    (re.compile(r"\b(?:ERROR|CRITICAL|FATAL)\b"), logging.ERROR),
+    (re.compile(r"\bWARN(?:ING)?\b"), logging.WARNING),
+)
+
+
+class Step(BaseOperator):
+    """Runs ``python -m MODULE ARGUMENTS`` and returns the last line it printed."""
+
+    template_fields = ("arguments", "environment")
+    ui_color = "#e8f1fb"
+
+    def __init__(
+        self,
+        *,
+        module: str,
+        arguments: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Describe a step.
+
+        Args:
+            module: what ``python -m`` runs.
+            arguments: its arguments; templated, with :data:`DAY` for the run's day; one that renders empty is left out.
+            environment: variables set on top of the worker's; templated; one that renders empty is left as it is.
+            **kwargs: those of every operator.
+        """
+        super().__init__(**kwargs)
+        self.module = module
+        self.arguments = list(arguments)
+        self.environment = dict(environment or {})
+        self._group: int | None = None
+
+    def render_template_fields(self, context: Any, jinja_env: Any = None) -> None:
+        """Render the templates, which know the run's ``day``."""
+        extended: Any = {**context, "day": run_day(context)}
+        super().render_template_fields(extended, jinja_env)
+
+    @property
+    def command(self) -> list[str]:
+        """The command line, run by the worker's own interpreter."""
+        return [sys.executable, "-m", self.module, *(text for text in self.arguments if text)]
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """The variables this step sets."""
+        return {name: text for name, text in self.environment.items() if text}
+
+    def execute(self, context: Any) -> str | None:
+        """Run the process to its end; the text it printed last becomes the task's result."""
+        ended = self.run_process()
+        raise_for(self._title(context), ended)
+        self._tell_assets(context, ended.result)
+        return ended.result
+
+    def run_process(self) -> Ended:
+        """Run the process, stream its output into the log, and leave no process of its group behind."""
+        settings = " ".join(f"{name}={shlex.quote(text)}" for name, text in self.variables.items())
+        self.log.info("%s", f"{settings} {shlex.join(self.command)}".strip())
+        process = subprocess.Popen(
+            self.command,
+            env={**os.environ, "PYTHONUNBUFFERED": "1", **self.variables},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        self._group = process.pid
+        try:
+            result, paragraph = self._stream(process)
+        finally:
+            # What the step started (a JVM, data loaders) goes with it, however this ends.
+            _signal_group(self._group, signal.SIGKILL)
+            self._group = None
+            code = process.wait()
+        return Ended(code, result, paragraph)
+
+    def _stream(self, process: subprocess.Popen[bytes]) -> tuple[str | None, str]:
+        """Log the output while it comes; return the last line of stdout and the error at the end of stderr."""
+        result: str | None = None
+        error = _ErrorText()
+        with selectors.DefaultSelector() as selector:
+            for stream in (process.stdout, process.stderr):
+                assert stream is not None
+                os.set_blocking(stream.fileno(), False)
+                selector.register(stream, selectors.EVENT_READ, _Lines())
+            while selector.get_map():
+                ready = selector.select(timeout=0.5)
+                for key, _ in ready:
+                    chunk = key.fileobj.read(_READ)  # type: ignore[union-attr]
+                    for line in key.data.add(chunk):
+                        self.log.log(_severity(line), "%s", line)
+                        if key.fileobj is process.stderr:
+                            error.add(line)
+                        elif line.strip():
+                            result = line.strip()
+                    if not chunk:
+                        selector.unregister(key.fileobj)
+                if not ready and _has_ended(process.pid):
+                    # The process is gone but something it started keeps its output open.
+                    _signal_group(process.pid, signal.SIGKILL)
+        return result, error.text
+
+    def on_kill(self) -> None:
+        """End the process with everything it started: ask, and kill what is left after a moment."""
+        group = self._group
+        if group is None:
+            return
+        self.log.warning("%s", f"ending {shlex.join(self.command)}")
+        _signal_group(group, signal.SIGTERM)
+        timer = threading.Timer(_GRACE_S, _signal_group, (group, signal.SIGKILL))
+        timer.daemon = True
+        timer.start()
+
+    def _title(self, context: Any) -> str:
+        return f"{self.task_id} of {run_day(context)}"
+
+    def _tell_assets(self, context: Any, result: str | None) -> None:
+        for asset in self.outlets:
+            context["outlet_events"][asset].extra = {"ds": run_day(context), "result": result}
+
+
+class WaitStep(Step):
+    """Runs its process until it is ready (exit code 0), and holds no worker while it waits.
+
+    The first look is made at once, in the worker.  Later ones are made in the
+    triggerer, every ``every``; a failed look (a catalog that does not answer)
+    counts as "not yet".
+    """
+
+    def __init__(self, *, every: timedelta, at_most: timedelta, **kwargs: Any) -> None:
+        """Describe a wait.
+
+        Args:
+            every: time between two looks.
+            at_most: how long to wait in all.
+            **kwargs: those of :class:`Step`.
+        """
+        super().__init__(**kwargs)
+        self.every = every
+        self.at_most = at_most
+
+    def execute(self, context: Any) -> str | None:
+        """Look once; if it is too early, wait in the triggerer."""
+        ended = self.run_process()
+        if ended.code == EXIT_OK or ended.code in NEVER_RETRIED:
+            raise_for(self._title(context), ended)
+            return ended.result
+        self.log.info("not ready yet; looking again every %s, for at most %s", self.every, self.at_most)
+        self.defer(
+            trigger=StepTrigger(
+                command=self.command,
+                variables=self.variables,
+                every_s=self.every.total_seconds(),
+                until=(datetime.now(UTC) + self.at_most).isoformat(),
+                final_codes=[EXIT_OK, *NEVER_RETRIED],
+            ),
+            method_name="resume",
+        )
+
+    def resume(self, context: Any, event: Mapping[str, Any]) -> str | None:
+        """Take over from the triggerer once it is ready, or too late."""
+        ended = Ended(event["code"], event["result"], event["error"])
+        if event["late"]:
+            raise AirflowFailException(
+                f"{self._title(context)}: still not ready after {self.at_most}. {ended.error} "
+                "Clear this task once it is, or run the day again."
+            )
+        raise_for(self._title(context), ended)
+        return ended.result
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a process ended."""
+
+    code: int
+    """Exit code; minus the signal's number when a signal ended it."""
+    result: str | None
+    """Last line printed on stdout."""
+    error: str
+    """The error at the end of stderr, or its last lines."""
+
+
+def raise_for(title: str, ended: Ended) -> None:
+    """Turn a failed process into the exception that makes Airflow do what the exit code asks for.
+
+    Raises:
+        AirflowFailException: bad data or bad configuration; not retried.
+        AirflowException: anything else that is not success; retried.
+    """
+    if ended.code == EXIT_OK:
+        return
+    if ended.code == EXIT_BAD_DATA:
+        raise AirflowFailException(
+            f"{title}: BAD DATA. {ended.error} Published data is as it was. Airflow does not retry this: "
+            "correct the data, then clear this task."
+        )
+    if ended.code == EXIT_BAD_CONFIG:
+        raise AirflowFailException(
+            f"{title}: BAD CONFIGURATION. {ended.error} Airflow does not retry this: correct it, then clear this task."
+        )
+    if ended.code == EXIT_NOT_READY:
+        raise AirflowException(f"{title}: NOT READY. {ended.error} Airflow tries again later.")
+    if ended.code < 0:
+        name = signal.Signals(-ended.code).name
+        hint = " The system does this when memory runs out." if ended.code == -signal.SIGKILL else ""
+        raise AirflowException(f"{title}: ended by {name}.{hint} {ended.error}".rstrip())
+    raise AirflowException(f"{title}: FAILED with exit code {ended.code}. {ended.error}".rstrip())
+
+
+@dataclass
+class _Lines:
+    """Cuts a stream of bytes into lines of text."""
+
+    rest: bytes = b""
+
+    def add(self, chunk: bytes) -> list[str]:
+        """Return the lines that are whole now; an empty chunk, the end, completes the last one."""
+        *whole, self.rest = (self.rest + chunk).split(b"\n")
+        if not chunk and self.rest:
+            whole, self.rest = [*whole, self.rest], b""
+        return [line.decode(errors="replace").rstrip("\r") for line in whole]
+
+
+@dataclass
+class _ErrorText:
+    """Finds the error in what a process wrote to stderr: from the last line that names one to the end."""
+
+    lines: deque[str] = field(default_factory=lambda: deque(maxlen=40))
+
+    def add(self, line: str) -> None:
+        """Take one line."""
+        if line.strip():
+            self.lines.append(line.rstrip())
+
+    @property
+    def text(self) -> str:
+        """The error, or the last few lines if none is named."""
+        lines = list(self.lines)
+        starts = [number for number, line in enumerate(lines) if _ERROR_LINE.match(line)]
+        return "\n".join(lines[starts[-1] :] if starts else lines[-5:])
+
+
+def _severity(line: str) -> int:
+    if _ERROR_LINE.match(line):
+        return logging.ERROR
+    return next((level for pattern, level in _SEVERITY if pattern.search(line)), logging.INFO)
+
+
+def _has_ended(pid: int) -> bool:
+    """Tell whether a child has ended, without collecting it, so that its group cannot be another's yet."""
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def _signal_group(group: int, number: int) -> None:
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, number)

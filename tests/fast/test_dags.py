@@ -1,0 +1,357 @@
+"""The DAG files: what they declare, what they import, how a day is decided, what an exit code means."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+# Airflow writes a configuration file into its home as soon as it is imported.
+os.environ.setdefault("AIRFLOW_HOME", tempfile.mkdtemp(prefix="airflow-"))
+
+from airflow.sdk.exceptions import AirflowException, AirflowFailException
+
+from dags import steps
+from dags.days import run_day
+from dags.feature_tables import NEEDS
+from dags.feature_tables import dag as feature_tables
+from dags.ranking_model import dag as ranking_model
+from dags.steps import Ended, Step, WaitStep, raise_for
+from dags.triggers import StepTrigger
+from onetrans import errors
+
+REPOSITORY = Path(__file__).parents[2]
+DAGS = [feature_tables, ranking_model]
+TASKS = [task for dag in DAGS for task in dag.tasks]
+HEAVY = ("numpy", "pandas", "pyarrow", "pyspark", "torch", "mlflow", "great_expectations", "pyiceberg", "onetrans")
+
+
+def by_id(dag):
+    return {task.task_id: task for task in dag.tasks}
+
+
+# Declarations
+
+
+def test_dag_files_parse_fast_and_import_nothing_heavy():
+    program = f"""
+        import sys, time
+        import airflow.sdk, airflow.triggers.base
+        before, begun = set(sys.modules), time.monotonic()
+        import dags.feature_tables, dags.ranking_model
+        seconds = time.monotonic() - begun
+        loaded = {{name.split(".")[0] for name in set(sys.modules) - before}}
+        print(seconds, *sorted(loaded & set({HEAVY!r})))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    seconds, *heavy = done.stdout.split()
+    assert heavy == []
+    assert float(seconds) < 2.0
+
+
+@pytest.mark.parametrize("dag", DAGS, ids=lambda dag: dag.dag_id)
+def test_a_dag_says_what_the_ui_shows_and_can_be_backfilled(dag):
+    dag.check_cycle()
+    assert dag.doc_md
+    assert dag.description
+    assert "ranking" in dag.tags
+    assert dag.catchup is False
+    assert dag.max_active_runs == 1
+    assert dag.dagrun_timeout > timedelta(0)
+    assert dag.start_date == datetime(2020, 1, 1, tzinfo=UTC)
+    assert dag.timetable.expression == "0 0 * * *"
+    for name in dag.params:
+        field = dag.params.get_param(name)
+        assert field.description, f"{name} has no help"
+        assert field.schema.get("type"), f"{name} has no type"
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: f"{task.dag.dag_id}.{task.task_id}")
+def test_a_task_has_owner_retries_timeout_and_documentation(task):
+    assert task.owner == "ranking"
+    assert task.retries >= 2
+    assert task.retry_delay >= timedelta(seconds=30)
+    assert task.retry_exponential_backoff > 1
+    assert task.execution_timeout > timedelta(0)
+    assert "By hand:" in task.doc_md
+
+
+def test_every_table_is_built_audited_and_published_after_what_it_needs():
+    from onetrans.lake import TABLES
+
+    tasks = by_id(feature_tables)
+    assert tuple(NEEDS) == TABLES
+    assert set(tasks) == {f"{table}.{step}" for table in TABLES for step in ("build", "audit", "publish")}
+    for table, needed in NEEDS.items():
+        assert tasks[f"{table}.build"].upstream_task_ids == {f"{other}.publish" for other in needed}
+        assert tasks[f"{table}.audit"].upstream_task_ids == {f"{table}.build"}
+        assert tasks[f"{table}.publish"].upstream_task_ids == {f"{table}.audit"}
+        assert [asset.name for asset in tasks[f"{table}.publish"].outlets] == [f"ranking.{table}"]
+
+
+def test_both_models_train_side_by_side():
+    tasks = by_id(ranking_model)
+    assert tasks["train_onetrans"].upstream_task_ids == tasks["train_dcnv2_din"].upstream_task_ids == {"plan"}
+    assert tasks["evaluate"].upstream_task_ids == {"train_onetrans", "train_dcnv2_din"}
+    assert list(tasks) == ["wait_for_day", "plan", "train_onetrans", "train_dcnv2_din", "evaluate", "gate", "promote"]
+
+
+def test_the_form_offers_what_the_settings_accept():
+    from typing import get_args
+
+    from onetrans.settings import GateMode, Preset
+
+    params = ranking_model.params
+    assert params.get_param("preset").schema["enum"][1:] == list(get_args(Preset))
+    assert params.get_param("gate_mode").schema["enum"][1:] == list(get_args(GateMode))
+
+
+def test_every_command_a_step_runs_exists():
+    from onetrans.cli import COMMANDS
+
+    for task in TASKS:
+        if task.module == "onetrans.cli":
+            assert task.arguments[0] in COMMANDS
+
+
+def test_exit_codes_are_those_of_the_library():
+    ours = (steps.EXIT_OK, steps.EXIT_BAD_DATA, steps.EXIT_NOT_READY, steps.EXIT_BAD_CONFIG)
+    assert ours == (errors.EXIT_OK, errors.EXIT_BAD_DATA, errors.EXIT_NOT_READY, errors.EXIT_BAD_CONFIG)
+
+
+# The day of a run
+
+
+def context(**given):
+    return {"params": {}, "logical_date": None, "partition_key": None, "triggering_asset_events": {}, **given}
+
+
+def event(ds, second):
+    return SimpleNamespace(extra={"ds": ds}, timestamp=datetime(2022, 5, 7, 0, 0, second, tzinfo=UTC))
+
+
+LOGICAL = datetime(2022, 5, 4, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    ("given", "day"),
+    [
+        ({"logical_date": LOGICAL}, "2022-05-04"),
+        ({"logical_date": LOGICAL.astimezone(timezone(timedelta(hours=-8)))}, "2022-05-04"),
+        ({"logical_date": LOGICAL, "params": {"ds": "2022-05-01"}}, "2022-05-01"),
+        ({"params": {"ds": None}, "logical_date": LOGICAL}, "2022-05-04"),
+        ({"partition_key": "2022-05-02"}, "2022-05-02"),
+        ({"triggering_asset_events": {"a": [event("2022-05-03", 1)], "b": [event("2022-05-05", 2)]}}, "2022-05-05"),
+        ({"logical_date": LOGICAL, "triggering_asset_events": {"a": [event("2022-05-09", 1)]}}, "2022-05-04"),
+    ],
+)
+def test_the_day_of_a_run(given, day):
+    assert run_day(context(**given)) == day
+
+
+def test_a_run_without_a_day_fails_for_good_and_says_what_to_do():
+    with pytest.raises(AirflowFailException, match="fill in the field Day"):
+        run_day(context())
+
+
+@pytest.mark.parametrize("text", ["tomorrow", "2022-02-30", "2022-05-04; rm -rf /"])
+def test_a_day_that_is_none_fails_for_good(text):
+    with pytest.raises(AirflowFailException, match="not a day written YYYY-MM-DD"):
+        run_day(context(params={"ds": text}))
+
+
+# Exit codes
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "text"),
+    [
+        (65, AirflowFailException, "BAD DATA"),
+        (78, AirflowFailException, "BAD CONFIGURATION"),
+        (75, AirflowException, "NOT READY"),
+        (1, AirflowException, "FAILED with exit code 1"),
+        (2, AirflowException, "FAILED with exit code 2"),
+        (-9, AirflowException, "memory runs out"),
+        (-15, AirflowException, "SIGTERM"),
+    ],
+)
+def test_an_exit_code_decides_whether_airflow_retries(code, kind, text):
+    with pytest.raises(AirflowException, match=text) as raised:
+        raise_for("impressions.build of 2022-05-04", Ended(code, None, "column click: 3 rows"))
+    assert type(raised.value) is kind
+    assert "impressions.build of 2022-05-04" in str(raised.value)
+    assert "column click: 3 rows" in str(raised.value)
+
+
+def test_success_raises_nothing():
+    raise_for("plan of 2022-05-04", Ended(0, "var/runs/x", ""))
+
+
+# Processes
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch):
+    """Return a function that makes a step of the text of a program."""
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    def step(text, cls=Step, **kwargs):
+        (tmp_path / "program.py").write_text(textwrap.dedent(text))
+        return cls(task_id="program", module="program", **kwargs)
+
+    return step
+
+
+def test_a_step_returns_the_last_line_it_printed_and_logs_the_rest(script, capsys):
+    step = script(
+        """
+        import os, sys
+        print("one"); print("WARN late rows", file=sys.stderr); print(sys.argv[1:], os.environ["COLOUR"]); print()
+        """,
+        arguments=["--ds", "2022-05-04", ""],
+        environment={"COLOUR": "red", "HOME": ""},
+    )
+    assert step.run_process() == Ended(0, "['--ds', '2022-05-04'] red", "WARN late rows")
+    command, *lines = [line for line in capsys.readouterr().out.splitlines() if "Step" in line]
+    assert "COLOUR=red" in command
+    assert "--ds 2022-05-04" in command
+    assert "HOME" not in command
+    assert any("[info     ] one " in line for line in lines)
+    assert any("[warning  ] WARN late rows" in line for line in lines)
+
+
+def test_the_error_is_what_the_process_said_last(script):
+    step = script(
+        """
+        import sys
+        print("ValueError: an earlier one that was survived", file=sys.stderr)
+        print("INFO going on", file=sys.stderr)
+        print("BadDataError: impressions 2022-05-04: 3 rows have click = 7,\\nfor example request r1", file=sys.stderr)
+        sys.exit(65)
+        """
+    )
+    ended = step.run_process()
+    assert ended.code == 65
+    assert ended.error == "BadDataError: impressions 2022-05-04: 3 rows have click = 7,\nfor example request r1"
+
+
+def test_what_a_step_started_ends_with_it(script, tmp_path):
+    """A JVM left behind would hold memory, and its copy of the output pipe would hold the task."""
+    step = script(
+        f"""
+        import subprocess, sys
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        open({str(tmp_path / "pid")!r}, "w").write(str(child.pid))
+        """
+    )
+    begun = time.monotonic()
+    assert step.run_process().code == 0
+    assert time.monotonic() - begun < 20
+    assert not _runs(int((tmp_path / "pid").read_text()))
+
+
+def test_killing_a_task_kills_its_process_group(script, tmp_path):
+    step = script(
+        f"""
+        import signal, subprocess, sys, time
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a process that does not listen
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        open({str(tmp_path / "pid")!r}, "w").write(str(child.pid))
+        print("ready", flush=True)
+        time.sleep(600)
+        """
+    )
+
+    def kill(number, frame):
+        step.on_kill()
+
+    previous = signal.signal(signal.SIGALRM, kill)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 2.0)
+        ended = step.run_process()
+    finally:
+        signal.signal(signal.SIGALRM, previous)
+    assert ended.code == -signal.SIGKILL
+    assert not _runs(int((tmp_path / "pid").read_text()))
+
+
+def _runs(pid):
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return False
+        with open(f"/proc/{pid}/stat") as file:
+            if file.read().split()[2] == "Z":
+                return False
+        time.sleep(0.05)
+    return True
+
+
+def test_a_wait_that_is_over_before_it_begins_ends_at_once(script):
+    step = script("print('published')", cls=WaitStep, every=timedelta(hours=1), at_most=timedelta(hours=2))
+    assert step.execute(context(logical_date=LOGICAL)) == "published"
+
+
+def test_a_wait_is_handed_to_the_triggerer(script):
+    from airflow.sdk.exceptions import TaskDeferred
+
+    step = script("raise SystemExit(75)", cls=WaitStep, every=timedelta(minutes=1), at_most=timedelta(hours=2))
+    with pytest.raises(TaskDeferred) as deferred:
+        step.execute(context(logical_date=LOGICAL))
+    path, arguments = deferred.value.trigger.serialize()
+    assert path == "dags.triggers.StepTrigger"
+    assert StepTrigger(**arguments).serialize() == (path, arguments)
+    assert arguments["final_codes"] == [0, 65, 78]
+    left = datetime.fromisoformat(arguments["until"]) - datetime.now(UTC)
+    assert timedelta(hours=1, minutes=59) < left <= timedelta(hours=2)
+
+
+def test_a_wait_for_something_impossible_fails_at_once(script):
+    step = script("raise SystemExit(78)", cls=WaitStep, every=timedelta(minutes=1), at_most=timedelta(hours=2))
+    with pytest.raises(AirflowFailException, match="BAD CONFIGURATION"):
+        step.execute(context(logical_date=LOGICAL))
+
+
+def look(trigger):
+    import asyncio
+
+    async def first():
+        async for happened in trigger.run():
+            return happened.payload
+
+    return asyncio.run(first())
+
+
+def test_the_triggerer_looks_until_the_answer_is_final(tmp_path):
+    program = (
+        "import pathlib, sys; p = pathlib.Path(sys.argv[1]); seen = p.exists(); p.touch(); "
+        "print('published' if seen else ''); sys.exit(0 if seen else 75)"
+    )
+    until = (datetime.now(UTC) + timedelta(minutes=5)).isoformat()
+    command = [sys.executable, "-c", program, str(tmp_path / "seen")]
+    assert look(StepTrigger(command, {}, 0.1, until, [0, 65, 78])) == {
+        "code": 0,
+        "result": "published",
+        "error": "",
+        "late": False,
+    }
+
+
+def test_the_triggerer_gives_up_at_the_deadline():
+    command = [sys.executable, "-c", "import sys; print('not there', file=sys.stderr); sys.exit(75)"]
+    payload = look(StepTrigger(command, {}, 0.1, datetime.now(UTC).isoformat(), [0, 65, 78]))
+    assert payload == {"code": 75, "result": None, "error": "not there", "late": True}
+    step = WaitStep(task_id="wait", module="x", every=timedelta(seconds=1), at_most=timedelta(seconds=1))
+    with pytest.raises(AirflowFailException, match="still not ready"):
+        step.resume(context(logical_date=LOGICAL), payload)

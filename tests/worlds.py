@@ -64,12 +64,14 @@ class World:
     truth: bool = True
     """Whether the simulator's ``true_ctr`` and ``true_cvr`` are written."""
     seed: int = 0
-    """Seed of the whole world; each day has its own stream."""
+    """Seed of the whole world; each day and file has its own stream."""
 
 
-def write_requests(path: Path, ds: date, schema: FeatureSchema, world: World, *, row_group_size: int = 16) -> pa.Table:
-    """Write one Parquet file of one day's requests, ordered by time; return its rows."""
-    rng = np.random.default_rng([world.seed, ds.toordinal()])
+def write_requests(
+    path: Path, ds: date, schema: FeatureSchema, world: World, *, part: int = 0, row_group_size: int = 16
+) -> pa.Table:
+    """Write one Parquet file, the ``part``-th of one day's requests, ordered by time; return its rows."""
+    rng = np.random.default_rng([world.seed, ds.toordinal(), part])
     geometry = np.random.default_rng(world.seed)
     user_angle = geometry.uniform(0, 2 * np.pi, world.users)
     item_angle = geometry.uniform(0, 2 * np.pi, world.items)
@@ -93,7 +95,7 @@ def write_requests(path: Path, ds: date, schema: FeatureSchema, world: World, *,
 
     columns: dict[str, pa.Array] = {
         "ds": pa.array([ds] * requests),
-        "request_id": pa.array([f"{ds}-{world.seed}-{r}" for r in range(requests)]),
+        "request_id": pa.array([f"{ds}-{part}-{r}" for r in range(requests)]),
         "user_id": pa.array([f"u{u}" for u in user]),
         "ts": pa.array(request_ts, MICROSECOND),
     }
@@ -131,9 +133,7 @@ def publish_day(lake: Lake, ds: date, schema: FeatureSchema, world: World, *, fi
     stage = lake.new_stage_path("training_requests", ds)
     share = replace(world, requests=max(world.requests // files, 1))
     tables = [
-        write_requests(
-            storage.local_path(stage) / f"part-{part}.parquet", ds, schema, replace(share, seed=world.seed + part)
-        )
+        write_requests(storage.local_path(stage) / f"part-{part}.parquet", ds, schema, share, part=part)
         for part in range(files)
     ]
     rows = sum(table.num_rows for table in tables)

@@ -71,13 +71,7 @@ def requests_of(batch):
 
 def write_world(folder, world, files=2, row_group_size=16):
     tables = [
-        write_requests(
-            folder / f"part-{n}.parquet",
-            FIRST_DAY,
-            SCHEMA,
-            replace(world, seed=world.seed + n),
-            row_group_size=row_group_size,
-        )
+        write_requests(folder / f"part-{n}.parquet", FIRST_DAY, SCHEMA, world, part=n, row_group_size=row_group_size)
         for n in range(files)
     ]
     return [str(folder / f"part-{n}.parquet") for n in range(files)], tables

@@ -1,0 +1,156 @@
+"""Checkpoints: everything that decides the rest of a training, in two files, whole or not at all.
+
+``step-<n>.safetensors`` holds every tensor (weights, optimizer state, generator
+state), ``checkpoint.json`` the rest and the name of the tensor file.  The JSON
+file is replaced last and at once, so a reader finds the earlier checkpoint or
+the new one; tensor files it does not name are leftovers and are removed.
+No pickle is read or written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from onetrans import storage
+from onetrans.errors import BadConfigError
+from onetrans.loader import Cursor
+from onetrans.optim import Optimizers
+
+_INDEX = "checkpoint.json"
+_FORMAT = 1
+_MODEL, _OPTIMIZERS, _GENERATORS = "model", "optimizers", "generators"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A training at the end of some step."""
+
+    step: int
+    """Optimizer steps done."""
+    cursor: Cursor
+    """The next batch."""
+    progress: Mapping[str, Any]
+    """What the training loop keeps besides: samples, seconds, ...; plain data."""
+    tensors: Mapping[str, Tensor]
+    """All tensors, by path."""
+    trees: Mapping[str, Any]
+    """Nested state whose tensors are references into ``tensors``."""
+
+    @classmethod
+    def capture(
+        cls, model: nn.Module, optimizers: Optimizers, step: int, cursor: Cursor, progress: Mapping[str, Any]
+    ) -> Checkpoint:
+        """Take the state of a training; tensors are copied to the CPU."""
+        generators: dict[str, Tensor] = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            generators.update({f"cuda:{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())})
+        tensors: dict[str, Tensor] = {}
+        trees = {
+            name: _take_out(tree, name, tensors)
+            for name, tree in (
+                (_MODEL, dict(model.state_dict())),
+                (_OPTIMIZERS, optimizers.state_dict()),
+                (_GENERATORS, generators),
+            )
+        }
+        return cls(step, cursor, dict(progress), tensors, trees)
+
+    def restore(self, model: nn.Module, optimizers: Optimizers, *, generators: bool) -> None:
+        """Put weights and optimizer state back, and the random generators too if asked.
+
+        Raises:
+            BadConfigError: if the state belongs to another model or optimizer.
+        """
+        try:
+            model.load_state_dict(self._tree(_MODEL))
+            optimizers.load_state_dict(self._tree(_OPTIMIZERS))
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise BadConfigError(f"the checkpoint of step {self.step} belongs to another model: {error}") from error
+        if generators:
+            states = self._tree(_GENERATORS)
+            torch.set_rng_state(states["cpu"])
+            if torch.cuda.is_available():
+                for number in range(torch.cuda.device_count()):
+                    if f"cuda:{number}" in states:
+                        torch.cuda.set_rng_state(states[f"cuda:{number}"], number)
+
+    def _tree(self, name: str) -> Any:
+        return _put_back(self.trees[name], self.tensors)
+
+    def save(self, folder: str) -> None:
+        """Write the checkpoint into ``folder``, replacing the one that is there."""
+        name = f"step-{self.step}.safetensors"
+        data = save(dict(self.tensors))
+        storage.write_bytes(storage.join(folder, name), data)
+        storage.write_json(
+            storage.join(folder, _INDEX),
+            {
+                "format": _FORMAT,
+                "step": self.step,
+                "tensors": name,
+                "tensor_bytes": len(data),
+                "cursor": self.cursor.to_dict(),
+                "progress": self.progress,
+                "trees": self.trees,
+            },
+        )
+        for file in storage.list_files(folder, ".safetensors"):
+            if not file.endswith(f"/{name}"):
+                storage.delete_file(file)
+
+    @classmethod
+    def load(cls, folder: str) -> Checkpoint | None:
+        """Read the checkpoint in ``folder``; None if there is none.
+
+        Raises:
+            BadConfigError: if it is damaged or of another format; the text says what to delete.
+        """
+        index = storage.join(folder, _INDEX)
+        if not storage.exists(index):
+            return None
+        data = storage.read_json(index)
+        if data.get("format") != _FORMAT:
+            raise BadConfigError(f"{index} has format {data.get('format')}, expected {_FORMAT}; delete {folder}")
+        path = storage.join(folder, data["tensors"])
+        try:
+            content = storage.read_bytes(path)
+            tensors = load(content)
+        except (FileNotFoundError, SafetensorError) as error:
+            raise BadConfigError(f"checkpoint {path} is missing or damaged ({error}); delete {folder}") from error
+        return cls(data["step"], Cursor.from_dict(data["cursor"]), data["progress"], tensors, data["trees"])
+
+
+# Nested state as JSON: a tensor becomes {"tensor": path}, a mapping {"map": [[key, value], ...]} so that the
+# whole-number keys of an optimizer's state stay numbers.
+
+
+def _take_out(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        # A copy: safetensors refuses views, and training must not change what was captured.
+        tensors[path] = value.detach().to("cpu", copy=True).contiguous()
+        return {"tensor": path}
+    if isinstance(value, Mapping):
+        return {"map": [[key, _take_out(item, f"{path}.{key}", tensors)] for key, item in value.items()]}
+    if isinstance(value, list | tuple):
+        return {"list": [_take_out(item, f"{path}.{number}", tensors) for number, item in enumerate(value)]}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"checkpoint: {path} is of type {type(value).__name__}, which has no plain form")
+
+
+def _put_back(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "map":
+        return {key: _put_back(item, tensors) for key, item in content}
+    return [_put_back(item, tensors) for item in content]

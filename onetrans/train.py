@@ -1,0 +1,504 @@
+"""Training of one model on the days a plan names: resumable, watched, and finished once.
+
+The loss is the binary cross-entropy of click over all impressions plus that of
+conversion over clicked impressions (``docs/architecture.md``, "One training run";
+paper section 3.1 has one head per task).  Both models of a plan read the same
+batches in the same order.
+
+A training that is killed goes on from its last checkpoint and, on a CPU, ends
+with exactly the weights of an unbroken one.  A training that is finished says so
+and exits.  A loss or gradient that is not finite stops it with the step and the
+batch's place in the data.
+
+Shape suffixes are those of :mod:`onetrans.batch`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import logging
+import resource
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, astuple, dataclass, fields
+from datetime import UTC, datetime
+from types import FrameType
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from onetrans import storage
+from onetrans.artifact import save_model
+from onetrans.batch import RequestBatch
+from onetrans.checkpoint import Checkpoint
+from onetrans.errors import EXIT_BAD_CONFIG, BadConfigError, PipelineError
+from onetrans.loader import Cursor, LoaderConfig, RequestData, prefetch
+from onetrans.models import RankingModel, Scores, build_model
+from onetrans.models.config import CONFIGS
+from onetrans.optim import GradientNorms, build_optimizers
+from onetrans.plan import FINISHED_FILE, Plan, Recipe, add_day_arguments, plan_of
+from onetrans.progress import Progress
+from onetrans.settings import Settings, load_settings
+
+logger = logging.getLogger(__name__)
+
+MODEL_FOLDER = "model"
+"""Folder of the saved model, within the folder of a model's training."""
+
+CURVE_POINTS = 100
+"""Points of a loss curve sent to a tracker; ``losses.csv`` holds every step."""
+
+EXAMPLES = """examples:
+  onetrans train --plan var/runs/ds=2022-05-06/0123456789ab --model onetrans
+  onetrans train --model dcnv2_din --config tiny --ds 2022-05-06 --no-mlflow"""
+
+
+class DivergedError(PipelineError):
+    """The training left the numbers: running it again gives the same; the learning rate or the data must change."""
+
+    exit_code = EXIT_BAD_CONFIG
+
+
+class InterruptedTrainingError(PipelineError):
+    """The process was asked to stop; its checkpoint is saved and running it again goes on from there."""
+
+
+class Tracker(Protocol):
+    """Where a training reports to; MLflow, unless it is left out."""
+
+    def log_params(self, params: dict[str, Any]) -> None:
+        """Record the configuration."""
+
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+        """Record figures of one step."""
+
+    def log_artifact(self, path: str) -> None:
+        """Keep a file."""
+
+    def log_model(self, model: RankingModel, folder: str) -> object:
+        """Keep a trained model, which is also saved in ``folder``."""
+
+
+class SilentTracker:
+    """A tracker that keeps nothing: for ``--no-mlflow``."""
+
+    def log_params(self, params: dict[str, Any]) -> None:
+        """Keep nothing."""
+
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+        """Keep nothing."""
+
+    def log_artifact(self, path: str) -> None:
+        """Keep nothing."""
+
+    def log_model(self, model: RankingModel, folder: str) -> None:
+        """Keep nothing."""
+
+
+def open_tracker(settings: Settings, plan: Plan, model_name: str) -> AbstractContextManager[Tracker]:
+    """Return the model's child run in MLflow, or a silent tracker if the plan has no parent run."""
+    if not plan.mlflow_run_id:
+        return nullcontext(SilentTracker())
+    from onetrans.tracking import start_model
+
+    return start_model(settings, plan, model_name)
+
+
+class Losses(NamedTuple):
+    """Losses of one batch; scalars."""
+
+    total: Tensor
+    """What is minimised: the weighted sum."""
+    click: Tensor
+    """Mean cross-entropy of click over all impressions."""
+    conversion: Tensor
+    """Mean cross-entropy of conversion over clicked impressions; 0 without any."""
+
+
+def compute_losses(scores: Scores, batch: RequestBatch, recipe: Recipe) -> Losses:
+    """Return the losses of a batch; an impression without a click has no part in the conversion loss."""
+    click = F.binary_cross_entropy_with_logits(scores.ctr_logit_N, batch.click_N)
+    per_row_N = F.binary_cross_entropy_with_logits(scores.cvr_logit_N, batch.conversion_N, reduction="none")
+    conversion = (per_row_N * batch.click_N).sum() / batch.click_N.sum().clamp(min=1.0)
+    return Losses(recipe.click_weight * click + recipe.conversion_weight * conversion, click, conversion)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step, a row of ``losses.csv``."""
+
+    step: int
+    """Number of the step, from 1."""
+    samples: int
+    """Impressions read so far."""
+    loss: float
+    """Weighted sum of the two losses below."""
+    click_loss: float
+    """Mean cross-entropy of click."""
+    conversion_loss: float
+    """Mean cross-entropy of conversion over clicks."""
+    dense_norm: float
+    """Global norm of the dense gradients before the clip."""
+    embedding_norm: float
+    """Global norm of the table gradients before the clip."""
+
+
+class Training:
+    """One model, its optimizers and how far they have come."""
+
+    def __init__(self, plan: Plan, model_name: str, settings: Settings) -> None:
+        """Build the model and put it where its checkpoint, or the training it goes on from, left off."""
+        self.plan = plan
+        self.model_name = model_name
+        self.settings = settings
+        self.model_plan = plan.models[model_name]
+        self.folder = plan.model_path(model_name)
+        self.device = choose_device(settings.training.device)
+        self.data = RequestData(
+            plan.train_files,
+            plan.schema,
+            LoaderConfig(plan.recipe.batch_size, self.model_plan.config.max_seq_len),
+        )
+        torch.manual_seed(plan.recipe.seed)
+        self.model: RankingModel = build_model(self.model_plan.config, plan.schema).to(self.device)
+        self.optimizers = build_optimizers(self.model, self.model_plan.optimizer)
+        self.step, self.samples, self.seconds, self.peak_bytes = 0, 0, 0.0, 0
+        self.cursor = Cursor()
+        self.losses: list[Step] = []
+        if not self._resume():
+            self._warm_start()
+
+    @property
+    def finished(self) -> bool:
+        """Whether every pass over the data is done."""
+        return self.cursor.epoch >= self.plan.recipe.epochs
+
+    @property
+    def checkpoint_folder(self) -> str:
+        """Folder of the checkpoint."""
+        return storage.join(self.folder, "checkpoint")
+
+    @property
+    def total_samples(self) -> int:
+        """Impressions of all passes."""
+        return self.data.impressions * self.plan.recipe.epochs
+
+    def _resume(self) -> bool:
+        checkpoint = Checkpoint.load(self.checkpoint_folder)
+        if checkpoint is None:
+            return False
+        checkpoint.restore(self.model, self.optimizers, generators=True)
+        self.step, self.cursor = checkpoint.step, checkpoint.cursor
+        self.samples = checkpoint.progress["samples"]
+        self.seconds = checkpoint.progress["seconds"]
+        self.peak_bytes = checkpoint.progress["peak_bytes"]
+        self.losses = [row for row in self._read_losses() if row.step <= self.step]
+        logger.info("%s: goes on after step %d (%s samples)", self.model_name, self.step, f"{self.samples:,}")
+        return True
+
+    def _warm_start(self) -> None:
+        if self.model_plan.warm_start is None:
+            return
+        folder = storage.join(self.model_plan.warm_start, "checkpoint")
+        checkpoint = Checkpoint.load(folder)
+        if checkpoint is None:
+            raise BadConfigError(
+                f"the plan goes on from {folder}, where there is no checkpoint; plan again with --from-scratch"
+            )
+        # The order of rows and the dropout of a day come from its own seed, not from where yesterday's stopped.
+        checkpoint.restore(self.model, self.optimizers, generators=False)
+        logger.info("%s: starts from the training of %s", self.model_name, self.plan.warm_start_ds)
+
+    # The loop
+
+    def run(self, tracker: Tracker, stop: threading.Event | None = None) -> None:
+        """Train to the end of the last pass, saving a checkpoint now and then and at the end.
+
+        Raises:
+            DivergedError: on a loss or gradient that is not finite, or if no weight has changed at the end.
+            InterruptedTrainingError: if ``stop`` was set; the checkpoint is saved first.
+        """
+        stop = stop or threading.Event()
+        self.model.train()
+        unmoved = _copies(self.model)
+        began, before = time.monotonic(), self.seconds
+        saved, steps_before = began, self.step
+        report_every = max(1, round(self.total_samples / self.plan.recipe.batch_size / CURVE_POINTS))
+        batches = prefetch(
+            self.data.batches(shuffle_seed=self.plan.recipe.seed, start=self.cursor, epochs=self.plan.recipe.epochs)
+        )
+        with Progress(self.total_samples - self.samples, "samples", self.model_name) as progress:
+            for loaded in batches:
+                row = self._one_step(loaded.batch, loaded.cursor)
+                self.cursor = loaded.following
+                self.losses.append(row)
+                progress.advance(loaded.batch.num_candidates, loss=row.loss)
+                if self.step % report_every == 0:
+                    tracker.log_metrics(_mean(self.losses[-report_every:], progress.rate), self.step)
+                if unmoved:
+                    _forget_moved(unmoved, self.model)
+                now = time.monotonic()
+                self.seconds = before + now - began
+                if stop.is_set():
+                    self.save()
+                    raise InterruptedTrainingError(
+                        f"{self.model_name}: asked to stop after step {self.step}; the checkpoint is saved, "
+                        "run the same command to go on"
+                    )
+                if now - saved >= self.settings.training.checkpoint_seconds:
+                    self.save()
+                    saved = time.monotonic()
+        if self.step > steps_before:
+            self._check_moved(unmoved)
+        self.save()
+
+    def _one_step(self, batch: RequestBatch, cursor: Cursor) -> Step:
+        batch = batch.to(self.device)
+        self.optimizers.zero_grad()
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
+            scores = self.model(batch)
+        losses = compute_losses(scores, batch, self.plan.recipe)
+        total = float(losses.total.detach())
+        if not _finite(total):
+            raise self._diverged(f"the loss is {total}", cursor)
+        losses.total.backward()
+        norms: GradientNorms = self.optimizers.step()
+        if not _finite(sum(norms)):
+            raise self._diverged(
+                f"the gradients have norms {norms.dense} (dense) and {norms.embedding} (tables)", cursor
+            )
+        self.step += 1
+        self.samples += batch.num_candidates
+        return Step(
+            self.step,
+            self.samples,
+            total,
+            float(losses.click.detach()),
+            float(losses.conversion.detach()),
+            norms.dense,
+            norms.embedding,
+        )
+
+    def _diverged(self, what: str, cursor: Cursor) -> DivergedError:
+        recent = ", ".join(f"{row.loss:.4g}" for row in self.losses[-5:]) or "none"
+        return DivergedError(
+            f"{self.model_name}, step {self.step + 1}: {what}; the batch is {cursor}; "
+            f"losses of the steps before: {recent}. The checkpoint on disk is the last sound one"
+        )
+
+    def _check_moved(self, unmoved: dict[str, Tensor]) -> None:
+        if len(unmoved) == len(list(self.model.parameters())):
+            raise DivergedError(f"{self.model_name}: no weight changed in {self.step} steps; is a learning rate 0?")
+        if unmoved:
+            # Possible without a defect: a sequence that has no event in the data trains nothing.
+            logger.warning("%s: weights that never changed: %s", self.model_name, ", ".join(sorted(unmoved)))
+
+    # Files
+
+    def save(self) -> None:
+        """Write ``losses.csv`` and the checkpoint."""
+        self.peak_bytes = max(self.peak_bytes, peak_memory(self.device))
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(f.name for f in fields(Step))
+        writer.writerows(astuple(row) for row in self.losses)
+        storage.write_bytes(self._losses_file, text.getvalue().encode())
+        progress = {"samples": self.samples, "seconds": self.seconds, "peak_bytes": self.peak_bytes}
+        Checkpoint.capture(self.model, self.optimizers, self.step, self.cursor, progress).save(self.checkpoint_folder)
+
+    @property
+    def _losses_file(self) -> str:
+        return storage.join(self.folder, "losses.csv")
+
+    def _read_losses(self) -> Iterator[Step]:
+        rows = csv.DictReader(io.StringIO(storage.read_bytes(self._losses_file).decode()))
+        for row in rows:
+            losses = {f.name: float(row[f.name]) for f in fields(Step) if f.name not in ("step", "samples")}
+            yield Step(int(row["step"]), int(row["samples"]), **losses)
+
+    def finish(self, tracker: Tracker) -> dict[str, Any]:
+        """Save the model and, last, the record that marks the training as finished; return the record."""
+        model_folder = storage.join(self.folder, MODEL_FOLDER)
+        trained_on = {"ds": str(self.plan.ds), "plan_id": self.plan.plan_id, "git_revision": self.plan.git_revision}
+        save_model(model_folder, self.model, self.plan.schema, self.model_plan.config, trained_on)
+        tail = self.losses[-max(1, len(self.losses) // 10) :]
+        record: dict[str, Any] = {
+            "model": self.model_name,
+            "ds": str(self.plan.ds),
+            "plan_id": self.plan.plan_id,
+            "preset": self.plan.preset,
+            "train_days": [str(day) for day in self.plan.train_days],
+            "warm_start": self.model_plan.warm_start,
+            "schema_fingerprint": self.plan.schema.fingerprint,
+            **self.model_plan.decides(),
+            "rows": self.data.impressions,
+            "requests": self.data.requests,
+            "samples": self.samples,
+            "steps": self.step,
+            "seconds": round(self.seconds, 3),
+            "samples_per_second": round(self.samples / max(self.seconds, 1e-9), 1),
+            "peak_memory_bytes": self.peak_bytes,
+            "device": str(self.device),
+            "dense_parameters": sum(p.numel() for p in self.model.dense_parameters().values()),
+            "embedding_parameters": sum(p.numel() for p in self.model.embedding_parameters().values()),
+            "final_loss": _mean(tail, 0.0)["loss"],
+            "git_revision": self.plan.git_revision,
+            "finished_at": datetime.now(UTC).isoformat(timespec="microseconds"),
+        }
+        tracker.log_params(_parameters(self.plan, self.model_name))
+        tracker.log_metrics(
+            {
+                name: float(record[name])
+                for name in ("samples", "seconds", "samples_per_second", "peak_memory_bytes", "final_loss")
+            },
+            self.step,
+        )
+        tracker.log_artifact(self._losses_file)
+        tracker.log_model(self.model.eval(), model_folder)
+        storage.write_json(storage.join(self.folder, FINISHED_FILE), record)
+        return record
+
+
+def train(plan: Plan, model_name: str, settings: Settings, stop: threading.Event | None = None) -> dict[str, Any]:
+    """Train one model of a plan to the end and return its record; a finished training returns at once.
+
+    Raises:
+        BadConfigError: if the plan has no such model, or a checkpoint does not fit.
+        BadDataError: if the data cannot be read.
+        DivergedError: if the training leaves the numbers.
+        InterruptedTrainingError: if ``stop`` was set on the way.
+    """
+    finished = storage.join(plan.model_path(model_name), FINISHED_FILE)
+    if storage.exists(finished):
+        record: dict[str, Any] = storage.read_json(finished)
+        logger.info("%s of %s is finished since %s; nothing to do", model_name, plan.ds, record["finished_at"])
+        return record
+    if settings.training.threads:
+        torch.set_num_threads(settings.training.threads)
+    with open_tracker(settings, plan, model_name) as tracker:
+        training = Training(plan, model_name, settings)
+        if not training.finished:
+            training.run(tracker, stop)
+        return training.finish(tracker)
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device of a setting; ``auto`` is the GPU where there is one.
+
+    Raises:
+        BadConfigError: if it is no device, or there is no such GPU.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise BadConfigError(f"training.device = {name!r} is no device: {error}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise BadConfigError(f"training.device = {name!r} must be auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise BadConfigError(f"training.device = {name!r}, but {torch.cuda.device_count()} GPUs are visible")
+    return device
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes this process has held: of GPU memory on a GPU, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _finite(value: float) -> bool:
+    return value - value == 0.0
+
+
+def _mean(rows: list[Step], rate: float) -> dict[str, float]:
+    names = ("loss", "click_loss", "conversion_loss", "dense_norm", "embedding_norm")
+    means = {name: sum(getattr(row, name) for row in rows) / max(len(rows), 1) for name in names}
+    return {**means, "samples_per_second": rate} if rate else means
+
+
+def _parameters(plan: Plan, model_name: str) -> dict[str, Any]:
+    """Return what a reader of the run filters by; only what the plan decides, so that a retry repeats it."""
+    return {
+        **plan.models[model_name].decides(),
+        "recipe": asdict(plan.recipe),
+        "schema_fingerprint": plan.schema.fingerprint,
+        "warm_start_ds": str(plan.warm_start_ds or "none"),
+    }
+
+
+def _copies(model: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def _forget_moved(unmoved: dict[str, Tensor], model: nn.Module) -> None:
+    now = dict(model.named_parameters())
+    for name in [name for name, start in unmoved.items() if not torch.equal(start, now[name])]:
+        del unmoved[name]
+
+
+@contextmanager
+def stop_on_sigterm() -> Iterator[threading.Event]:
+    """Yield an event that is set when the process is asked to end, so that a checkpoint can be saved first."""
+    stop = threading.Event()
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        stop.set()
+
+    before = signal.signal(signal.SIGTERM, ask)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+# Command
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    parser.add_argument("--model", required=True, choices=tuple(CONFIGS), help="model to train")
+    parser.add_argument("--plan", help="folder printed by `onetrans plan`; without it --ds makes the plan")
+    add_day_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train one model of a plan."""
+    settings = load_settings()
+    plan = plan_of(arguments, settings)
+    with stop_on_sigterm() as stop:
+        record = train(plan, arguments.model, settings, stop)
+    logger.info(
+        "%s of %s: %s samples in %.0f s (%.0f/s) on %s, loss %.4f, %d MiB at most",
+        arguments.model,
+        plan.ds,
+        f"{record['samples']:,}",
+        record["seconds"],
+        record["samples_per_second"],
+        record["device"],
+        record["final_loss"],
+        record["peak_memory_bytes"] >> 20,
+    )
+    print(plan.model_path(arguments.model))
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command as ``python -m onetrans.train``."""
+    from onetrans.cli import main as cli
+
+    return cli(["train", *(sys.argv[1:] if argv is None else argv)])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -206,6 +206,23 @@ class Lake:
                     raise
         raise AssertionError("unreachable")
 
+    def clear_partition(self, table: str, partition: Mapping[str, Any]) -> None:
+        """Remove one partition in one commit; nothing happens if it holds nothing."""
+        where = " and ".join(_among(column, [value]) for column, value in partition.items())
+        for attempt in range(1, _COMMIT_TRIES + 1):
+            try:
+                target = self.table(table)
+            except NoSuchTableError:
+                return
+            if not list(target.scan(row_filter=where).plan_files()):
+                return
+            try:
+                target.delete(where)
+                return
+            except CommitFailedException:
+                if attempt == _COMMIT_TRIES:
+                    raise
+
     def _load_or_create(self, table: str, schema: pa.Schema, partition: tuple[str, ...]) -> Table:
         try:
             return self.table(table)

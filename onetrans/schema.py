@@ -44,6 +44,9 @@ _HASH_SEED = 42  # Spark's xxhash64 starts from this seed, so Spark and Python a
 CONTEXT_FROM_CLOCK = ("hour_of_day", "day_of_week")
 """Context columns every log has: they are computed from a request's time in the log's time zone."""
 
+DERIVED_EVENTS = ("impression", "click", "conversion")
+"""Types of the events that can be derived from impressions."""
+
 
 def hash64(value: str) -> int:
     """Return the signed 64-bit xxHash of ``value``; equal to Spark's ``xxhash64(value)`` on a string."""
@@ -186,6 +189,12 @@ class FeatureSchema:
     """How far outside its day a row's time may lie before the row is refused."""
     aggregates: Aggregates = field(default_factory=Aggregates)
     """Windows and keys of the day-lagged counts and rates."""
+    epoch: Literal["", "s", "ms", "us"] = ""
+    """Unit of times given as whole numbers since 1970; empty: times are timestamps or ISO 8601 text."""
+    derived_behaviors: tuple[str, ...] = ()
+    """For a log without behaviours of its own: which of impression, click and conversion become past events."""
+    outcome_delay_minutes: int = 30
+    """How long after its request a derived event counts as known."""
     columns: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """Per input table: column of the contract -> column of the team's own files, where they differ."""
 
@@ -201,6 +210,15 @@ class FeatureSchema:
             raise BadConfigError(
                 f"schema {self.name!r}: day_tolerance_minutes = {self.day_tolerance_minutes} must be in 0..720"
             )
+        if self.epoch not in ("", "s", "ms", "us"):
+            raise BadConfigError(f"schema {self.name!r}: epoch = {self.epoch!r} is none of '', 's', 'ms', 'us'")
+        for event in self.derived_behaviors:
+            if event not in DERIVED_EVENTS:
+                raise BadConfigError(
+                    f"schema {self.name!r}: derived_behaviors names {event!r}, which is none of {', '.join(DERIVED_EVENTS)}"
+                )
+        if self.outcome_delay_minutes < 0:
+            raise BadConfigError(f"schema {self.name!r}: outcome_delay_minutes must not be negative")
         for side in ("user", "item"):
             if not self.of_side(side):
                 raise BadConfigError(f"schema {self.name!r}: no feature has side = {side!r}")

@@ -1,1 +1,70 @@
-"""Sources: how raw logs become the rows of the input contract."""
+"""Sources of raw events: one protocol, one module or package per kind of log.
+
+A source hands out raw frames with the column names of the input contract
+(``docs/input.md``); cleaning, typing and refusing rows is the jobs' work.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+from datetime import date
+from typing import Protocol
+
+from pyspark.sql import DataFrame, SparkSession
+
+from onetrans import storage
+from onetrans.errors import BadConfigError
+from onetrans.schema import FeatureSchema
+from onetrans.settings import SourceSettings
+
+
+class Source(Protocol):
+    """A raw log, one day at a time.
+
+    Every method raises NotReadyError for a day that is not there (the text names the place and the days that
+    are), and BadDataError for files that cannot be read or lack a column.
+    """
+
+    def impressions(self, spark: SparkSession, ds: date) -> DataFrame:
+        """Return the impressions of one day, with the contract's column names."""
+
+    def behaviors(self, spark: SparkSession, ds: date) -> DataFrame:
+        """Return the behaviours delivered on one day; not called if the schema derives them."""
+
+    def history(self, spark: SparkSession) -> DataFrame | None:
+        """Return behaviours from before the log's first day, or None if there are none."""
+
+    def users(self, spark: SparkSession, ds: date) -> DataFrame:
+        """Return the user attributes that hold on one day."""
+
+    def items(self, spark: SparkSession, ds: date) -> DataFrame:
+        """Return the item attributes that hold on one day."""
+
+
+def load_schema(settings: SourceSettings) -> FeatureSchema:
+    """Return the feature schema of the configured log: the named file, the log's own, or the adapter's.
+
+    Raises:
+        BadConfigError: if there is none, or it is refused.
+    """
+    if settings.schema:
+        return FeatureSchema.load(settings.schema)
+    own = storage.join(settings.path, "schema.toml")
+    if storage.is_local(own) and storage.exists(own):
+        return FeatureSchema.load(storage.local_path(own))
+    bundled = importlib.resources.files("jobs.sources") / settings.kind / "schema.toml"
+    if bundled.is_file():
+        with importlib.resources.as_file(bundled) as path:
+            return FeatureSchema.load(path)
+    raise BadConfigError(f"there is no feature schema: neither source.schema is set nor does {own} exist")
+
+
+def open_source(settings: SourceSettings, schema: FeatureSchema) -> Source:
+    """Return the source of the configured kind; only its module is imported."""
+    if settings.kind == "kuairand":
+        from jobs.sources.kuairand import KuaiRand
+
+        return KuaiRand(settings.path)
+    from jobs.sources.files import Files
+
+    return Files(settings.path, schema)

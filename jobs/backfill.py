@@ -1,0 +1,55 @@
+"""Build, audit and publish a range of days of all tables in one Spark session: how a lake is started.
+
+    python -m jobs.backfill --from 2022-04-25 --to 2022-05-03
+
+The days are built in order, because a day's figures and tails rest on the days before it.  A day that fails stops
+the run; what was published before it stays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import time
+
+from jobs.runner import Opened, add_days, audit_and_publish, chosen_days, guarded
+from onetrans.lake import TABLES
+from onetrans.progress import Progress
+
+logger = logging.getLogger(__name__)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command and return the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m jobs.backfill",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_days(parser)
+    parser.add_argument(
+        "--skip-published", action="store_true", help="leave days alone that are published in every table"
+    )
+    arguments = parser.parse_args(argv)
+
+    def run() -> None:
+        days = chosen_days(arguments)
+        with Opened() as work:
+            if arguments.skip_published:
+                done = set.intersection(*(set(work.lake.days(table)) for table in TABLES))
+                days = [ds for ds in days if ds not in done]
+            with Progress(len(days) * len(TABLES), "tables", "backfill") as progress:
+                for ds in days:
+                    started = time.monotonic()
+                    for table in TABLES:
+                        importlib.import_module(f"jobs.{table}").build(work, ds)
+                        audit_and_publish(work, table, ds)
+                        progress.advance(1)
+                    logger.info("%s: all tables published in %.1f s", ds, time.monotonic() - started)
+
+    return guarded(run)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

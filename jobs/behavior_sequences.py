@@ -1,0 +1,122 @@
+"""Table ``behavior_sequences``: per user and sequence, the tail of past events that later days can still need."""
+
+from __future__ import annotations
+
+from datetime import date, timedelta
+
+from pyspark.sql import Column as SparkColumn
+from pyspark.sql import DataFrame
+from pyspark.sql import functions as F
+from pyspark.sql import types as T
+
+from jobs.encoding import stored_all
+from jobs.runner import main
+from jobs.workspace import Workspace
+from onetrans.days import day_bounds
+from onetrans.errors import BadDataError, NotReadyError
+from onetrans.lake import Staged
+from onetrans.schema import FeatureSchema
+
+TABLE = "behavior_sequences"
+
+
+def collected(events: DataFrame, schema: FeatureSchema) -> DataFrame:
+    """Return one row per user with each sequence's events of a day as a list of struct, in no order.
+
+    The struct begins with ``ts, event_id``, so that sorting a list of it orders events by time and breaks ties
+    the same way everywhere.
+    """
+    event = F.struct("ts", "event_id", "available_at", *stored_all(schema.of_side("event"), F.col))
+    lists = [F.collect_list(F.when(F.col("type") == s.event, event)).alias(s.column) for s in schema.sequences]
+    used = F.col("type").isin([s.event for s in schema.sequences])
+    return events.where(used).groupBy("user_id").agg(*lists)
+
+
+def merged(tails: DataFrame | None, today: DataFrame, schema: FeatureSchema) -> DataFrame:
+    """Return each user's tail and today's events as one list per sequence, ordered by (ts, event_id).
+
+    An event that was delivered before is in the tail; its second delivery is dropped, so the first one says when
+    it was known.  ``tails`` is None on the first day.
+    """
+    lists = {field.name: field.dataType for field in today.schema}
+    if tails is None:
+        return today.select("user_id", *(F.sort_array(s.column).alias(s.column) for s in schema.sequences))
+    old = tails.select("user_id", *(F.col(s.column).alias(f"old_{s.column}") for s in schema.sequences))
+    joined = old.join(today, "user_id", "full_outer")
+
+    def whole(column: str) -> SparkColumn:
+        return _appended(_or_empty(f"old_{column}", lists[column]), _or_empty(column, lists[column])).alias(column)
+
+    return joined.select("user_id", *(whole(sequence.column) for sequence in schema.sequences))
+
+
+def behavior_sequences(tails: DataFrame | None, events: DataFrame, schema: FeatureSchema, ds: date) -> DataFrame:
+    """Return the tails at the end of ``ds`` from those of the day before and the events delivered on ``ds``.
+
+    An event is *settled* if it was known before the next day begins, less the day tolerance: every later request
+    sees it.  So once ``max_length`` settled events follow an event, no later request can have it among its last
+    ``max_length``, and it is dropped.  What stays is the last ``max_length`` settled events and the events not yet
+    settled that are later than the first of these.  Dropping never depends on the order in which events arrived,
+    so this equals a rebuild from all events.
+    """
+    settled_before = day_bounds(ds, schema.timezone)[1] - timedelta(minutes=schema.day_tolerance_minutes)
+    both = merged(tails, collected(events, schema), schema)
+    return both.select(
+        "user_id", *(_trimmed(s.column, s.max_length, F.lit(settled_before)).alias(s.column) for s in schema.sequences)
+    )
+
+
+def _appended(old: SparkColumn, new: SparkColumn) -> SparkColumn:
+    ids = F.transform(old, lambda event: event["event_id"])
+    fresh = F.filter(new, lambda event: ~F.array_contains(ids, event["event_id"]))
+    return F.when(F.size(new) == 0, old).otherwise(F.sort_array(F.concat(old, fresh)))
+
+
+def _or_empty(column: str, kind: T.DataType) -> SparkColumn:
+    return F.coalesce(F.col(column), F.array().cast(kind))
+
+
+def _trimmed(column: str, length: int, settled_before: SparkColumn) -> SparkColumn:
+    events = F.col(column)
+    settled = F.filter(events, lambda event: event["available_at"] < settled_before)
+    oldest = settled[F.size(settled) - length]
+
+    def recent(event: SparkColumn) -> SparkColumn:
+        return (event["ts"] > oldest["ts"]) | (
+            (event["ts"] == oldest["ts"]) & (event["event_id"] >= oldest["event_id"])
+        )
+
+    return F.when(F.size(settled) <= length, events).otherwise(F.filter(events, recent))
+
+
+def yesterdays_tails(work: Workspace, ds: date) -> DataFrame | None:
+    """Return the published tails of the day before, or None if ``ds`` is the log's first day.
+
+    Raises:
+        NotReadyError: if there are earlier days but not yesterday's tails; a tail is built on the one before.
+    """
+    yesterday = ds - timedelta(days=1)
+    published = work.lake.days(TABLE)
+    if yesterday in published:
+        return work.read(TABLE, [yesterday])
+    earlier = [day for day in work.lake.days("behaviors") if day < ds]
+    if not earlier and not any(day < ds for day in published):
+        return None
+    first = min(day for day in [*earlier, yesterday] if day not in published)
+    raise NotReadyError(
+        f"{TABLE} {yesterday} is needed for {ds} and not published; each day is built on the one before. "
+        f"Build them in order: python -m jobs.backfill --from {first} --to {yesterday}"
+    )
+
+
+def build(work: Workspace, ds: date) -> Staged:
+    """Stage one day."""
+    tails = yesterdays_tails(work, ds)
+    frame = behavior_sequences(tails, work.read("behaviors", [ds]), work.schema, ds)
+    if not work.schema.sequences:
+        raise BadDataError(f"{TABLE} {ds}: the schema declares no sequence, so this table cannot be built")
+    return work.stage(TABLE, ds, frame, work.snapshots("behaviors", TABLE))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(TABLE, build))

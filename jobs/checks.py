@@ -1,0 +1,144 @@
+"""Typing raw rows and refusing bad ones: a row is good, an exact repeat, or refused with a reason.
+
+A *checked* frame has the typed columns, ``raw`` (the row as it came) and
+``reason``: null for a good row, ``REPEAT`` for a further copy of a good row,
+and otherwise text of the form ``<column>: <what is wrong>``.  The first reason
+found is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import date, timedelta
+
+from pyspark.sql import Column as SparkColumn
+from pyspark.sql import DataFrame, Window
+from pyspark.sql import functions as F
+from pyspark.sql import types as T
+
+from jobs.contract import Column, contract
+from jobs.sources.reading import UNREADABLE
+from onetrans.days import day_bounds
+from onetrans.schema import FeatureSchema, InputTable
+
+REPEAT = "repeat"
+"""Reason of a row that says again, word for word, what another row says; it is dropped and counted."""
+
+_ISO_TIME = r"^\d{4}-\d{2}-\d{2}[T ]\d{2}:\d{2}(:\d{2}([.,]\d{1,9})?)?\s?(Z|[+-]\d{2}(:?\d{2})?)?$"
+_ISO_OFFSET = r"(Z|[+-]\d{2}(:?\d{2})?)$"
+_PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000}
+_LAST_SECOND = 253_402_300_799  # the end of the year 9999
+
+
+def typed(raw: DataFrame, columns: Sequence[Column], schema: FeatureSchema) -> DataFrame:
+    """Return a checked frame of a contract's columns; an optional column that is not in ``raw`` is left out.
+
+    Ids and categories become text, numbers double (NaN is missing), labels and positions int, times timestamps.
+    A time without an offset is in the schema's time zone.
+    """
+    kinds = {field.name: field.dataType for field in raw.schema}
+    present = [column for column in columns if column.name in kinds]
+    frame = raw.select(F.struct("*").alias("raw"))
+    values = {column.name: _value(F.col("raw")[column.name], kinds[column.name], column, schema) for column in present}
+    problems: list[SparkColumn] = []
+    if UNREADABLE in kinds:
+        problems.append(F.when(F.col("raw")[UNREADABLE].isNotNull(), F.lit("row: cannot be parsed")))
+    for column in present:
+        empty = _is_empty(F.col("raw")[column.name], kinds[column.name])
+        unread = values[column.name].isNull() & ~empty
+        problems.append(F.when(unread, F.lit(f"{column.name}: {_EXPECTED[column.kind]}")))
+        if not column.nullable:
+            problems.append(F.when(empty, F.lit(f"{column.name}: missing")))
+    return frame.select(
+        F.to_json("raw").alias("raw"),
+        *(value.alias(name) for name, value in values.items()),
+        F.coalesce(*problems).alias("reason"),
+    )
+
+
+def refuse(checked: DataFrame, *rules: tuple[SparkColumn, str]) -> DataFrame:
+    """Give every row without a reason the text of the first rule whose condition it meets."""
+    return checked.withColumn(
+        "reason", F.coalesce(F.col("reason"), *(F.when(condition, F.lit(text)) for condition, text in rules))
+    )
+
+
+def refuse_duplicates(checked: DataFrame, key: Sequence[str]) -> DataFrame:
+    """Mark rows that share a key: copies but the first as repeats; if they disagree, refuse them all.
+
+    Rows that contradict each other under one key are all refused because nothing says which of them is true.
+    """
+    compared = [c for c in checked.columns if c not in ("raw", "reason")]
+    good = F.col("reason").isNull()
+    same_key = Window.partitionBy(*key, "_good")
+    frame = checked.withColumn("_good", good).withColumn("_hash", F.xxhash64(*compared))
+    copies = F.row_number().over(same_key.orderBy("_hash"))
+    differ = F.min("_hash").over(same_key) != F.max("_hash").over(same_key)
+    frame = frame.withColumns({"_copy": copies, "_differ": differ})
+    conflict = f"{', '.join(key)}: several rows of one key disagree"
+    reason = F.when(good & F.col("_differ"), F.lit(conflict)).when(good & (F.col("_copy") > 1), F.lit(REPEAT))
+    return frame.withColumn("reason", F.coalesce("reason", reason)).drop("_good", "_hash", "_copy", "_differ")
+
+
+def attributes(raw: DataFrame, table: InputTable, schema: FeatureSchema) -> DataFrame:
+    """Return the checked rows of ``users`` or ``items``: one per id, declared columns typed."""
+    columns = contract(schema, table)
+    return refuse_duplicates(typed(raw, columns, schema), (columns[0].name,))
+
+
+def good_rows(checked: DataFrame) -> DataFrame:
+    """Return the good rows of a checked frame, without its notes."""
+    return checked.where(F.col("reason").isNull()).drop("raw", "reason")
+
+
+def day_limits(ds: date, schema: FeatureSchema) -> tuple[SparkColumn, SparkColumn]:
+    """Return the first instant a row of ``ds`` may have, and the first it may not, tolerance included."""
+    start, end = day_bounds(ds, schema.timezone)
+    tolerance = timedelta(minutes=schema.day_tolerance_minutes)
+    return F.lit(start - tolerance), F.lit(end + tolerance)
+
+
+_EXPECTED = {
+    "id": "not text",
+    "category": "not text",
+    "number": "not a number",
+    "time": "not a time",
+    "label": "not 0 or 1",
+    "position": "not a whole number",
+}
+
+
+def _is_empty(value: SparkColumn, kind: T.DataType) -> SparkColumn:
+    if isinstance(kind, T.StringType):
+        return value.isNull() | (F.trim(value) == "")
+    if isinstance(kind, T.FloatType | T.DoubleType):
+        return value.isNull() | F.isnan(value)
+    return value.isNull()
+
+
+def _value(value: SparkColumn, kind: T.DataType, column: Column, schema: FeatureSchema) -> SparkColumn:
+    text = isinstance(kind, T.StringType)
+    if column.kind in ("id", "category"):
+        return F.when(~_is_empty(value, kind), value.cast("string"))
+    if column.kind == "number":
+        number = value.try_cast("double")
+        return F.when(~F.isnan(number), number)
+    if column.kind == "label":
+        number = value.cast("int").try_cast("double") if isinstance(kind, T.BooleanType) else value.try_cast("double")
+        return F.when(number.isin(0.0, 1.0), number.cast("int"))
+    if column.kind == "position":
+        return value.try_cast("int")
+    if isinstance(kind, T.TimestampType):
+        return value
+    if isinstance(kind, T.TimestampNTZType):
+        return F.to_utc_timestamp(value.cast("timestamp"), schema.timezone)
+    if schema.epoch:
+        whole = value.try_cast("bigint")
+        whole = F.when(whole.between(0, _LAST_SECOND * _PER_SECOND[schema.epoch]), whole)
+        if schema.epoch == "s":
+            return F.timestamp_seconds(whole)
+        return F.timestamp_millis(whole) if schema.epoch == "ms" else F.timestamp_micros(whole)
+    if not text:
+        raise TypeError(f"column {column.name} of type {kind.simpleString()} cannot hold a time")
+    parsed = F.when(value.rlike(_ISO_TIME), F.regexp_replace(value, ",", ".").try_cast("timestamp"))
+    return F.when(value.rlike(_ISO_OFFSET), parsed).otherwise(F.to_utc_timestamp(parsed, schema.timezone))

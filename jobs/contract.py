@@ -1,0 +1,132 @@
+"""The input contract as data: the columns of each input table, and what a value of each may be.
+
+``docs/input.md`` says the same to the people who write the files.  Sources use
+this to name a missing or mistyped column before Spark reads a row, and
+``jobs.checks`` uses it to turn raw columns into typed ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from onetrans.errors import BadConfigError
+from onetrans.schema import CONTEXT_FROM_CLOCK, Feature, FeatureSchema, InputTable, Kind, Side
+
+ValueKind = Literal["id", "category", "number", "time", "label", "position"]
+
+EVENT_OWN = ("item_id", "type")
+"""Columns every behaviour has, whatever the source."""
+
+RESERVED = frozenset(
+    ("ds", "request_id", "user_id", "item_id", "ts", "event_id", "available_at", "candidates")
+    + ("position", "click", "conversion", "true_ctr", "true_cvr")
+)
+"""Names of the tables' own columns, which no feature may take (``seq_...`` neither)."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of an input table."""
+
+    name: str
+    """Name in the contract."""
+    kind: ValueKind
+    """What a value may be."""
+    required: bool = True
+    """Whether the files must have the column."""
+    nullable: bool = False
+    """Whether a row may leave it empty."""
+
+
+def contract(schema: FeatureSchema, table: InputTable) -> tuple[Column, ...]:
+    """Return the columns the jobs read from an input table of this log.
+
+    An event column that ``behaviors`` does not have is taken from the event's item, so there it is optional.
+
+    Raises:
+        BadConfigError: if the schema declares a feature that no table can provide.
+    """
+    check_schema(schema)
+    if table == "impressions":
+        clock = set(CONTEXT_FROM_CLOCK)
+        return (
+            Column("request_id", "id"),
+            Column("user_id", "id"),
+            Column("item_id", "id"),
+            Column("ts", "time"),
+            Column("position", "position", required=False, nullable=True),
+            Column("click", "label"),
+            Column("conversion", "label"),
+            *_declared({c: k for c, k in schema.source_columns("context").items() if c not in clock}),
+            Column("true_ctr", "number", required=False, nullable=True),
+            Column("true_cvr", "number", required=False, nullable=True),
+        )
+    if table == "behaviors":
+        return (
+            Column("user_id", "id"),
+            Column("item_id", "id"),
+            Column("type", "id"),
+            Column("ts", "time"),
+            Column("available_at", "time", required=False, nullable=True),
+            Column("event_id", "id", required=False, nullable=True),
+            *_declared(event_columns(schema), required=False),
+        )
+    if table == "users":
+        return (Column("user_id", "id"), *_declared(user_columns(schema)))
+    return (Column("item_id", "id"), *_declared(item_columns(schema)))
+
+
+def user_columns(schema: FeatureSchema) -> dict[str, Kind]:
+    """Return the declared columns of ``users``: those of user features that are neither the id nor computed."""
+    computed = {"user_id", *schema.aggregates.columns("user")}
+    return {column: kind for column, kind in schema.source_columns("user").items() if column not in computed}
+
+
+def item_columns(schema: FeatureSchema) -> dict[str, Kind]:
+    """Return the declared columns of ``items``: those of item features, and the keys of item aggregates."""
+    computed = {"item_id"}.union(*(schema.aggregates.columns(key) for key in ("item", *schema.aggregates.item_keys)))
+    declared = {column: kind for column, kind in schema.source_columns("item").items() if column not in computed}
+    return declared | dict.fromkeys(schema.aggregates.item_keys, "hashed")
+
+
+def event_columns(schema: FeatureSchema) -> dict[str, Kind]:
+    """Return the declared columns of events beyond those every behaviour has."""
+    return {column: kind for column, kind in schema.source_columns("event").items() if column not in EVENT_OWN}
+
+
+def context_columns(schema: FeatureSchema) -> dict[str, Kind]:
+    """Return the declared context columns, the computed ones included."""
+    return schema.source_columns("context")
+
+
+def check_schema(schema: FeatureSchema) -> None:
+    """Refuse features that read a computed column as what it is not.
+
+    Raises:
+        BadConfigError: naming the feature and its column.
+    """
+    keys: dict[Side, tuple[str, ...]] = {"user": ("user",), "item": ("item", *schema.aggregates.item_keys)}
+    for feature in schema.features:
+        if feature.name in RESERVED or feature.name.startswith("seq_"):
+            raise BadConfigError(
+                f"feature {feature.name!r}: a feature's name is its column in training_requests, where "
+                f"{feature.name!r} is taken; name it otherwise (its column may stay {feature.column!r})"
+            )
+        figures = [c for key in keys.get(feature.side, ()) for c in schema.aggregates.columns(key)]
+        if feature.column in figures and feature.kind != "bucketized":
+            raise _wrong_kind(feature, "a computed number", "bucketized")
+        ids = {"user": ("user_id",), "item": ("item_id", *schema.aggregates.item_keys), "event": EVENT_OWN}
+        if feature.column in ids.get(feature.side, ()) and feature.kind != "hashed":
+            raise _wrong_kind(feature, "an id", "hashed")
+
+
+def _wrong_kind(feature: Feature, what: str, kind: Kind) -> BadConfigError:
+    return BadConfigError(f"feature {feature.name!r}: column {feature.column!r} is {what}; its kind must be {kind!r}")
+
+
+def _declared(columns: dict[str, Kind], required: bool = True) -> tuple[Column, ...]:
+    return tuple(
+        Column(name, "category" if kind == "hashed" else "number", required=required, nullable=True)
+        for name, kind in columns.items()
+    )

@@ -1,0 +1,66 @@
+"""Table ``impressions``: one row per item shown in a request, cleaned, each with its labels."""
+
+from __future__ import annotations
+
+from datetime import date
+
+from pyspark.sql import Column as SparkColumn
+from pyspark.sql import DataFrame, Window
+from pyspark.sql import functions as F
+
+from jobs.checks import day_limits, refuse, refuse_duplicates, typed
+from jobs.contract import context_columns, contract
+from jobs.runner import main
+from jobs.workspace import Workspace
+from onetrans.lake import Staged
+from onetrans.schema import CONTEXT_FROM_CLOCK, FeatureSchema
+
+TABLE = "impressions"
+
+
+def impressions(raw: DataFrame, schema: FeatureSchema, ds: date) -> DataFrame:
+    """Return the checked impressions of one day (see ``jobs.checks``).
+
+    A row is refused if a key, the time or a label is missing or unreadable, if a label is not 0 or 1, if it
+    converted without a click, if its time lies outside the day by more than the schema's tolerance, if its request
+    has more than one user, or if another row of the same request and item says something else.
+
+    All rows of a request get the request's time, the earliest of theirs, so nothing a request showed first can
+    know what happened while the rest was shown.  Context columns of the clock are computed from it.
+    """
+    frame = typed(raw, contract(schema, "impressions"), schema)
+    first, after = day_limits(ds, schema)
+    frame = refuse(
+        frame,
+        ((F.col("ts") < first) | (F.col("ts") >= after), "ts: outside the day"),
+        ((F.col("conversion") == 1) & (F.col("click") == 0), "conversion: 1 without a click"),
+        *((~F.col(c).between(0, 1), f"{c}: not a probability") for c in ("true_ctr", "true_cvr") if c in frame.columns),
+    )
+    # One exchange serves the rules below: rows of one request and item are rows of one request.
+    frame = refuse_duplicates(frame.repartition("request_id"), ("request_id", "item_id"))
+    request = Window.partitionBy("request_id")
+    good = F.col("reason").isNull()
+    users = (F.min(F.when(good, F.col("user_id"))), F.max(F.when(good, F.col("user_id"))))
+    frame = frame.withColumn("_users_differ", users[0].over(request) != users[1].over(request))
+    frame = refuse(frame, (F.col("_users_differ"), "user_id: several users in one request")).drop("_users_differ")
+    frame = frame.withColumn("ts", F.min(F.when(F.col("reason").isNull(), F.col("ts"))).over(request))
+    clock = {name: _from_clock(name, schema) for name in context_columns(schema) if name in CONTEXT_FROM_CLOCK}
+    if "position" not in frame.columns:
+        clock["position"] = F.lit(None).cast("int")
+    return frame.withColumns(clock) if clock else frame
+
+
+def _from_clock(name: str, schema: FeatureSchema) -> SparkColumn:
+    local = F.from_utc_timestamp("ts", schema.timezone)
+    number = F.hour(local) if name == "hour_of_day" else F.weekday(local) + 1
+    return number.cast("string" if context_columns(schema)[name] == "hashed" else "double")
+
+
+def build(work: Workspace, ds: date) -> Staged:
+    """Stage one day."""
+    checked = impressions(work.source.impressions(work.spark, ds), work.schema, ds)
+    return work.stage_checked(TABLE, ds, checked, inputs={})
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(TABLE, build))

@@ -1,0 +1,53 @@
+"""Table ``item_features``: one row per item and day: declared attributes, and counts and rates of the days before."""
+
+from __future__ import annotations
+
+from datetime import date
+
+from pyspark.sql import DataFrame
+from pyspark.sql import functions as F
+
+from jobs.checks import attributes, good_rows
+from jobs.figures import counts, with_figures
+from jobs.runner import main
+from jobs.workspace import Workspace
+from onetrans.lake import Staged
+from onetrans.schema import FeatureSchema
+
+TABLE = "item_features"
+
+
+def item_features(items: DataFrame, impressions: DataFrame | None, schema: FeatureSchema, ds: date) -> DataFrame:
+    """Return the features of every item of the snapshot, and of every item shown in the windows.
+
+    ``impressions`` are the published days before ``ds`` as far as the longest window, None if there are none; no
+    row of ``ds`` itself is read.  An item's key (author, category, ...) is the one it has in today's snapshot, so
+    a key's figures are the sums over the items it has now.
+    """
+    aggregates = schema.aggregates
+    counted = None
+    if impressions is not None:
+        counted = counts(impressions, "item_id", ds, aggregates.windows)
+        items = items.join(counted.select("item_id"), "item_id", "full_outer")
+    frame = with_figures(items, counted, "item_id", "item", aggregates)
+    for key in aggregates.item_keys:
+        by_key = None
+        if counted is not None:
+            keyed = counted.join(items.select("item_id", key), "item_id").where(F.col(key).isNotNull())
+            by_key = keyed.groupBy(key).agg(*(F.sum(c).alias(c) for c in counted.columns if c != "item_id"))
+        frame = with_figures(frame, by_key, key, key, aggregates)
+    return frame
+
+
+def build(work: Workspace, ds: date) -> Staged:
+    """Stage one day."""
+    checked = attributes(work.source.items(work.spark, ds), "items", work.schema)
+    quarantined = work.quarantine_attributes(TABLE, ds, checked)
+    days = work.window("impressions", ds, max(work.schema.aggregates.windows))
+    impressions = work.read("impressions", days) if days else None
+    frame = item_features(good_rows(checked), impressions, work.schema, ds)
+    return work.stage(TABLE, ds, frame, work.snapshots("impressions"), quarantined)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(TABLE, build))

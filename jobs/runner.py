@@ -1,0 +1,118 @@
+"""The thin main every table's module shares: which days, which settings, and what an error looks like."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Callable
+from datetime import date
+
+from pyspark.errors import PySparkException
+
+from jobs.workspace import Workspace
+from onetrans.days import day_range, parse_day
+from onetrans.errors import BadConfigError, BadDataError, NotReadyError, PipelineError
+from onetrans.lake import Staged
+from onetrans.settings import load_settings
+
+Build = Callable[[Workspace, date], Staged]
+
+logger = logging.getLogger(__name__)
+
+
+def main(table: str, build: Build, argv: list[str] | None = None) -> int:
+    """Build one table for one day or a range of days in one session; return the exit code."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m jobs.{table}",
+        description=f"Stage one or more days of table {table}.",
+        epilog="exit codes: 0 done, 65 bad data, 75 not ready yet, 78 bad configuration, 1 anything else",
+    )
+    add_days(parser)
+    parser.add_argument(
+        "--publish",
+        action="store_true",
+        help="audit and publish each day before the next is built; needed over a range of a table that reads "
+        "its own previous day",
+    )
+    arguments = parser.parse_args(argv)
+
+    def run() -> None:
+        days = chosen_days(arguments)
+        with Opened() as work:
+            for ds in days:
+                build(work, ds)
+                if arguments.publish:
+                    audit_and_publish(work, table, ds)
+
+    return guarded(run)
+
+
+def add_days(parser: argparse.ArgumentParser) -> None:
+    """Declare ``--ds`` and ``--from``/``--to``."""
+    parser.add_argument("--ds", metavar="DAY", help="the day, YYYY-MM-DD")
+    parser.add_argument("--from", dest="first", metavar="DAY", help="first day of a range")
+    parser.add_argument("--to", dest="last", metavar="DAY", help="last day of the range, included")
+
+
+def chosen_days(arguments: argparse.Namespace) -> list[date]:
+    """Return the days asked for.
+
+    Raises:
+        BadConfigError: if it is neither one day nor one range.
+    """
+    if arguments.ds and not (arguments.first or arguments.last):
+        return [parse_day(arguments.ds)]
+    if arguments.first and arguments.last and not arguments.ds:
+        return day_range(parse_day(arguments.first), parse_day(arguments.last))
+    raise BadConfigError("give either --ds DAY, or --from DAY and --to DAY")
+
+
+class Opened:
+    """A workspace of this process's settings, its Spark session stopped at the end."""
+
+    def __enter__(self) -> Workspace:
+        self.work = Workspace.open(load_settings())
+        return self.work
+
+    def __exit__(self, *_: object) -> None:
+        self.work.spark.stop()
+
+
+def audit_and_publish(work: Workspace, table: str, ds: date) -> None:
+    """Audit a staged day in this process and publish it.
+
+    Raises:
+        BadDataError: if the audit fails; the day stays unpublished.
+    """
+    audit = importlib.import_module("expectations.audit")
+    audit.audit_staged(work.lake, work.schema, table, ds, spark=work.spark)
+    work.lake.publish(table, ds)
+
+
+def guarded(run: Callable[[], None]) -> int:
+    """Run a job and turn what goes wrong into one paragraph and an exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    for library in ("py4j", "great_expectations", "pyiceberg"):
+        logging.getLogger(library).setLevel(logging.WARNING)
+    try:
+        run()
+    except (PipelineError, PySparkException) as error:
+        found = _unreadable_file(error) if isinstance(error, PySparkException) else error
+        if found is None or os.environ.get("ONETRANS_TRACEBACK"):
+            raise
+        print(f"{type(found).__name__}: {found}", file=sys.stderr)
+        return found.exit_code
+    return 0
+
+
+def _unreadable_file(error: PySparkException) -> PipelineError | None:
+    """Return bad data for a file that breaks only when its pages are read; None for any other Spark error."""
+    text = str(error)
+    if "FAILED_READ_FILE" not in text:
+        return None
+    if "FILE_NOT_EXIST" in text:
+        return NotReadyError(f"a file vanished while it was read: {text.splitlines()[0]}")
+    return BadDataError(f"a file cannot be read: {text.splitlines()[0]}")

@@ -1,0 +1,73 @@
+"""A team's own log in the input contract of ``docs/input.md``: folders per table and day, any of three formats."""
+
+from __future__ import annotations
+
+from datetime import date
+
+from pyspark.sql import DataFrame, SparkSession
+
+from jobs.contract import contract
+from jobs.sources.reading import Where, data_files, folders, read_files, require_columns
+from onetrans import storage
+from onetrans.days import describe_days, parse_day
+from onetrans.errors import BadConfigError, NotReadyError
+from onetrans.schema import FeatureSchema, InputTable
+
+
+class Files:
+    """Reads ``<path>/impressions/ds=D``, ``behaviors/ds=D``, ``behaviors/history``, ``users`` and ``items``."""
+
+    def __init__(self, path: str, schema: FeatureSchema) -> None:
+        self.path = path
+        self.schema = schema
+
+    def impressions(self, spark: SparkSession, ds: date) -> DataFrame:
+        """Return the impressions of one day."""
+        return self._day(spark, "impressions", ds)
+
+    def behaviors(self, spark: SparkSession, ds: date) -> DataFrame:
+        """Return the behaviours delivered on one day."""
+        return self._day(spark, "behaviors", ds)
+
+    def history(self, spark: SparkSession) -> DataFrame | None:
+        """Return ``behaviors/history``, or None if there is no such folder."""
+        folder = storage.join(self.path, "behaviors", "history")
+        if not storage.exists(folder):
+            return None
+        return self._read(spark, "behaviors", "history", folder)
+
+    def users(self, spark: SparkSession, ds: date) -> DataFrame:
+        """Return the users of one day, or the one snapshot."""
+        return self._snapshot(spark, "users", ds)
+
+    def items(self, spark: SparkSession, ds: date) -> DataFrame:
+        """Return the items of one day, or the one snapshot."""
+        return self._snapshot(spark, "items", ds)
+
+    def days(self, table: InputTable) -> list[date]:
+        """Return the days a table has a folder for."""
+        return [parse_day(name[3:]) for name in folders(storage.join(self.path, table)) if name[:3] == "ds="]
+
+    def _day(self, spark: SparkSession, table: InputTable, ds: date) -> DataFrame:
+        folder = storage.join(self.path, table, f"ds={ds}")
+        if not storage.exists(folder):
+            raise NotReadyError(
+                f"{table} {ds}: there is no {folder}; days that are there: {describe_days(self.days(table))}"
+            )
+        return self._read(spark, table, str(ds), folder)
+
+    def _snapshot(self, spark: SparkSession, table: InputTable, ds: date) -> DataFrame:
+        folder = storage.join(self.path, table)
+        if not storage.exists(folder):
+            raise BadConfigError(f"{table}: there is no folder {folder}; the input contract needs it")
+        if self.days(table):
+            return self._day(spark, table, ds)
+        return self._read(spark, table, "snapshot", folder)
+
+    def _read(self, spark: SparkSession, table: InputTable, day: str, folder: str) -> DataFrame:
+        where = Where(table, day)
+        files = data_files(folder)
+        if not files:
+            raise NotReadyError(f"{where}: {folder} holds no .parquet, .csv, .json or .jsonl file")
+        frame = read_files(spark, files, where, dict(self.schema.columns.get(table, {})))
+        return require_columns(frame, contract(self.schema, table), where, self.schema)

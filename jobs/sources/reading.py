@@ -1,0 +1,256 @@
+"""Reading raw files safely: every file is opened by its own format's rules before Spark sees a row.
+
+Spark names neither the table nor the day when a file is broken, reads an empty
+CSV file as no rows, and takes the schema of one file for all.  So the driver
+looks at every file's footer or first lines, and says what is wrong with which.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+from pyspark.sql import types as T
+from pyspark.sql.pandas.types import from_arrow_schema
+
+from jobs.contract import Column, ValueKind
+from onetrans import storage
+from onetrans.errors import BadDataError
+from onetrans.schema import FeatureSchema
+
+FORMATS = {
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".csv.gz": "csv",
+    ".json": "json",
+    ".jsonl": "json",
+    ".json.gz": "json",
+    ".jsonl.gz": "json",
+}
+"""File name ending -> format."""
+
+UNREADABLE = "_unreadable"
+"""Column that holds the text of a CSV or JSON line that does not parse; null otherwise."""
+
+_JSON_SAMPLE_LINES = 1000
+
+
+@dataclass(frozen=True)
+class Where:
+    """What is being read, for messages."""
+
+    table: str
+    """Input table."""
+    ds: str
+    """Day, or what stands for it ("history", "snapshot")."""
+
+    def __str__(self) -> str:
+        return f"{self.table} {self.ds}"
+
+
+def data_files(path: str) -> list[str]:
+    """Return the files under ``path`` in a format that is read, sorted."""
+    return [file for file in storage.list_files(path) if _format(file)]
+
+
+def folders(path: str) -> list[str]:
+    """Return the names of the folders directly under ``path``, sorted; none if ``path`` is not there."""
+    filesystem, inner = storage.open_filesystem(path)
+    found = filesystem.get_file_info(fs.FileSelector(inner, allow_not_found=True))
+    return sorted(info.base_name for info in found if info.type == fs.FileType.Directory)
+
+
+def read_files(spark: SparkSession, files: Sequence[str], where: Where, renames: dict[str, str]) -> DataFrame:
+    """Return the rows of raw files, columns renamed to the contract's names.
+
+    Parquet keeps its types; CSV and JSON columns are text, and their unparsable lines are in ``_unreadable``.
+    ``renames`` maps a name of the contract to the name in the files.
+
+    Raises:
+        BadDataError: if a file is empty, broken, or differs from the others in its columns.
+    """
+    kinds = {_format(file) for file in files}
+    if len(kinds) > 1:
+        raise BadDataError(f"{where}: files of several formats lie together: {', '.join(sorted(map(str, kinds)))}")
+    with ThreadPoolExecutor(max_workers=16) as pool:
+        heads = list(pool.map(lambda file: _look(file, where), files))
+    if not sum(rows for _, rows in heads):
+        raise BadDataError(f"{where} is empty: {_number(files)} hold no rows, for example {files[0]}")
+    kind = kinds.pop()
+    if kind == "parquet":
+        frame = _read_parquet(spark, files, [schema for schema, _ in heads], where)
+    elif kind == "csv":
+        frame = _read_csv(spark, files, [schema for schema, _ in heads], where)
+    else:
+        columns = dict.fromkeys(name for schema, _ in heads for name in schema.names)
+        text = T.StructType([T.StructField(name, T.StringType()) for name in (*columns, UNREADABLE)])
+        frame = spark.read.schema(text).option("columnNameOfCorruptRecord", UNREADABLE).json(list(files))
+    return _rename(frame, where, renames)
+
+
+def require_columns(frame: DataFrame, columns: Iterable[Column], where: Where, schema: FeatureSchema) -> DataFrame:
+    """Return ``frame`` if it has every required column, each of a type its kind can be read from.
+
+    Raises:
+        BadDataError: naming the column, what is there, and what was expected.
+    """
+    present = {field.name: field.dataType for field in frame.schema}
+    for column in columns:
+        if column.name not in present:
+            if not column.required:
+                continue
+            there = ", ".join(name for name in present if name != UNREADABLE)
+            raise BadDataError(f"{where}: column {_named(column, where, schema)} is missing; there are {there}")
+        problem = _mismatch(column.kind, present[column.name], schema)
+        if problem:
+            found = present[column.name].simpleString()
+            raise BadDataError(f"{where}: column {_named(column, where, schema)} is {found}; expected {problem}")
+    return frame
+
+
+def _named(column: Column, where: Where, schema: FeatureSchema) -> str:
+    own = schema.columns.get(where.table, {}).get(column.name, column.name)
+    return column.name if own == column.name else f"{own} (read as {column.name})"
+
+
+def _mismatch(kind: ValueKind, found: T.DataType, schema: FeatureSchema) -> str:
+    """Return what would have been right, or an empty text if ``found`` is."""
+    whole = isinstance(found, T.ByteType | T.ShortType | T.IntegerType | T.LongType)
+    number = whole or isinstance(found, T.FloatType | T.DoubleType | T.DecimalType)
+    if isinstance(found, T.NullType | T.StringType):
+        # Text says what it is row by row, but only where a format has nothing but text.
+        return ""
+    if kind in ("id", "category"):
+        fits = whole or isinstance(found, T.BooleanType | T.DateType)
+        return "" if fits else "text or whole numbers (a float has no one spelling, so it cannot be hashed)"
+    if kind == "time":
+        if whole:
+            return "" if schema.epoch else "a timestamp; for numbers the schema file must say epoch = 's', 'ms' or 'us'"
+        return "" if isinstance(found, T.TimestampType | T.TimestampNTZType) else "a timestamp"
+    if kind == "label":
+        return "" if number or isinstance(found, T.BooleanType) else "0 or 1"
+    if kind == "position":
+        return "" if whole else "a whole number"
+    return "" if number or isinstance(found, T.BooleanType) else "a number"
+
+
+def _format(file: str) -> str | None:
+    return next((kind for ending, kind in FORMATS.items() if file.endswith(ending)), None)
+
+
+def _look(file: str, where: Where) -> tuple[pa.Schema, int]:
+    """Return a file's columns, and its rows (for text: 1 if there are any)."""
+    filesystem, inner = storage.open_filesystem(file)
+    if filesystem.get_file_info(inner).size == 0:
+        raise BadDataError(f"{where}: file {file} is empty (0 bytes)")
+    if _format(file) == "parquet":
+        try:
+            with filesystem.open_input_file(inner) as opened:
+                parquet = pq.ParquetFile(opened)
+                return parquet.schema_arrow, parquet.metadata.num_rows
+        except (pa.ArrowInvalid, OSError) as error:
+            size = filesystem.get_file_info(inner).size
+            raise BadDataError(f"{where}: file {file} ({size:,} bytes) is not whole Parquet: {error}") from error
+    lines = _first_lines(file, 2 if _format(file) == "csv" else _JSON_SAMPLE_LINES)
+    if _format(file) == "csv":
+        names = _csv_names(lines[0]) if lines else []
+        return pa.schema([(name, pa.string()) for name in names]), max(len(lines) - 1, 0)
+    names = list(dict.fromkeys(name for line in lines for name in _json_names(line)))
+    return pa.schema([(name, pa.string()) for name in names]), len(lines)
+
+
+def _first_lines(file: str, count: int) -> list[str]:
+    filesystem, inner = storage.open_filesystem(file)
+    lines: list[str] = []
+    rest = b""
+    with filesystem.open_input_stream(inner) as stream:
+        while len(lines) < count:
+            block = stream.read(1 << 20)
+            whole, _, rest = (rest + block).rpartition(b"\n") if block else (rest, b"", b"")
+            lines += [line for line in whole.decode("utf-8", errors="replace").splitlines() if line.strip()]
+            if not block:
+                break
+    return lines[:count]
+
+
+def _csv_names(line: str) -> list[str]:
+    return [name.strip() for name in next(csv.reader([line.removeprefix("\ufeff")]))]
+
+
+def _json_names(line: str) -> list[str]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        return []
+    return list(row) if isinstance(row, dict) else []
+
+
+def _read_parquet(spark: SparkSession, files: Sequence[str], heads: list[pa.Schema], where: Where) -> DataFrame:
+    common = heads[0].remove_metadata()
+    for file, head in zip(files[1:], heads[1:], strict=True):
+        try:
+            common = pa.unify_schemas([common, head.remove_metadata()])
+        except (pa.ArrowTypeError, pa.ArrowInvalid) as error:
+            raise BadDataError(f"{where}: {file} differs from {files[0]} in a column's type: {error}") from error
+    for field in common:
+        if pa.types.is_timestamp(field.type) and field.type.unit == "ns":
+            raise BadDataError(
+                f"{where}: column {field.name} has nanosecond times, which Spark does not read; "
+                "write microseconds (pandas: coerce_timestamps='us')"
+            )
+    for file, head in zip(files, heads, strict=True):
+        absent = set(common.names) - set(head.names)
+        if absent:
+            raise BadDataError(f"{where}: file {file} lacks column {min(absent)}, which {files[0]} or another has")
+    readable = pa.schema([field for field in common if not _is_opaque(field.type)])
+    return spark.read.schema(from_arrow_schema(readable, prefer_timestamp_ntz=True)).parquet(*files)
+
+
+def _is_opaque(kind: pa.DataType) -> bool:
+    """Tell whether Spark has no type for a column; such a column is left out and shows up as missing if needed."""
+    try:
+        from_arrow_schema(pa.schema([("x", kind)]))
+    except Exception as error:
+        if type(error).__name__ != "PySparkTypeError":
+            raise
+        return True
+    return False
+
+
+def _read_csv(spark: SparkSession, files: Sequence[str], heads: list[pa.Schema], where: Where) -> DataFrame:
+    for file, head in zip(files, heads, strict=True):
+        if head.names != heads[0].names:
+            raise BadDataError(
+                f"{where}: the header of {file} differs from that of {files[0]}: "
+                f"{', '.join(head.names)} against {', '.join(heads[0].names)}"
+            )
+        if len(set(head.names)) < len(head.names):
+            raise BadDataError(f"{where}: the header of {file} repeats a column: {', '.join(head.names)}")
+    text = T.StructType([T.StructField(name, T.StringType()) for name in (*heads[0].names, UNREADABLE)])
+    return (
+        spark.read.schema(text)
+        .options(header=True, enforceSchema=True, columnNameOfCorruptRecord=UNREADABLE, quote='"', escape='"')
+        .csv(list(files))
+    )
+
+
+def _rename(frame: DataFrame, where: Where, renames: dict[str, str]) -> DataFrame:
+    for name, own in renames.items():
+        if own not in frame.columns:
+            there = ", ".join(column for column in frame.columns if column != UNREADABLE)
+            raise BadDataError(f"{where}: column {own} (read as {name}) is missing; there are {there}")
+    back = {own: name for name, own in renames.items()}
+    hidden = {name for name in renames if name in frame.columns and name not in back}
+    return frame.select([F.col(f"`{c}`").alias(back.get(c, f"own_{c}" if c in hidden else c)) for c in frame.columns])
+
+
+def _number(files: Sequence[str]) -> str:
+    return "its 1 file" if len(files) == 1 else f"its {len(files)} files"

@@ -1,0 +1,108 @@
+"""Table ``training_requests``: one row per request: features, sequences strictly before it, candidates with labels."""
+
+from __future__ import annotations
+
+from datetime import date
+
+from pyspark.sql import Column as SparkColumn
+from pyspark.sql import DataFrame
+from pyspark.sql import functions as F
+from pyspark.sql import types as T
+
+from jobs.behavior_sequences import collected, merged, yesterdays_tails
+from jobs.contract import context_columns
+from jobs.encoding import stored, stored_all
+from jobs.runner import main
+from jobs.workspace import Workspace
+from onetrans.lake import Staged
+from onetrans.schema import FeatureSchema, Sequence
+
+TABLE = "training_requests"
+
+
+def training_requests(
+    impressions: DataFrame,
+    user_features: DataFrame,
+    item_features: DataFrame,
+    tails: DataFrame | None,
+    events: DataFrame,
+    schema: FeatureSchema,
+) -> DataFrame:
+    """Return the requests of one day.
+
+    ``tails`` are the behaviour sequences of the day before (None on the log's first day), ``events`` the behaviours
+    delivered on the day.  A request at ``t`` sees the events with ``available_at < t``, strictly, and of those the
+    last ``max_length`` of each sequence by (ts, event_id), oldest first.  Candidates are ordered by item id.  A user
+    or item without a row of features has missing features.
+    """
+    requests = _requests(impressions, item_features, schema)
+    users = user_features.select("user_id", F.struct(*stored_all(schema.of_side("user"), F.col)).alias("_user"))
+    past = merged(tails, collected(events, schema), schema)
+    joined = requests.join(users, "user_id", "left").join(past, "user_id", "left")
+    kinds = {field.name: field.dataType for field in past.schema}
+    user_columns = [
+        F.col("_user")[f.name].alias(f.name) if f.column != "user_id" else stored(f, F.col("user_id"))
+        for f in schema.of_side("user")
+    ]
+    return joined.select(
+        "request_id", "user_id", "ts",
+        *user_columns,
+        *(f.name for f in schema.of_side("context")),
+        *(_seen(sequence, kinds[sequence.column]) for sequence in schema.sequences),
+        "candidates",
+    )  # fmt: skip
+
+
+def _requests(impressions: DataFrame, item_features: DataFrame, schema: FeatureSchema) -> DataFrame:
+    """Group impressions into requests, each with its list of candidates."""
+    computed = {"item_id"}
+    wanted = dict.fromkeys(f.column for f in schema.of_side("item") if f.column not in computed)
+    items = item_features.select("item_id", F.struct(*wanted).alias("_item") if wanted else F.lit(None).alias("_item"))
+    shown = impressions.join(items, "item_id", "left")
+
+    def item_column(column: str) -> SparkColumn:
+        return F.col("item_id") if column == "item_id" else F.col("_item")[column]
+
+    truth = [column for column in ("true_ctr", "true_cvr") if column in impressions.columns]
+    candidate = F.struct(
+        "item_id", "position", *stored_all(schema.of_side("item"), item_column), "click", "conversion", *truth
+    )
+    context = F.struct(*(F.col(column) for column in context_columns(schema))) if context_columns(schema) else None
+    grouped = shown.groupBy("request_id").agg(
+        F.min("user_id").alias("user_id"),
+        F.min("ts").alias("ts"),
+        *([F.min_by(context, "item_id").alias("_context")] if context is not None else []),
+        F.sort_array(F.collect_list(candidate)).alias("candidates"),
+    )
+    stored = stored_all(schema.of_side("context"), lambda column: F.col("_context")[column])
+    return grouped.select("request_id", "user_id", "ts", "candidates", *stored)
+
+
+def _seen(sequence: Sequence, kind: T.DataType) -> SparkColumn:
+    """Return the part of a user's events that a request may see, without the columns that only decided it."""
+    known = F.filter(sequence.column, lambda event: event["available_at"] < F.col("ts"))
+    last = F.slice(known, F.greatest(F.size(known) - sequence.max_length, F.lit(0)) + 1, F.lit(sequence.max_length))
+    assert isinstance(kind, T.ArrayType)
+    assert isinstance(kind.elementType, T.StructType)
+    kept = [name for name in kind.elementType.names if name not in ("event_id", "available_at")]
+    shown = F.transform(last, lambda event: F.struct(*(event[name].alias(name) for name in kept)))
+    none = T.ArrayType(T.StructType([f for f in kind.elementType if f.name in kept]))
+    return F.coalesce(shown, F.array().cast(none)).alias(sequence.column)
+
+
+def build(work: Workspace, ds: date) -> Staged:
+    """Stage one day, its rows in the order of time."""
+    frame = training_requests(
+        work.read("impressions", [ds]),
+        work.read("user_features", [ds]),
+        work.read("item_features", [ds]),
+        yesterdays_tails(work, ds),
+        work.read("behaviors", [ds]),
+        work.schema,
+    )
+    read = work.snapshots("impressions", "user_features", "item_features", "behaviors", "behavior_sequences")
+    return work.stage(TABLE, ds, frame.sortWithinPartitions("ts", "request_id"), read)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(TABLE, build))

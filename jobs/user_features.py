@@ -1,0 +1,43 @@
+"""Table ``user_features``: one row per user and day: declared attributes, and counts and rates of the days before."""
+
+from __future__ import annotations
+
+from datetime import date
+
+from pyspark.sql import DataFrame
+
+from jobs.checks import attributes, good_rows
+from jobs.figures import counts, with_figures
+from jobs.runner import main
+from jobs.workspace import Workspace
+from onetrans.lake import Staged
+from onetrans.schema import FeatureSchema
+
+TABLE = "user_features"
+
+
+def user_features(users: DataFrame, impressions: DataFrame | None, schema: FeatureSchema, ds: date) -> DataFrame:
+    """Return the features of every user of the snapshot, and of every user shown something in the windows.
+
+    ``impressions`` are the published days before ``ds`` as far as the longest window, None if there are none; no
+    row of ``ds`` itself is read.  A user the snapshot does not know has null attributes.
+    """
+    counted = None
+    if impressions is not None:
+        counted = counts(impressions, "user_id", ds, schema.aggregates.windows)
+        users = users.join(counted.select("user_id"), "user_id", "full_outer")
+    return with_figures(users, counted, "user_id", "user", schema.aggregates)
+
+
+def build(work: Workspace, ds: date) -> Staged:
+    """Stage one day."""
+    checked = attributes(work.source.users(work.spark, ds), "users", work.schema)
+    quarantined = work.quarantine_attributes(TABLE, ds, checked)
+    days = work.window("impressions", ds, max(work.schema.aggregates.windows))
+    impressions = work.read("impressions", days) if days else None
+    frame = user_features(good_rows(checked), impressions, work.schema, ds)
+    return work.stage(TABLE, ds, frame, work.snapshots("impressions"), quarantined)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(TABLE, build))

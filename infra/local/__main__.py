@@ -1,0 +1,96 @@
+"""Servers on this machine, all on loopback.
+
+    python -m infra.local ui          Airflow, MLflow and Data Docs, until Ctrl-C
+    python -m infra.local airflow     Airflow alone, until Ctrl-C
+
+The settings are those of ``--config``; default: ``$ONETRANS_CONFIG``, else the
+demo's (``var/demo/onetrans.toml``) if there was one, else the usual ones.
+Airflow's home lies beside the configuration file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import NoReturn
+
+from infra.local import pages
+from infra.local.airflow import REPOSITORY, LocalAirflow
+from infra.local.processes import stop
+from onetrans.errors import PipelineError
+from onetrans.settings import Settings, load_settings
+
+DEMO_CONFIG = REPOSITORY / "var" / "demo" / "onetrans.toml"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Start the servers, print their addresses, and wait for Ctrl-C."""
+    parser = argparse.ArgumentParser(
+        prog="python -m infra.local", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("ui", "airflow"), help="what to start")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="configuration file")
+    parser.add_argument("--home", type=Path, metavar="DIR", help="AIRFLOW_HOME (default: beside the configuration)")
+    arguments = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        run(arguments.what, arguments.config, arguments.home)
+    except PipelineError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("\nstopped")
+    return 0
+
+
+def run(what: str, config: Path | None, home: Path | None) -> None:
+    """Start the servers and keep them until interrupted, or until one ends by itself.
+
+    Raises:
+        PipelineError: if a server cannot start, or ends.
+    """
+    named = os.environ.get("ONETRANS_CONFIG")
+    path = config or (Path(named) if named else DEMO_CONFIG if DEMO_CONFIG.exists() else None)
+    environment = {"ONETRANS_CONFIG": str(path.resolve())} if path else {}
+    settings = load_settings({**os.environ, **environment})
+    airflow_home = home or (path.resolve().parent if path else REPOSITORY / "var") / "airflow"
+    airflow = LocalAirflow(airflow_home, environment)
+    others = _other_pages(settings, airflow.home / "logs") if what == "ui" else []
+    servers = [page.server for page in others if page.server]
+    try:
+        print(f"starting Airflow ({airflow.parallelism} tasks at once), home {airflow.home}", flush=True)
+        for server in servers:
+            server.start()
+        airflow.start()
+        for page in others:
+            pages.wait_for(page)
+        for title, address in [("Airflow", airflow.address), *((page.title, page.address) for page in others)]:
+            print(f"  {title:<10} {address}")
+        print("Ctrl-C stops them.", flush=True)
+        while True:
+            time.sleep(1)
+            airflow.check()
+            for server in servers:
+                server.check()
+    finally:
+        airflow.stop()
+        stop(servers)
+
+
+def _other_pages(settings: Settings, logs: Path) -> list[pages.Page]:
+    # Expectations bring Great Expectations' parts with them; Airflow alone does without.
+    from expectations.site import site_path
+
+    return [pages.mlflow_page(settings, logs), pages.docs_page(site_path(settings.lake, settings.audit), logs)]
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+"""Audits the staged day of a table: ``python -m expectations.audit TABLE --ds D``.
+
+The audit reads exactly the files the manifest names, judges them by the table's
+suite, writes a page of Data Docs, and leaves its verdict beside the files.  It
+never touches what is published: that is left to ``onetrans publish``, which asks
+for this verdict.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import sys
+import time
+from datetime import date
+from typing import TYPE_CHECKING, Any
+
+from onetrans.days import parse_day
+from onetrans.errors import EXIT_OK, BadDataError, PipelineError
+from onetrans.lake import Lake
+from onetrans.schema import FeatureSchema
+from onetrans.settings import AuditSettings, load_settings
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+
+def audit_staged(
+    lake: Lake,
+    schema: FeatureSchema,
+    table: str,
+    ds: date,
+    spark: SparkSession | None = None,
+    settings: AuditSettings | None = None,
+) -> dict[str, Any]:
+    """Audit the staged files of one day and write the verdict beside them; return it.
+
+    ``spark`` is a running session to use if the day is too large to be read here; without one, a session is
+    started for such a day.  ``settings`` default to those of the process.  The verdict's ``passed`` is false if
+    a critical expectation was not met.
+
+    Raises:
+        NotReadyError: if the day is not staged.
+        BadDataError: if a staged file cannot be read; there is no verdict then, so the day cannot be published.
+        BadConfigError: if there is no such table.
+    """
+    # Great Expectations takes seconds to import: a wrong argument should not cost them.
+    from expectations import reading, rules
+    from expectations.day import audit_day
+    from expectations.docs import render_page
+    from expectations.judge import CRITICAL, Judge, findings
+    from expectations.site import Record, add_page, page_path, site_path
+    from expectations.suites import suite_of
+    from expectations.views import needed_columns, view_of
+
+    began = time.monotonic()
+    settings = settings or load_settings().audit
+    suite = suite_of(table)
+    day = audit_day(lake, schema, settings, lake.staged(table, ds))
+    files = reading.open_staged(day.staged)
+    declared = suite.columns(schema)
+
+    # A row rule cannot be judged on a column that is not there; the rules of the columns say so.
+    readable = files.has(needed_columns(table, schema), declared)
+    view = view_of(table, schema, day.settled_before) if readable else None
+    in_memory = files.rows <= settings.max_rows_in_memory
+    if in_memory:
+        profiles, rows = reading.read_here(files, view)
+    else:
+        profiles, rows = reading.read_with_spark(files, view, spark or _start_spark())
+
+    judge = Judge()
+    columns = reading.column_table(files, declared, profiles, settings.max_missing_share)
+    results = [judge.judge(f"{table} columns", columns, rules.columns_as_declared(), rules.COLUMN_KEY)]
+    if rows is not None:
+        results.append(judge.judge(f"{table} rows", rows, suite.expectations(day), suite.key))
+
+    found = findings(results)
+    critical = sum(finding.severity == CRITICAL for finding in found)
+    outcome = "failed" if critical else "warning" if found else "passed"
+    site = site_path(lake.settings, settings)
+    verdict = {
+        "table": table,
+        "ds": str(ds),
+        "passed": critical == 0,
+        "critical": critical,
+        "warnings": len(found) - critical,
+        "evaluated": sum(len(result.results) for result in results),
+        "rows": files.rows,
+        "rows_judged": rows is not None,
+        "findings": [finding.to_dict() for finding in found],
+        "data_docs": page_path(site, table, ds),
+        "engine": "pandas" if in_memory else "spark",
+        "seconds": round(time.monotonic() - began, 3),
+    }
+    summary = _summary(verdict)
+    record = Record(table, str(ds), outcome, files.rows, critical, len(found) - critical)
+    add_page(site, record, render_page(f"{table} {ds}", outcome, summary, found, results))
+    lake.write_verdict(day.staged, verdict)
+    return verdict
+
+
+def describe_failure(verdict: dict[str, Any]) -> str:
+    """Return the paragraph the on-call engineer reads when a day failed its audit."""
+    broken = [_told(finding) for finding in verdict["findings"] if finding["severity"] == "critical"]
+    return (
+        f"{verdict['table']} {verdict['ds']}: {len(broken)} critical expectation{'s' * (len(broken) > 1)} not met. "
+        f"{' | '.join(broken)}. What is published is unchanged. Data Docs: {verdict['data_docs']}. After correcting "
+        f"the cause, run the job again: python -m jobs.{verdict['table']} --ds {verdict['ds']}"
+    )
+
+
+def _told(finding: dict[str, Any]) -> str:
+    from expectations.judge import Finding
+
+    return str(Finding(**finding))
+
+
+def _summary(verdict: dict[str, Any]) -> str:
+    unjudged = "" if verdict["rows_judged"] else "; the rows were not judged, because columns are not as declared"
+    return (
+        f"{verdict['rows']:,} rows, {verdict['evaluated']} expectations: {verdict['critical']} critical not met, "
+        f"{verdict['warnings']} warnings{unjudged}"
+    )
+
+
+def _start_spark() -> SparkSession:
+    from jobs.spark import session
+
+    return session(load_settings().spark, app="audit")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Audit one table's day; return the process's exit code (``onetrans/errors.py``)."""
+    parser = argparse.ArgumentParser(prog="python -m expectations.audit", description=__doc__.split("\n", 1)[0])
+    parser.add_argument("table", help="table whose staged day is audited")
+    parser.add_argument("--ds", required=True, help="day, YYYY-MM-DD")
+    arguments = parser.parse_args(argv)
+    try:
+        from jobs.sources import load_schema
+
+        settings = load_settings()
+        lake = Lake(settings.lake)
+        ds = parse_day(arguments.ds)
+        lake.staged(arguments.table, ds)
+        verdict = audit_staged(lake, load_schema(settings.source), arguments.table, ds, settings=settings.audit)
+        for finding in verdict["findings"]:
+            if finding["severity"] != "critical":
+                print(f"warning: {_told(finding)}", file=sys.stderr)
+        if not verdict["passed"]:
+            raise BadDataError(describe_failure(verdict))
+    except PipelineError as error:
+        if os.environ.get("ONETRANS_TRACEBACK"):
+            raise
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    print(f"{arguments.table} {ds}: passed; {_summary(verdict)}; Data Docs: {verdict['data_docs']}")
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    # The imports make a million objects that live until the end: looking for garbage among them costs a second.
+    gc.disable()
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    gc.freeze()
+    sys.exit(code)

@@ -1,0 +1,113 @@
+"""What a column must be: its type, how much of it may be missing, and the range of its values.
+
+A nested column is named by its path: ``candidates.click`` is the field ``click``
+of the structs listed in ``candidates``.  Types are named as in
+``docs/architecture.md``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import pyarrow as pa
+
+from onetrans.schema import Aggregates, Feature, FeatureSchema, Kind, Side
+
+LIST_OF_STRUCT = "list of struct"
+
+_STORED: dict[Kind, str] = {"hashed": "text", "bucketized": "double"}
+_ENCODED: dict[Kind, str] = {"hashed": "bigint", "bucketized": "double"}
+
+
+@dataclass(frozen=True)
+class Column:
+    """The declaration of one column."""
+
+    name: str
+    """Column, or path of a nested one."""
+    type: str
+    """``text``, ``int``, ``bigint``, ``double``, ``timestamp``, ``date`` or ``list of struct``."""
+    required: bool = False
+    """No value may be missing or, where it is text, empty; else the day fails."""
+    smallest: float | None = None
+    """Smallest value allowed; None: any finite one."""
+    largest: float | None = None
+    """Largest value allowed; None: any finite one."""
+    optional: bool = False
+    """The column itself may be absent."""
+    may_be_missing: float | None = None
+    """Share of values that may be missing before the audit warns; None: the setting ``audit.max_missing_share``."""
+
+
+def key(name: str, kind: str = "text") -> Column:
+    """Declare a column that names or orders rows: never missing, never empty."""
+    return Column(name, kind, required=True)
+
+
+def label(name: str) -> Column:
+    """Declare a label, never missing; that it is 0 or 1 is a rule of the rows, which can name one."""
+    return Column(name, "int", required=True)
+
+
+def truth(prefix: str = "") -> list[Column]:
+    """Declare the true probabilities, which only a simulator knows."""
+    return [
+        Column(f"{prefix}{name}", "double", smallest=0, largest=1, optional=True, may_be_missing=1.0)
+        for name in ("true_ctr", "true_cvr")
+    ]
+
+
+def stored(schema: FeatureSchema, side: Side) -> list[Column]:
+    """Declare the source columns of one side's features as the base tables hold them: text, or a raw number."""
+    return [Column(name, _STORED[kind]) for name, kind in schema.source_columns(side).items()]
+
+
+def encoded(features: Iterable[Feature], prefix: str = "") -> list[Column]:
+    """Declare features as ``training_requests`` holds them: a 64-bit hash, or a raw number."""
+    return [Column(f"{prefix}{feature.name}", _ENCODED[feature.kind]) for feature in features]
+
+
+def aggregates(declared: Aggregates, prefix: str) -> list[Column]:
+    """Declare the day-lagged counts (not negative) and rates (between 0 and 1) of one key."""
+    columns = [Column(name, "double", smallest=0) for name in declared.columns(prefix)]
+    return [replace(c, largest=1) if c.name.split("_")[-2] in ("ctr", "cvr") else c for c in columns]
+
+
+def distinct(columns: Iterable[Column]) -> list[Column]:
+    """Keep the first declaration of each name: a feature may read a key, or an aggregate, of its own table."""
+    first: dict[str, Column] = {}
+    for column in columns:
+        first.setdefault(column.name, column)
+    return list(first.values())
+
+
+def type_name(kind: pa.DataType) -> str:
+    """Return the name ``docs/architecture.md`` gives an Arrow type, or Arrow's own where it gives none."""
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return "text"
+    if pa.types.is_int32(kind):
+        return "int"
+    if pa.types.is_int64(kind):
+        return "bigint"
+    if pa.types.is_float64(kind):
+        return "double"
+    if pa.types.is_date32(kind):
+        return "date"
+    if pa.types.is_timestamp(kind) and kind.unit == "us" and kind.tz is not None:
+        return "timestamp"
+    if pa.types.is_list(kind) and pa.types.is_struct(kind.value_type):
+        return LIST_OF_STRUCT
+    return str(kind)
+
+
+def found_types(schema: pa.Schema) -> dict[str, str]:
+    """Return the type name of every column and nested field of a file, by path."""
+    found: dict[str, str] = {}
+    for column in schema:
+        found[column.name] = type_name(column.type)
+        if found[column.name] == LIST_OF_STRUCT:
+            struct = column.type.value_type
+            for index in range(struct.num_fields):
+                found[f"{column.name}.{struct.field(index).name}"] = type_name(struct.field(index).type)
+    return found

@@ -1,0 +1,37 @@
+"""What a day of ``item_features`` must be: one row per item, counts that agree with one another, rates within 0..1."""
+
+from __future__ import annotations
+
+from great_expectations.expectations.expectation import Expectation
+
+from expectations import rules
+from expectations.columns import Column, aggregates, distinct, key, stored
+from expectations.day import AuditDay
+from onetrans.schema import FeatureSchema
+
+KEY = ("item_id",)
+
+
+def columns(schema: FeatureSchema) -> list[Column]:
+    """Declare the columns."""
+    return distinct(
+        [
+            key("ds", "date"),
+            key("item_id"),
+            *aggregates(schema.aggregates, "item"),
+            *(c for name in schema.aggregates.item_keys for c in aggregates(schema.aggregates, name)),
+            *(Column(name, "text") for name in schema.aggregates.item_keys),
+            *stored(schema, "item"),
+        ]
+    )
+
+
+def expectations(day: AuditDay) -> list[Expectation]:
+    """Declare the rules of the rows."""
+    return [
+        *rules.row_count(day),
+        rules.only_this_day(day),
+        rules.one_row_per(*KEY),
+        rules.none_of("impossible_counts", "clicks are at most impressions, conversions at most clicks"),
+        rules.none_of("shrinking_windows", "a count is not larger in a shorter window than in a longer one"),
+    ]

@@ -1,0 +1,211 @@
+"""Reads the staged files of a day once: the table of columns, and the view of the rows.
+
+Up to ``audit.max_rows_in_memory`` rows the files are read in this process,
+batch after batch, so that only the view, a few columns wide, is ever held.  A
+larger day is read by Spark with the same functions, batch by batch, and the same
+suite is judged by Great Expectations' Spark engine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from expectations.columns import LIST_OF_STRUCT, Column, found_types
+from expectations.profile import Profile, merge_profiles, profile_batch
+from expectations.views import View
+from onetrans import storage
+from onetrans.errors import BadDataError
+from onetrans.lake import Staged
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame as SparkDataFrame
+    from pyspark.sql import SparkSession
+
+_BATCH_ROWS = 65_536
+_ABSENT = "missing"
+
+
+@dataclass(frozen=True)
+class StagedFiles:
+    """The Parquet files of one staged day, and what their footers say."""
+
+    staged: Staged
+    """Manifest of the day."""
+    paths: tuple[str, ...]
+    """Files, in path order."""
+    schemas: tuple[pa.Schema, ...]
+    """Schema of each file."""
+    rows: int
+    """Rows of all files."""
+
+    def has(self, names: list[str], declared: list[Column]) -> bool:
+        """Tell whether every file holds the columns ``names``, and their fields, with the declared types."""
+        needed = [column for column in declared if column.name.split(".")[0] in names and not column.optional]
+        types = [found_types(schema) for schema in self.schemas]
+        return all(found.get(column.name) == column.type for found in types for column in needed)
+
+
+def open_staged(staged: Staged) -> StagedFiles:
+    """Read the footers of the staged files.
+
+    Raises:
+        BadDataError: if there are no files, or one of them is not a whole Parquet file.
+    """
+    paths = storage.list_files(staged.path, ".parquet")
+    if not paths:
+        raise BadDataError(
+            f"{staged.table} {staged.ds}: {staged.path} holds no Parquet files, though the manifest says that "
+            f"{staged.rows:,} rows were staged there; run the job again: python -m jobs.{staged.table} --ds {staged.ds}"
+        )
+    schemas, rows = [], 0
+    for path in paths:
+        with _parquet(staged, path) as file:
+            schemas.append(file.schema_arrow)
+            rows += file.metadata.num_rows
+    return StagedFiles(staged, tuple(paths), tuple(schemas), rows)
+
+
+def read_here(files: StagedFiles, view: View | None) -> tuple[dict[str, Profile], pd.DataFrame | None]:
+    """Return the profile of every column and the view of all rows (None if no view is asked for).
+
+    Raises:
+        BadDataError: if a file cannot be decoded.
+    """
+    profiles: list[dict[str, Profile]] = []
+    views: list[pa.RecordBatch] = []
+    for batch in _batches(files):
+        profiles.append(profile_batch(batch))
+        if view is not None:
+            views.append(view(batch))
+    if view is None:
+        return merge_profiles(profiles), None
+    if not views:
+        views.append(view(pa.RecordBatch.from_pylist([], schema=files.schemas[0])))
+    table = pa.Table.from_batches(views)
+    # Text becomes a category: Great Expectations copies the frame for every rule, and codes are cheap to copy.
+    text = [field.name for field in table.schema if pa.types.is_string(field.type)]
+    return merge_profiles(profiles), table.to_pandas(categories=text, self_destruct=True)
+
+
+def read_with_spark(
+    files: StagedFiles, view: View | None, spark: SparkSession
+) -> tuple[dict[str, Profile], SparkDataFrame | None]:
+    """Do as :func:`read_here`, on Spark's executors; the view stays distributed."""
+    staged = spark.read.parquet(*files.paths)
+    parts = staged.mapInArrow(_profile_parts, "path string, profile array<double>").collect()
+    profiles = merge_profiles({row["path"]: Profile(*_counts(row["profile"]))} for row in parts)
+    if view is None:
+        return profiles, None
+    empty = view(pa.RecordBatch.from_pylist([], schema=files.schemas[0]))
+
+    def apply(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        return (view(batch) for batch in batches)
+
+    from pyspark.sql.pandas.types import from_arrow_schema
+
+    return profiles, staged.mapInArrow(apply, from_arrow_schema(empty.schema))
+
+
+def column_table(
+    files: StagedFiles, declared: list[Column], profiles: dict[str, Profile], limit: float
+) -> pd.DataFrame:
+    """Return one row per declared or found column: what it must be beside what it is.
+
+    ``use`` is ``required`` (never missing), ``feature`` or ``extra`` (not declared).  Where files
+    disagree on a column's type, the row names the first one that is not as declared.  ``limit`` is the
+    share of values a feature may lack before the audit warns.
+    """
+    types = [found_types(schema) for schema in files.schemas]
+    rows: list[dict[str, Any]] = []
+    for column in declared:
+        places = [i for i, found in enumerate(types) if found.get(column.name, _ABSENT) != column.type]
+        found = types[places[0]].get(column.name, _ABSENT) if places else column.type
+        if found == _ABSENT and column.optional:
+            continue
+        allowed = 1.0 if column.type == LIST_OF_STRUCT else limit
+        rows.append(
+            {
+                "column": column.name,
+                "use": "required" if column.required else "feature",
+                "declared": column.type,
+                "found": found,
+                "file": files.paths[places[0] if places else 0].rsplit("/", 1)[-1],
+                **_figures(profiles.get(column.name, Profile())),
+                "missing_share_allowed": column.may_be_missing if column.may_be_missing is not None else allowed,
+                "smallest_allowed": column.smallest,
+                "largest_allowed": column.largest,
+            }
+        )
+    names = {column.name for column in declared}
+    for index, found_by_name in enumerate(types):
+        for name in sorted(set(found_by_name) - names):
+            names.add(name)
+            rows.append(
+                {
+                    "column": name,
+                    "use": "extra",
+                    "declared": "not declared",
+                    "found": found_by_name[name],
+                    "file": files.paths[index].rsplit("/", 1)[-1],
+                    **_figures(Profile()),
+                    "missing_share_allowed": 1.0,
+                    "smallest_allowed": None,
+                    "largest_allowed": None,
+                }
+            )
+    frame = pd.DataFrame(rows)
+    numbers = ["smallest", "largest", "smallest_allowed", "largest_allowed"]
+    return frame.astype(dict.fromkeys(numbers, "float64"))
+
+
+def _figures(profile: Profile) -> dict[str, Any]:
+    return {
+        "values": profile.values,
+        "missing": profile.missing,
+        "missing_share": profile.missing / profile.values if profile.values else 0.0,
+        "not_finite": profile.not_finite,
+        "smallest": profile.smallest if math.isfinite(profile.smallest) else None,
+        "largest": profile.largest if math.isfinite(profile.largest) else None,
+    }
+
+
+def _parquet(staged: Staged, path: str) -> pq.ParquetFile:
+    filesystem, inner = storage.open_filesystem(path)
+    try:
+        return pq.ParquetFile(filesystem.open_input_file(inner))
+    except pa.ArrowInvalid as error:
+        raise _unreadable(staged, path, error) from error
+
+
+def _batches(files: StagedFiles) -> Iterator[pa.RecordBatch]:
+    for path in files.paths:
+        with _parquet(files.staged, path) as file:
+            try:
+                yield from file.iter_batches(_BATCH_ROWS)
+            except (pa.ArrowInvalid, OSError) as error:
+                raise _unreadable(files.staged, path, error) from error
+
+
+def _unreadable(staged: Staged, path: str, error: Exception) -> BadDataError:
+    return BadDataError(
+        f"{staged.table} {staged.ds}: {path} is not a whole Parquet file ({str(error).strip().rstrip('.')}); nothing "
+        f"was published; run the job again: python -m jobs.{staged.table} --ds {staged.ds}"
+    )
+
+
+def _profile_parts(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    for path, part in merge_profiles(profile_batch(batch) for batch in batches).items():
+        figures = [float(part.values), float(part.missing), float(part.not_finite), part.smallest, part.largest]
+        yield pa.RecordBatch.from_pydict({"path": [path], "profile": [figures]})
+
+
+def _counts(figures: list[float]) -> tuple[int, int, int, float, float]:
+    values, missing, not_finite, smallest, largest = figures
+    return int(values), int(missing), int(not_finite), smallest, largest

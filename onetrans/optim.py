@@ -143,6 +143,8 @@ class Optimizers:
     def __init__(self, model: RankingModel, config: OptimizerConfig) -> None:
         self.config = config
         self.steps = 0
+        # Adagrad builds sparse tensors from coalesced gradients; torch warns until someone says that is trusted.
+        torch.sparse.check_sparse_tensor_invariants.disable()
         self._tables = list(model.embedding_parameters().values())
         self._dense = list(model.dense_parameters().values())
         self.embedding = torch.optim.Adagrad(

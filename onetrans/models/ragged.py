@@ -104,7 +104,7 @@ class Groups:
         counts_R = offsets_O[1:] - offsets_O[:-1]
         largest = int(counts_R.max()) if counts_R.numel() else 0
         if largest == 0:
-            return cls(None, None, counts_R.shape[0], 1)
+            return cls(None, offsets_O.new_zeros(0), counts_R.shape[0], 1)
         mean = -(-int(offsets_O[-1]) // counts_R.shape[0])
         likely = (mean // 2, mean, mean * 3 // 2, mean * 2, largest)
         tries = sorted({min(max(size, 1), limit, largest) for size in likely})

@@ -1,0 +1,285 @@
+"""What both models promise whatever their weights: independence, masks, parameters per position, and learning."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from onetrans.models import DCNv2DINConfig, OneTransConfig, build_model, preset
+from onetrans.models.attention import Rotation
+from onetrans.models.onetrans import MixedLinear
+from onetrans.models.ragged import Groups, Layout, latest_events
+from onetrans.optim import build_optimizers, optimizer_preset
+from tests.batches import model_schema, random_batch, select_requests
+
+SCHEMA = model_schema()
+ONETRANS = replace(preset("onetrans", "tiny"), max_seq_len=12, pyramid_multiple=4, num_layers=3)
+BASELINE = preset("dcnv2_din", "tiny")
+CONFIGS = [
+    pytest.param(ONETRANS, id="onetrans"),
+    pytest.param(replace(ONETRANS, merge="intent_ordered", separators=True, top_block="s_tail"), id="onetrans-intent"),
+    pytest.param(replace(ONETRANS, tokenizer="group_wise", attention="full", position="learned"), id="onetrans-full"),
+    pytest.param(BASELINE, id="dcnv2_din"),
+]
+
+
+def trained_like(config, seed=0):
+    """A model in evaluation mode whose tables are as large as a trained model's."""
+    torch.manual_seed(seed)
+    model = build_model(config, SCHEMA).eval()
+    with torch.no_grad():
+        for table in model.embedding_parameters().values():
+            table.mul_(20.0)
+    return model
+
+
+def scores(model, batch):
+    with torch.no_grad():
+        return torch.stack(model(batch))
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_request_scores_the_same_alone_and_in_any_company(config):
+    model, batch = trained_like(config), random_batch(SCHEMA, [3, 1, 0, 11, 2], [9, 0, 4, 30, 1], seed=1)
+    together = scores(model, batch)
+    order = [3, 0, 4, 1]
+    reordered = scores(model, select_requests(batch, order))
+    starts = batch.candidate_offsets_O.tolist()
+    expected = torch.cat([together[:, starts[r] : starts[r + 1]] for r in order], dim=1)
+    torch.testing.assert_close(reordered, expected, rtol=1e-5, atol=1e-5)
+    alone = scores(model, select_requests(batch, [3]))
+    torch.testing.assert_close(alone, together[:, starts[3] : starts[4]], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_candidate_does_not_see_the_others(config):
+    model, batch = trained_like(config), random_batch(SCHEMA, [6, 2], [9, 3], seed=2)
+    before = scores(model, batch)
+    item_NI = batch.item_NI.clone()
+    item_NI[2] = torch.tensor([17, 3, 1])
+    after = scores(model, replace(batch, item_NI=item_NI))
+    others = [n for n in range(8) if n != 2]
+    torch.testing.assert_close(after[:, others], before[:, others], rtol=0, atol=1e-6)
+    assert (after[:, 2] - before[:, 2]).abs().min() > 1e-3
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("what", ["user_RU", "context_RK", "event_EV", "event_time_E", "event_sequence_E"])
+def test_every_input_matters_to_its_own_request_alone(config, what):
+    if what == "event_time_E" and getattr(config, "position", "rotary_time") == "learned":
+        pytest.skip("this position encoding does not read times")
+    model, batch = trained_like(config), random_batch(SCHEMA, [2, 3], [4, 6], seed=4)
+    before = scores(model, batch)
+    values = getattr(batch, what).clone()
+    of_second = slice(4, None) if what.startswith("event") else slice(1, None)
+    if what == "event_time_E":
+        values[of_second] -= 86_400_000_000
+    elif what == "event_sequence_E":
+        values[of_second] = (values[of_second] + 1) % len(SCHEMA.sequences)
+    else:
+        values[of_second] = (values[of_second] + 1) % 3
+    after = scores(model, replace(batch, **{what: values}))
+    torch.testing.assert_close(after[:, :2], before[:, :2], rtol=0, atol=1e-6)
+    assert (after[:, 2:] - before[:, 2:]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize(
+    ("candidates", "events"), [([], []), ([0], [5]), ([2, 1], [0, 0]), ([1], [1]), ([1, 1, 1], [0, 200, 0])]
+)
+def test_rare_shapes_give_finite_scores_and_gradients(config, candidates, events):
+    model = trained_like(config).train()
+    ctr, cvr = model(random_batch(SCHEMA, candidates, events))
+    assert ctr.shape == cvr.shape == (sum(candidates),)
+    assert ctr.dtype == cvr.dtype == torch.float32
+    (ctr.sum() + cvr.sum()).backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            assert torch.isfinite(parameter.grad.to_dense()).all(), name
+
+
+@pytest.mark.parametrize("config", CONFIGS[:3])
+def test_s_never_sees_ns(config):
+    """Stage I is bitwise the same whatever user, context and candidates are, and stage II reads no events."""
+    model, batch = trained_like(config), random_batch(SCHEMA, [3, 2], [9, 4], seed=5)
+    other = random_batch(SCHEMA, [1, 4], [9, 4], seed=6)
+    swapped = replace(
+        batch, user_RU=other.user_RU, context_RK=other.context_RK, item_NI=other.item_NI,
+        candidate_offsets_O=other.candidate_offsets_O,
+    )  # fmt: skip
+    state, same = model.encode_requests(batch), model.encode_requests(swapped)
+    for a, b in zip(state.blocks, same.blocks, strict=True):
+        assert torch.equal(a.k_RLHD, b.k_RLHD)
+        assert torch.equal(a.v_RLHD, b.v_RLHD)
+    no_events = replace(
+        batch, event_EV=batch.event_EV[:0], event_sequence_E=batch.event_sequence_E[:0],
+        event_time_E=batch.event_time_E[:0], event_offsets_O=torch.zeros(3, dtype=torch.int64),
+    )  # fmt: skip
+    assert torch.equal(torch.stack(model.score_candidates(no_events, state)), torch.stack(model(batch)))
+
+
+def test_later_events_do_not_change_earlier_keys():
+    """Append-stable: the first block's keys of a request's first events stay when more events follow."""
+    model, batch = trained_like(ONETRANS), random_batch(SCHEMA, [1], [9], seed=7)
+    shorter = replace(
+        batch, event_EV=batch.event_EV[:6], event_sequence_E=batch.event_sequence_E[:6],
+        event_time_E=batch.event_time_E[:6], event_offsets_O=torch.tensor([0, 6]),
+        request_time_R=batch.request_time_R - 3_600_000_000,
+    )  # fmt: skip
+    long, short = model.encode_requests(batch).blocks[0], model.encode_requests(shorter).blocks[0]
+    torch.testing.assert_close(long.k_RLHD[:, :6], short.k_RLHD, rtol=0, atol=1e-6)
+    torch.testing.assert_close(long.v_RLHD[:, :6], short.v_RLHD, rtol=0, atol=1e-6)
+
+
+def test_causal_s_tokens_do_not_see_later_ones():
+    config = replace(ONETRANS, pyramid=False)
+    model, batch = trained_like(config), random_batch(SCHEMA, [1], [9], seed=8)
+    event_EV = batch.event_EV.clone()
+    event_EV[6:] = 1
+    before, after = (
+        model.encode_requests(batch).blocks[-1],
+        model.encode_requests(replace(batch, event_EV=event_EV)).blocks[-1],
+    )
+    torch.testing.assert_close(before.k_RLHD[:, :6], after.k_RLHD[:, :6], rtol=0, atol=1e-6)
+    assert (before.k_RLHD[:, 6:] - after.k_RLHD[:, 6:]).abs().max() > 1e-3
+
+
+def test_pyramid_keeps_the_most_recent_tail():
+    model = trained_like(replace(ONETRANS, max_seq_len=16, num_layers=3))
+    assert model.schedule == (16, 12, 0)  # 16, (16 + 4) / 2 rounded up to a multiple of 4, none
+    state = model.encode_requests(random_batch(SCHEMA, [1, 1, 1], [16, 3, 14], seed=9))
+    assert [layout.lengths_R.tolist() for layout in state.layouts] == [[16, 3, 14], [16, 3, 14], [12, 3, 12]]
+    assert state.blocks[2].k_RLHD.shape[1] == 12
+
+
+def test_each_ns_position_has_its_own_parameters():
+    linear = MixedLinear(ONETRANS, 32, 5, for_s=True)
+    x_PNI = torch.randn(ONETRANS.num_ns_tokens, 7, 32)
+    before = linear.ns(x_PNI)
+    with torch.no_grad():
+        linear.weight_ns[2].zero_()
+    after = linear.ns(x_PNI)
+    changed = [not torch.equal(a, b) for a, b in zip(before, after, strict=True)]
+    assert changed == [False, False, True, False]
+    own = build_model(ONETRANS, SCHEMA)
+    for block in own.blocks:
+        for name in ("query", "key_value", "out", "ffn_in", "ffn_out"):
+            assert getattr(block, name).weight_ns.shape[0] == ONETRANS.num_ns_tokens
+    shared = build_model(replace(ONETRANS, ns_parameters="shared"), SCHEMA)
+    assert not [name for name, _ in shared.named_parameters() if name.endswith("weight_ns")]
+
+
+def test_top_block_without_s_queries_has_no_parameters_for_them():
+    top = build_model(ONETRANS, SCHEMA).blocks[-1]
+    with_weights = {name for name, p in top.named_parameters() if name.endswith("weight_s") and p is not None}
+    assert with_weights == {"key_value.weight_s"}
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_parameter_gets_a_gradient(config):
+    model = trained_like(config).train()
+    ctr, cvr = model(random_batch(SCHEMA, [4, 3], [12, 9]))
+    (ctr.sum() + cvr.sum()).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
+def test_rotation_depends_on_distance_alone_also_at_epoch_seconds():
+    """A score between two tokens is the same when both move by the same number of events and seconds."""
+    q, k = torch.randn(1, 2, 16), torch.randn(1, 2, 16)
+
+    def score(index, time_us):
+        moved = [
+            Rotation("rotary_time", 16, torch.tensor([i]), torch.tensor([t]), torch.float32)
+            for i, t in ((index + 7, time_us + 90_000_000), (index, time_us))
+        ]
+        return (moved[0](q) * moved[1](k)).sum(-1)
+
+    base = score(0, 0)
+    torch.testing.assert_close(score(500, 1_650_000_000_000_000), base, rtol=0, atol=1e-5)
+    assert (score(0, 0) - (q * k).sum(-1)).abs().min() > 1e-2
+
+
+def test_truncation_keeps_the_latest_events_of_all_sequences_together():
+    batch = random_batch(SCHEMA, [1, 1], [9, 2], seed=3)
+    cut = latest_events(batch, 4)
+    assert cut.event_offsets_O.tolist() == [0, 4, 6]
+    assert torch.equal(cut.event_EV, torch.cat((batch.event_EV[5:9], batch.event_EV[9:])))
+    assert latest_events(batch, 9) is batch
+
+
+def test_layout_right_aligns():
+    layout = Layout.of(torch.tensor([2, 0, 3]))
+    x_TF = torch.arange(1.0, 6.0)[:, None]
+    assert layout.pad(x_TF).squeeze(-1).tolist() == [[0, 1, 2], [0, 0, 0], [3, 4, 5]]
+    assert torch.equal(layout.unpad(layout.pad(x_TF)), x_TF)
+    assert layout.real_RL.tolist() == [[False, True, True], [False] * 3, [True] * 3]
+    tail, kept = layout.tail(2)
+    assert kept.tolist() == [0, 1, 3, 4]
+    assert tail.lengths_R.tolist() == [2, 0, 2]
+
+
+@pytest.mark.parametrize("counts", [[4, 4, 4], [1], [0, 0], [], [3, 1, 0, 70, 2], [5, 6, 4, 5], [500]])
+@pytest.mark.parametrize("limit", [1, 3, 8, 1000])
+def test_groups_hold_every_candidate_once_with_its_request(counts, limit):
+    offsets_O = torch.tensor([0, *torch.tensor(counts, dtype=torch.int64).cumsum(0).tolist()])
+    groups = Groups.of(offsets_O, limit)
+    assert groups.size <= max(1, limit)
+    x_NF = torch.arange(1.0, sum(counts) + 1)[:, None]
+    x_GCF = groups.pad(x_NF)
+    assert torch.equal(groups.unpad(x_GCF), x_NF)
+    assert x_GCF.count_nonzero() == sum(counts)
+    owner_G = groups.of_request(torch.arange(len(counts)))
+    request_N = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts, dtype=torch.int64))
+    for group, request in zip(x_GCF, owner_G.tolist(), strict=True):
+        for value in group[group > 0].tolist():
+            assert request_N[int(value) - 1] == request
+
+
+def test_one_large_request_does_not_widen_all_groups():
+    offsets_O = torch.tensor([0, *torch.tensor([3] * 100 + [200]).cumsum(0).tolist()])
+    groups = Groups.of(offsets_O, limit=1000)
+    assert groups.count * groups.size < 2 * 500
+
+
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param(preset("onetrans", "tiny"), id="onetrans"), pytest.param(BASELINE, id="dcnv2_din")],
+)
+def test_overfits_a_tiny_batch(config):
+    """Labels are random, so only memory can fit them: every path from input to score must learn."""
+    torch.manual_seed(0)
+    model, batch = build_model(config, SCHEMA), random_batch(SCHEMA, [5, 3, 8], [7, 0, 12], seed=11)
+    optimizers = build_optimizers(model, replace(optimizer_preset("tiny"), dense_lr=0.01, warmup_steps=5))
+    for _ in range(120):
+        optimizers.zero_grad()
+        ctr, cvr = model(batch)
+        loss = F.binary_cross_entropy_with_logits(ctr, batch.click_N)
+        loss = loss + F.binary_cross_entropy_with_logits(cvr, batch.conversion_N)
+        loss.backward()
+        optimizers.step()
+    assert loss.item() < 0.1
+
+
+def test_single_candidate_trains_under_batch_normalisation():
+    assert isinstance(BASELINE, DCNv2DINConfig)
+    assert BASELINE.normalization == "batch"
+    model = build_model(BASELINE, SCHEMA).train()
+    ctr, _ = model(random_batch(SCHEMA, [1], [3]))
+    ctr.sum().backward()
+    assert torch.isfinite(ctr).all()
+
+
+def test_dropout_is_off_in_evaluation():
+    config = replace(ONETRANS, dropout=0.5)
+    assert isinstance(config, OneTransConfig)
+    model, batch = trained_like(config), random_batch(SCHEMA, [4], [6])
+    assert torch.equal(scores(model, batch), scores(model, batch))
+    model.train()
+    assert not torch.equal(scores(model, batch), scores(model, batch))
+
+
+def test_wrong_number_of_feature_columns_is_named():
+    model, batch = trained_like(BASELINE), random_batch(SCHEMA, [2], [3])
+    with pytest.raises(ValueError, match="item rows have 2 columns, the schema has 3 features"):
+        model(replace(batch, item_NI=batch.item_NI[:, :2]))

@@ -1,0 +1,156 @@
+"""Model configurations: presets, refusals that name field, value and reason, the pyramid's schedule, round trip."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from onetrans.errors import BadConfigError
+from onetrans.models import OneTransConfig, build_model, config_from_dict, config_to_dict, preset
+from onetrans.models.tokenizer import feature_groups
+from onetrans.schema import Feature, FeatureSchema, Sequence
+from tests.batches import model_schema
+
+SIZES = [(model, size) for model in ("onetrans", "dcnv2_din") for size in ("tiny", "small", "base", "large")]
+
+
+@pytest.mark.parametrize(("model", "size"), SIZES)
+def test_config_survives_json(model, size):
+    config = preset(model, size)
+    assert config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "base", "large"])
+def test_both_models_of_a_size_read_the_same_events_and_embeddings(size):
+    a, b = preset("onetrans", size), preset("dcnv2_din", size)
+    assert (a.embedding_dim, a.max_seq_len) == (b.embedding_dim, b.max_seq_len)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_layers": 0}, "onetrans.num_layers = 0 must be at least 1"),
+        ({"num_heads": 3}, "onetrans.hidden_dim = 32 must be a multiple of num_heads = 3"),
+        ({"num_heads": 16}, "onetrans.position = 'rotary_time' needs a head width"),
+        ({"dropout": 1.0}, "onetrans.dropout = 1.0 must be at least 0 and below 1"),
+        ({"merge": "random"}, "onetrans.merge = 'random' is none of 'time_ordered', 'intent_ordered'"),
+        ({"separators": True}, "onetrans.separators = True needs merge = 'intent_ordered'"),
+        ({"pyramid": False, "first_block": "pruned"}, "onetrans.first_block = 'pruned' needs pyramid = True"),
+        ({"pyramid": 1}, "onetrans.pyramid = 1 must be of type bool"),
+        ({"max_seq_len": 1.5}, "onetrans.max_seq_len = 1.5 must be of type int"),
+    ],
+)
+def test_onetrans_refusals(change, words):
+    with pytest.raises(BadConfigError) as refusal:
+        replace(preset("onetrans", "tiny"), **change)
+    assert words in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"cross_layers": 0}, "dcnv2_din.cross_layers = 0 must be at least 1"),
+        ({"cross_rank": -1}, "dcnv2_din.cross_rank = -1 must be at least 0"),
+        ({"mlp_hidden": ()}, "dcnv2_din.mlp_hidden = () must list at least one layer"),
+        ({"attention_hidden": (4, 0)}, "dcnv2_din.attention_hidden = (4, 0) must list at least one layer"),
+        ({"attention_hidden": "64"}, "dcnv2_din.attention_hidden = '64' must be a list of whole numbers"),
+        ({"normalization": "group"}, "dcnv2_din.normalization = 'group' is none of 'batch', 'layer', 'none'"),
+    ],
+)
+def test_baseline_refusals(change, words):
+    with pytest.raises(BadConfigError) as refusal:
+        replace(preset("dcnv2_din", "tiny"), **change)
+    assert words in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"model": "gpt"}, "model = 'gpt' is none of onetrans, dcnv2_din"),
+        ({"model": "onetrans", "depth": 3}, "onetrans has no field 'depth'"),
+        ({"model": "onetrans", "hidden_dim": 32}, "missing 5 required positional arguments: 'embedding_dim'"),
+    ],
+)
+def test_config_data_refusals(data, words):
+    with pytest.raises(BadConfigError) as refusal:
+        config_from_dict(data)
+    assert words in str(refusal.value)
+
+
+def test_unknown_presets_are_refused():
+    with pytest.raises(BadConfigError, match="there is no model 'mlp'"):
+        preset("mlp", "tiny")
+    with pytest.raises(BadConfigError, match="has no preset 'huge'"):
+        preset("onetrans", "huge")
+
+
+def test_schedule_of_the_paper():
+    base, large = preset("onetrans", "base"), preset("onetrans", "large")
+    assert base.query_schedule() == (1190, 960, 704, 480, 256, 0)
+    assert large.query_schedule() == (1500, 1280, 1088, 864, 640, 448, 224, 0)
+
+
+def test_schedule_readings_of_first_and_top_block():
+    base = preset("onetrans", "base")
+    assert replace(base, top_block="s_tail").query_schedule()[-1] == 12
+    pruned = replace(base, first_block="pruned").query_schedule()
+    assert pruned == (992, 800, 608, 416, 224, 0)
+    assert replace(base, pyramid=False).query_schedule() == (1190,) * 5 + (0,)
+    assert replace(base, num_layers=1).query_schedule() == (0,)
+
+
+def test_schedule_never_grows():
+    for multiple in (1, 8, 32, 500):
+        schedule = replace(preset("onetrans", "large"), pyramid_multiple=multiple).query_schedule()
+        assert list(schedule) == sorted(schedule, reverse=True)
+
+
+def test_groups_cover_every_feature_once_and_never_cross_sides():
+    schema = model_schema()
+    groups = feature_groups(schema, 4)
+    assert groups == [("user", 0, 2), ("context", 0, 1), ("item", 0, 1), ("item", 1, 3)]
+    for side in ("user", "context", "item"):
+        covered = [i for s, start, stop in groups if s == side for i in range(start, stop)]
+        assert covered == list(range(len(schema.of_side(side))))
+
+
+@pytest.mark.parametrize("count", [2, 7])
+def test_group_wise_refuses_too_few_and_too_many_tokens(count):
+    config = replace(preset("onetrans", "tiny"), tokenizer="group_wise", num_ns_tokens=count)
+    with pytest.raises(BadConfigError, match=rf"onetrans.num_ns_tokens = {count} .* must be in 3\.\.6"):
+        build_model(config, model_schema())
+
+
+def industrial_schema() -> FeatureSchema:
+    """As many features as an industrial ranker has: with 64-wide embeddings the NS input is 6,400 wide."""
+    sides = [("user", 50), ("context", 10), ("item", 40), ("event", 4)]
+    return FeatureSchema(
+        name="industrial",
+        features=tuple(
+            Feature(f"{side}_{i}", side, "hashed", f"{side}_{i}", hash_size=1) for side, n in sides for i in range(n)
+        ),
+        sequences=tuple(Sequence(name, name, 500) for name in ("click", "cart", "purchase")),
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "published", "within"),
+    [
+        ("onetrans", "base", 91e6, 0.05),
+        ("onetrans", "large", 330e6, 0.05),
+        ("dcnv2_din", "base", 10e6, 0.4),
+    ],
+)
+def test_dense_parameters_are_near_the_published_count(model, size, published, within):
+    with torch.device("meta"):
+        built = build_model(preset(model, size), industrial_schema())
+    count = sum(p.numel() for p in built.dense_parameters().values())
+    assert abs(count / published - 1) < within, f"{count / 1e6:.1f} M"
+
+
+def test_a_config_is_frozen():
+    config = preset("onetrans", "tiny")
+    assert isinstance(config, OneTransConfig)
+    with pytest.raises(AttributeError):
+        config.num_layers = 3

@@ -7,6 +7,7 @@ way, so a model that reads the sequence knows the user better.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, time, timedelta
 from pathlib import Path
@@ -86,7 +87,7 @@ def write_requests(
 
     sizes = rng.integers(1, world.candidates + 1, requests)
     owner = np.repeat(np.arange(requests), sizes)
-    item = rng.integers(0, world.items, owner.shape[0])
+    item = np.concatenate([rng.permutation(world.items)[:size] for size in sizes])  # an item once per request
     near = np.cos(user_angle[user[owner]] - item_angle[item])
     true_ctr = _sigmoid(-0.3 + 2.5 * near)
     true_cvr = _sigmoid(-0.3 + 1.5 * item_quality[item] + near)
@@ -158,6 +159,18 @@ def settings_in(folder: Path, **training: object) -> Settings:
         training=TrainingSettings(**{**values, **training}),  # type: ignore[arg-type]
         mlflow=MlflowSettings(tracking_uri=f"sqlite:///{folder}/mlflow.db", artifacts=str(folder / "mlflow-artifacts")),
     )
+
+
+def write_schema(path: Path, schema: FeatureSchema) -> Path:
+    """Write a schema file; JSON's texts, numbers and lists are TOML too."""
+    data = schema.to_dict()
+    lines = [f"name = {json.dumps(data['name'])}", f"timezone = {json.dumps(data['timezone'])}"]
+    for section in ("features", "sequences"):
+        for entry in data[section]:
+            lines += [f"[[{section}]]", *(f"{name} = {json.dumps(value)}" for name, value in entry.items())]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
 
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:

@@ -1,0 +1,231 @@
+"""The plan: which days, what to start from, what makes two plans the same, and what is refused."""
+
+import json
+from dataclasses import replace
+from datetime import timedelta
+
+import pytest
+
+from onetrans import storage
+from onetrans.cli import main as cli
+from onetrans.errors import EXIT_NOT_READY, BadConfigError, NotReadyError
+from onetrans.lake import Lake
+from onetrans.plan import FINISHED_FILE, Plan, git_revision, make_plan, preset_models
+from onetrans.schema import Feature
+from onetrans.settings import as_environment
+from tests.worlds import FIRST_DAY, World, publish_day, publish_days, settings_in, small_schema, write_schema
+
+SCHEMA = small_schema()
+WORLD = World(requests=6, users=4)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """A lake with six days that no test changes, and the days."""
+    settings = settings_in(tmp_path_factory.mktemp("shared"))
+    return settings.lake, publish_days(Lake(settings.lake), 6, SCHEMA, WORLD)
+
+
+@pytest.fixture
+def settings(tmp_path, shared):
+    """The shared lake, and runs of the test's own."""
+    return replace(settings_in(tmp_path, lookback_days=3), lake=shared[0])
+
+
+@pytest.fixture
+def days(shared):
+    return shared[1]
+
+
+@pytest.fixture
+def own(tmp_path):
+    """An empty lake of the test's own."""
+    return settings_in(tmp_path, lookback_days=3)
+
+
+def plan_for(settings, ds, **options):
+    return make_plan(settings, ds, options.pop("schema", SCHEMA), track=False, **options)
+
+
+def finish(plan, names=("onetrans", "dcnv2_din"), at="2024-03-10T00:00:00"):
+    """Leave the records that trainings leave; tests/component/test_training.py chains real ones."""
+    for name in names:
+        record = {
+            **plan.models[name].decides(),
+            "schema_fingerprint": plan.schema.fingerprint,
+            "finished_at": at,
+        }
+        storage.write_json(storage.join(plan.model_path(name), FINISHED_FILE), record)
+    return plan
+
+
+def test_without_an_earlier_training_the_look_back_window_is_read(settings, days):
+    plan = plan_for(settings, days[5])
+    assert list(plan.train_days) == days[2:5]
+    assert plan.warm_start_ds is None
+    assert all(model.warm_start is None for model in plan.models.values())
+    assert plan.decision == (
+        "fresh weights, as no training of the last 3 days is finished; reads 2024-02-28..2024-03-01"
+    )
+    lake = Lake(settings.lake)
+    assert list(plan.train_files) == lake.files("training_requests", days[2:5])
+    assert list(plan.evaluation_files) == lake.files("training_requests", [days[5]])
+    assert plan.snapshot_id == lake.snapshot_id("training_requests")
+
+
+def test_a_young_log_is_read_from_its_first_day(settings, days):
+    assert list(plan_for(settings, days[1]).train_days) == days[:1]
+
+
+def test_the_same_inputs_find_the_same_plan(own):
+    days = publish_days(Lake(own.lake), 6, SCHEMA, WORLD)
+    first = plan_for(own, days[4])
+    publish_day(Lake(own.lake), days[5] + timedelta(days=1), SCHEMA, WORLD)
+    assert plan_for(own, days[4]) == first
+    assert Plan.load(first.path) == Plan.load(f"{first.path}/plan.json") == first
+
+
+def test_other_data_configuration_or_seed_make_another_plan(own):
+    days = publish_days(Lake(own.lake), 6, SCHEMA, WORLD)
+    plans = [plan_for(own, days[5])]
+    plans.append(plan_for(replace(own, training=replace(own.training, preset="small")), days[5]))
+    plans.append(plan_for(replace(own, training=replace(own.training, seed=18)), days[5]))
+    plans.append(plan_for(replace(own, training=replace(own.training, conversion_weight=2.0)), days[5]))
+    publish_day(Lake(own.lake), days[3], SCHEMA, replace(WORLD, seed=1))
+    plans.append(plan_for(own, days[5]))
+    publish_day(Lake(own.lake), days[5], SCHEMA, replace(WORLD, seed=1))
+    plans.append(plan_for(own, days[5]))
+    assert len({plan.plan_id for plan in plans}) == len(plans)
+
+
+def test_a_plan_keeps_naming_the_files_it_was_made_for(own):
+    days = publish_days(Lake(own.lake), 6, SCHEMA, WORLD)
+    plan = plan_for(own, days[5])
+    publish_day(Lake(own.lake), days[4], SCHEMA, replace(WORLD, seed=1))
+    again = Plan.load(plan.path)
+    assert again.train_files == plan.train_files
+    assert all(storage.exists(file) for file in again.train_files)
+
+
+def test_the_newest_finished_day_is_continued(settings, days):
+    finish(plan_for(settings, days[2]))
+    finish(plan_for(settings, days[3]))
+    plan = plan_for(settings, days[4])
+    assert plan.warm_start_ds == days[3]
+    assert list(plan.train_days) == [days[3]]
+    assert plan.decision == "goes on from the training of 2024-02-29 and reads 2024-02-29"
+    later = plan_for(settings, days[5])
+    assert list(later.train_days) == days[3:5]
+    assert later.models["onetrans"].warm_start == f"{Plan.load(plan_for(settings, days[3]).path).path}/onetrans"
+
+
+def test_of_several_finished_plans_of_a_day_the_last_one_is_continued(settings, days):
+    finish(plan_for(settings, days[3]), at="2024-03-10T08:00:00")
+    other = finish(
+        plan_for(replace(settings, training=replace(settings.training, seed=5)), days[3]), at="2024-03-10T09:00:00"
+    )
+    assert plan_for(settings, days[4]).models["onetrans"].warm_start == other.model_path("onetrans")
+
+
+def test_what_one_model_alone_finished_is_not_continued(settings, days):
+    finish(plan_for(settings, days[3]), names=["onetrans"])
+    plan = plan_for(settings, days[4])
+    assert plan.warm_start_ds is None
+    assert list(plan.train_days) == days[1:4]
+
+
+def test_a_changed_model_sends_both_back_to_the_look_back_window(settings, days):
+    finish(plan_for(settings, days[3]))
+    models = preset_models("tiny")
+    models["onetrans"] = replace(models["onetrans"], config=replace(models["onetrans"].config, num_layers=3))
+    plan = plan_for(settings, days[4], models=models)
+    assert [model.warm_start for model in plan.models.values()] == [None, None]
+    assert list(plan.train_days) == days[1:4]
+    assert plan.decision == (
+        "fresh weights for every model, as the training of 2024-02-29 had onetrans config: num_layers = 2, now 3; "
+        "reads 2024-02-27..2024-02-29"
+    )
+
+
+def test_a_changed_optimizer_or_schema_breaks_the_chain_too(settings, days):
+    finish(plan_for(settings, days[3]))
+    models = preset_models("tiny")
+    models["dcnv2_din"] = replace(
+        models["dcnv2_din"], optimizer=replace(models["dcnv2_din"].optimizer, embedding_lr=0.5)
+    )
+    changed = plan_for(settings, days[4], models=models)
+    assert changed.warm_start_ds is None
+    assert "dcnv2_din optimizer: embedding_lr = 0.1, now 0.5" in changed.decision
+    wider = replace(SCHEMA, features=(*SCHEMA.features, Feature("extra", "context", "hashed", "extra", hash_size=3)))
+    assert "another feature schema" in plan_for(settings, days[4], schema=wider).decision
+
+
+def test_a_training_older_than_the_look_back_window_is_left_aside(settings, days):
+    finish(plan_for(settings, days[1]))
+    assert plan_for(settings, days[4]).warm_start_ds == days[1]
+    assert plan_for(settings, days[5]).warm_start_ds is None
+
+
+def test_from_scratch_leaves_earlier_trainings_aside(settings, days):
+    finish(plan_for(settings, days[3]))
+    plan = plan_for(settings, days[4], from_scratch=True)
+    assert plan.warm_start_ds is None
+    assert plan.decision.startswith("fresh weights, as asked")
+    assert plan.plan_id != plan_for(settings, days[4]).plan_id
+
+
+@pytest.mark.parametrize(
+    ("published", "wanted", "missing"),
+    [
+        ([0, 1, 2, 3], 4, "2024-03-01"),  # the day to evaluate on
+        ([0, 1, 2, 4], 4, "2024-02-29"),  # the day before it
+        ([0, 1, 3, 4], 4, "2024-02-28"),  # a hole in the window
+        ([4], 4, "2024-02-29"),  # nothing earlier at all
+    ],
+)
+def test_a_day_that_is_not_published_is_named(own, published, wanted, missing):
+    for offset in published:
+        publish_day(Lake(own.lake), FIRST_DAY + timedelta(days=offset), SCHEMA, WORLD)
+    with pytest.raises(NotReadyError, match=f"has no published {missing}, needed to train for 2024-03-01"):
+        plan_for(own, FIRST_DAY + timedelta(days=wanted))
+
+
+def test_an_empty_lake_is_not_ready(own):
+    with pytest.raises(NotReadyError, match="training_requests has no published day"):
+        plan_for(own, FIRST_DAY)
+
+
+def test_a_hole_in_a_continued_chain_is_named(own):
+    days = publish_days(Lake(own.lake), 6, SCHEMA, WORLD)
+    finish(plan_for(own, days[5]))
+    publish_day(Lake(own.lake), days[5] + timedelta(days=2), SCHEMA, WORLD)
+    with pytest.raises(NotReadyError, match="has no published 2024-03-03"):
+        plan_for(own, days[5] + timedelta(days=2))
+
+
+def test_a_plan_that_is_not_there_or_of_another_version_is_refused(settings, days, tmp_path):
+    with pytest.raises(BadConfigError, match="there is no plan at"):
+        Plan.load(str(tmp_path / "nowhere"))
+    plan = plan_for(settings, days[5])
+    data = plan.to_dict()
+    del data["recipe"]
+    storage.write_json(storage.join(plan.path, "plan.json"), data)
+    with pytest.raises(BadConfigError, match=r"written by another version of onetrans \('recipe'\)"):
+        Plan.load(plan.path)
+
+
+def test_the_command_prints_the_folder_and_exits_75_when_not_ready(settings, days, tmp_path, monkeypatch, capsys):
+    for name, value in as_environment(settings).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("ONETRANS_SOURCE_SCHEMA", str(write_schema(tmp_path / "schema.toml", SCHEMA)))
+    assert cli(["plan", "--ds", str(days[5]), "--no-mlflow"]) == 0
+    printed = capsys.readouterr().out.strip()
+    assert printed == plan_for(settings, days[5]).path
+    assert json.loads(storage.read_bytes(f"{printed}/plan.json"))["schema"] == SCHEMA.to_dict()
+    assert cli(["plan", "--ds", "2024-05-01", "--no-mlflow"]) == EXIT_NOT_READY
+    assert "no published 2024-04-28..2024-05-01" in capsys.readouterr().err
+
+
+def test_the_revision_is_a_git_commit_or_says_unknown():
+    revision = git_revision().removesuffix("+changes")
+    assert revision == "unknown" or (len(revision) == 40 and int(revision, 16) >= 0)

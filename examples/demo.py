@@ -1,0 +1,295 @@
+"""Three days of the whole pipeline, from nothing, through Airflow: ``python -m examples.demo [--data DIR]``.
+
+Without ``--data`` a small simulated shop writes its log; with it the KuaiRand
+release in DIR is read.  The days before the three are built in one Spark
+session, as a team would load its history.  Then a local Airflow runs both DAGs
+for three days, as a backfill created by the call that its UI makes.
+
+Everything is written under ``var/demo``, which is emptied first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import date, timedelta
+from pathlib import Path
+from typing import NoReturn
+
+from infra.local.airflow import REPOSITORY, LocalAirflow
+from infra.local.airflow_api import Run, Task
+from infra.local.memory import MemoryWatch
+from infra.local.processes import stop_remembered
+from onetrans.errors import BadConfigError, PipelineError
+
+HOME = REPOSITORY / "var" / "demo"
+DAGS = ("feature_tables", "ranking_model")
+_LOOK_EVERY_S = 1.5
+_LOG_LINES = 30
+
+
+@dataclass(frozen=True)
+class Log:
+    """The raw log a demo runs on."""
+
+    kind: str
+    """Source kind of the settings."""
+    path: Path
+    """Folder of the raw files."""
+    history_from: date
+    """First day built before Airflow takes over."""
+    days: tuple[date, ...]
+    """Days run through Airflow."""
+    preset: str
+    """Size of both models."""
+
+    @property
+    def history_to(self) -> date:
+        """Last day of the history."""
+        return self.days[0] - timedelta(days=1)
+
+
+def simulated() -> Log:
+    """Return the simulated shop: nine days of history, then three days."""
+    first = date(2026, 1, 1)
+    return Log("files", HOME / "raw", first, _three_days(first + timedelta(days=9)), "tiny")
+
+
+def kuairand(path: Path) -> Log:
+    """Return the real log: days to 3 May 2022 as history, then 4, 5 and 6 May."""
+    if not path.is_dir():
+        raise BadConfigError(f"--data {path} is not a folder; give the folder of the KuaiRand release")
+    return Log("kuairand", path.resolve(), date(2022, 4, 25), _three_days(date(2022, 5, 4)), "small")
+
+
+def _three_days(first: date) -> tuple[date, ...]:
+    return tuple(first + timedelta(days=offset) for offset in range(3))
+
+
+def configuration(log: Log, cores: int) -> str:
+    """Return the configuration file of the demo."""
+    threads = max(1, cores // 2)  # Two models train side by side.
+    return f"""# Written by examples/demo.py.
+[source]
+kind = "{log.kind}"
+path = "{log.path}"
+
+[lake]
+warehouse = "{HOME / "lake"}"
+
+[spark]
+master = "local[{min(cores, 4)}]"
+
+[training]
+preset = "{log.preset}"
+runs = "{HOME / "runs"}"
+threads = {threads}
+
+[mlflow]
+tracking_uri = "sqlite:///{HOME / "mlflow" / "mlflow.db"}"
+artifacts = "{HOME / "mlflow" / "artifacts"}"
+"""
+
+
+class DemoError(PipelineError):
+    """A part of the demo failed."""
+
+
+@dataclass
+class Stopwatch:
+    """Seconds of each stage of the demo."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Announce a stage and take its time."""
+        say(f"== {name}")
+        begun = time.monotonic()
+        yield
+        self.seconds[name] = time.monotonic() - begun
+
+
+def say(text: str) -> None:
+    """Print a line at once."""
+    print(text, flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the demo and return the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, metavar="DIR", help="folder of the KuaiRand release (default: generate)")
+    arguments = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        run(kuairand(arguments.data) if arguments.data else simulated())
+    except PipelineError as error:
+        print(f"\n{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def run(log: Log) -> None:
+    """Run all stages and print what they gave, took and held.
+
+    Raises:
+        PipelineError: if one fails.
+    """
+    watch = Stopwatch()
+    begun = time.monotonic()
+    config = _start_clean(log)
+    environment = {"ONETRANS_CONFIG": str(config)}
+    airflow = LocalAirflow(HOME / "airflow", environment)
+    with MemoryWatch(every=1.0) as memory:
+        if log.kind == "files":
+            days = (log.days[-1] - log.history_from).days + 1
+            with watch.stage(f"simulate {days} days of a shop's log"):
+                _process(
+                    airflow.environment,
+                    *("onetrans.cli", "simulate", "--out", str(log.path)),
+                    *("--from", str(log.history_from), "--days", str(days)),
+                )
+        with watch.stage(f"build the history, {log.history_from} to {log.history_to}, in one session"):
+            first, last = str(log.history_from), str(log.history_to)
+            _process(airflow.environment, "jobs.backfill", "--from", first, "--to", last, shown=" published in ")
+        try:
+            with watch.stage("start Airflow"):
+                airflow.start()
+                say(f"   {airflow.address} shows every step while it runs")
+            with watch.stage(f"run both DAGs for {log.days[0]} to {log.days[-1]}"):
+                tasks = _run_days(airflow, log.days)
+        finally:
+            airflow.stop()
+        with watch.stage("report"):
+            _process(
+                airflow.environment,
+                *("onetrans.cli", "report", "--from", str(log.days[0]), "--to", str(log.days[-1])),
+            )
+    _print_costs(watch, tasks, memory, time.monotonic() - begun)
+    say(
+        "\nTo open Airflow, MLflow and Data Docs on this data: make ui"
+        f"\nTo run a command on it: ONETRANS_CONFIG={config.relative_to(REPOSITORY)} .venv/bin/onetrans lake"
+    )
+
+
+def _start_clean(log: Log) -> Path:
+    """Empty the demo's folder, stop what an earlier demo may have left running, and write the configuration."""
+    stop_remembered(HOME / "airflow" / "processes.json")
+    if HOME.exists():
+        shutil.rmtree(HOME)
+    HOME.mkdir(parents=True)
+    config = HOME / "onetrans.toml"
+    config.write_text(configuration(log, _cores()), encoding="utf-8")
+    return config
+
+
+def _cores() -> int:
+    import psutil
+
+    return len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else psutil.cpu_count() or 1
+
+
+def _process(environment: Mapping[str, str], module: str, *arguments: str, shown: str = "") -> None:
+    """Run one process: what it prints goes to the terminal, its log to a file; log lines with ``shown`` to both.
+
+    Raises:
+        DemoError: if it fails; with the end of its log.
+    """
+    log = HOME / "logs" / f"{'-'.join([module, *arguments[:1]]).replace('--', '')}.log"
+    log.parent.mkdir(exist_ok=True)
+    command = [sys.executable, "-m", module, *arguments]
+    with (
+        log.open("w", encoding="utf-8") as file,
+        subprocess.Popen(
+            command, env=dict(environment), cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, errors="replace"
+        ) as process,
+    ):
+        assert process.stderr is not None
+        for line in process.stderr:
+            file.write(line)
+            if shown and shown in line:
+                say(f"   {line.split(' INFO ')[-1].rstrip()}")
+    if process.returncode:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_LINES:]
+        raise DemoError(
+            f"`python -m {module} {' '.join(arguments)}` ended with exit code {process.returncode}; "
+            f"{log} ends with:\n" + "\n".join(lines)
+        )
+
+
+def _run_days(airflow: LocalAirflow, days: tuple[date, ...]) -> list[Task]:
+    """Create one backfill per DAG, show each step as it ends, and return all tasks.
+
+    Raises:
+        DemoError: when a step has failed for good; with the end of its log.
+    """
+    for dag_id in DAGS:
+        airflow.api.backfill(dag_id, days[0], days[-1])
+    begun = time.monotonic()
+    shown: dict[tuple[str, str, str], tuple[str, int]] = {}
+    while True:
+        airflow.check()
+        runs = [run for dag_id in DAGS for run in airflow.api.runs(dag_id)]
+        tasks = [(run, task) for run in runs for task in airflow.api.tasks(run.dag_id, run.run_id)]
+        for run, task in sorted(tasks, key=lambda pair: str(pair[1].ended)):
+            key = (task.dag_id, task.run_id, task.task_id)
+            seen = (task.state, task.tries)
+            if shown.get(key) != seen:
+                shown[key] = seen
+                _show(airflow, run, task, time.monotonic() - begun)
+        if len(runs) == len(DAGS) * len(days) and all(run.finished for run in runs):
+            return [task for _, task in tasks]
+        time.sleep(_LOOK_EVERY_S)
+
+
+def _show(airflow: LocalAirflow, run: Run, task: Task, elapsed: float) -> None:
+    line = f"   {elapsed:5.0f} s  {run.logical_date}  {task.dag_id:<14}  {task.task_id:<26}"
+    if task.state == "success":
+        say(f"{line} {task.seconds:6.1f} s")
+    elif task.state == "deferred":
+        say(f"{line} waits for the day")
+    elif task.state == "up_for_retry":
+        say(f"{line} failed, will be tried again:\n{_log_end(airflow, task)}")
+    elif task.state == "failed":
+        raise DemoError(f"{task.dag_id} {task.task_id} of {run.logical_date} failed:\n{_log_end(airflow, task)}")
+
+
+def _log_end(airflow: LocalAirflow, task: Task) -> str:
+    return "\n".join(f"      {line}" for text in airflow.api.log(task)[-_LOG_LINES:] for line in text.splitlines())
+
+
+def _print_costs(watch: Stopwatch, tasks: list[Task], memory: MemoryWatch, total: float) -> None:
+    """Print the seconds of each stage and step, and the peak of memory."""
+    say("\nstage                                                           seconds")
+    for name, seconds in watch.seconds.items():
+        say(f"{name:<62} {seconds:8.1f}")
+    say(f"{'in all':<62} {total:8.1f}")
+    say("\nstep, mean over the days                                        seconds")
+    spent: dict[str, list[float]] = {}
+    for task in sorted(tasks, key=lambda task: str(task.started)):
+        spent.setdefault(f"{task.dag_id} {task.task_id}", []).append(task.seconds)
+    for name, each in spent.items():
+        say(f"{name:<62} {sum(each) / len(each):8.1f}")
+    say(f"\npeak memory of all processes together: {memory.peak / 2**30:.2f} GiB, of which")
+    for kind, held in sorted(memory.at_peak.items(), key=lambda item: -item[1]):
+        say(f"  {kind:<60} {held / 2**20:6.0f} MiB")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

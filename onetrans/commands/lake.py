@@ -1,0 +1,108 @@
+"""``onetrans lake``: what is published, table by table and day by day."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+from onetrans.days import describe_days
+from onetrans.errors import EXIT_OK, BadConfigError
+from onetrans.lake import QUARANTINE, TABLES, Lake
+from onetrans.settings import load_settings
+
+EXAMPLES = """examples:
+  onetrans lake                          every table, its days, rows and newest snapshot
+  onetrans lake impressions              the days of one table
+  onetrans lake impressions --snapshots  its commits, newest first
+  onetrans lake --json"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    parser.add_argument("table", nargs="?", choices=(*TABLES, QUARANTINE), help="show the days of this table")
+    parser.add_argument("--snapshots", action="store_true", help="show the table's commits instead of its days")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the lake, or one table of it.
+
+    Raises:
+        BadConfigError: if ``--snapshots`` is asked for without a table.
+    """
+    lake = Lake(load_settings().lake)
+    if arguments.snapshots:
+        if arguments.table is None:
+            raise BadConfigError("--snapshots needs a table, for example: onetrans lake impressions --snapshots")
+        listed = _snapshots(lake, arguments.table)
+    elif arguments.table is not None:
+        listed = [vars(day) for day in lake.published(arguments.table)]
+    else:
+        listed = [_overview(lake, table) for table in (*TABLES, QUARANTINE)]
+    if arguments.json:
+        print(json.dumps(listed, indent=2, default=str))
+    elif listed:
+        print(_aligned(listed))
+    else:
+        print(f"{arguments.table}: nothing is published in {lake.warehouse}")
+    return EXIT_OK
+
+
+def _overview(lake: Lake, table: str) -> dict[str, Any]:
+    days = lake.published(table)
+    return {
+        "table": table,
+        "days": describe_days([day.ds for day in days]),
+        "count": len(days),
+        "rows": sum(day.rows for day in days),
+        "files": sum(day.files for day in days),
+        "bytes": sum(day.bytes for day in days),
+        "snapshot": lake.snapshot_id(table),
+    }
+
+
+def _snapshots(lake: Lake, table: str) -> list[dict[str, Any]]:
+    if lake.snapshot_id(table) is None:
+        return []
+    listed = []
+    for snapshot in reversed(lake.table(table).snapshots()):
+        summary = snapshot.summary
+        listed.append(
+            {
+                "snapshot": snapshot.snapshot_id,
+                "committed": datetime.fromtimestamp(snapshot.timestamp_ms / 1000)
+                .astimezone()
+                .isoformat("T", "seconds"),
+                "operation": summary.operation.value if summary else "",
+                "rows": int(summary["total-records"] or 0) if summary else 0,
+                "added": int(summary["added-records"] or 0) if summary else 0,
+                "deleted": int(summary["deleted-records"] or 0) if summary else 0,
+            }
+        )
+    return listed
+
+
+def _aligned(rows: Sequence[dict[str, Any]]) -> str:
+    """Write rows as columns of text; numbers to the right, sizes in megabytes, ids as they are."""
+    header = ["MB" if name == "bytes" else name for name in rows[0]]
+    cells = [[_cell(name, value) for name, value in row.items()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
+    right = [isinstance(value, int) and name != "snapshot" for name, value in rows[0].items()]
+    lines = (
+        "  ".join(
+            text.rjust(w) if to_right else text.ljust(w) for text, w, to_right in zip(line, widths, right, strict=True)
+        )
+        for line in (header, *cells)
+    )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _cell(name: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if name == "bytes":
+        return f"{value / 1e6:,.1f}"
+    return f"{value:,}" if isinstance(value, int) and name != "snapshot" else str(value)

@@ -1,0 +1,38 @@
+"""``onetrans publish TABLE --ds D``: make the staged, audited day what readers see, in one commit."""
+
+from __future__ import annotations
+
+import argparse
+
+from onetrans.days import parse_day
+from onetrans.errors import EXIT_OK
+from onetrans.lake import TABLES, Lake
+from onetrans.settings import load_settings
+
+EXAMPLES = """example:
+  onetrans publish impressions --ds 2022-05-04
+
+The day must have been staged by its job and passed its audit; publishing it again changes nothing."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    parser.add_argument("table", choices=TABLES, help="table whose staged day is published")
+    parser.add_argument("--ds", required=True, metavar="DAY", help="day, YYYY-MM-DD")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Publish the day and print the snapshot.
+
+    Raises:
+        NotReadyError: if the day is not staged, or the staged files were not audited.
+        BadDataError: if their audit failed.
+    """
+    ds = parse_day(arguments.ds)
+    lake = Lake(load_settings().lake)
+    before = lake.snapshot_id(arguments.table)
+    snapshot = lake.publish(arguments.table, ds)
+    rows = lake.staged(arguments.table, ds).rows
+    done = "was published already, nothing changed" if snapshot == before else "published"
+    print(f"{arguments.table} {ds}: {done}; {rows:,} rows, snapshot {snapshot}")
+    return EXIT_OK

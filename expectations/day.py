@@ -73,7 +73,11 @@ def audit_day(lake: Lake, schema: FeatureSchema, settings: AuditSettings, staged
     Raises:
         NotReadyError: never for a missing history; a table's first day has none.
     """
-    earlier = [day for day in lake.published(staged.table) if day.ds < staged.ds][-settings.trailing_days :]
+    published_days = lake.published(staged.table)
+    if staged.table == "behaviors":
+        # The first day carries the log's whole history, so it says nothing about the size of a day.
+        published_days = published_days[1:]
+    earlier = [day for day in published_days if day.ds < staged.ds][-settings.trailing_days :]
     impressions = None
     if staged.table == "training_requests" and "impressions" in staged.inputs:
         published = lake.published("impressions", snapshot_id=staged.inputs["impressions"])

@@ -22,26 +22,38 @@ scores) is declined, and the verdict says why.  Neither ever promotes.
 
 from __future__ import annotations
 
+import argparse
+import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
+from onetrans import storage
 from onetrans.bootstrap import Lift, ResampledAuc, paired_lifts
-from onetrans.errors import BadDataError
+from onetrans.errors import BadDataError, NotReadyError
 from onetrans.metrics import Metrics
-from onetrans.settings import GateSettings
+from onetrans.plan import Plan
+from onetrans.settings import GateSettings, Settings, load_settings
 
 logger = logging.getLogger(__name__)
 
 CANDIDATE = "onetrans"
 BASELINE = "dcnv2_din"
 TASKS = ("ctr", "cvr")
+SCORES_FILE = "scores.parquet"
+GATE_FILE = "gate.json"
+
+EXAMPLES = """examples:
+  onetrans gate --plan var/runs/ds=2022-05-06/1a2b3c4d5e6f
+  ONETRANS_GATE_MODE=dry_run onetrans gate --plan var/runs/ds=2022-05-06/1a2b3c4d5e6f"""
 
 Decision = Literal["promoted", "declined"]
 Comparison = Literal[">=", ">", "<="]
@@ -311,6 +323,81 @@ def _reason(passed: bool | None, criteria: Sequence[Criterion], lifts: dict[str,
     seen = ", ".join(f"{task.upper()} {lift.half_width:.4f}" for task, lift in lifts.items() if not lift.undefined)
     could = f"; lifts this day could have found: {seen} ({level})" if seen else ""
     return f"Not promoted: {first}{could}."
+
+
+# The step
+
+
+def run_gate(settings: Settings, plan: Plan) -> dict[str, Any]:
+    """Judge the scores of a plan, keep the verdict in ``gate.json`` and in MLflow, and return it.
+
+    Raises:
+        NotReadyError: if the plan was not evaluated.
+        BadDataError: if the scores cannot be right; an earlier verdict is removed, so nothing can rest on it.
+    """
+    scores_path, gate_path = storage.join(plan.path, SCORES_FILE), storage.join(plan.path, GATE_FILE)
+    if storage.exists(gate_path):
+        storage.delete_file(gate_path)
+    table, digest = read_scores(scores_path, plan)
+    verdict = {
+        "ds": str(plan.ds),
+        "plan_id": plan.plan_id,
+        **judge(Scores.from_table(table, f"scores of {plan.ds}"), settings.gate).to_dict(),
+        "scores_sha256": digest,
+        "decided_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    storage.write_json(gate_path, verdict)
+    if plan.mlflow_run_id:
+        from onetrans.tracking import log_gate
+
+        log_gate(settings, plan, verdict)
+    return verdict
+
+
+def read_scores(path: str, plan: Plan) -> tuple[pa.Table, str]:
+    """Return the scores of a plan and the SHA-256 of their file.
+
+    Raises:
+        NotReadyError: if there is no such file.
+        BadDataError: if it is damaged, or is not one row for each impression the plan evaluates on.
+    """
+    if not storage.exists(path):
+        raise NotReadyError(f"{path} is not there; run: onetrans evaluate --plan {plan.path}")
+    content = storage.read_bytes(path)
+    try:
+        table = pq.read_table(pa.BufferReader(content))
+    except (OSError, pa.ArrowInvalid) as error:
+        raise BadDataError(f"{path} cannot be read as Parquet ({error}); delete it and evaluate again") from error
+    expected = sum(_impressions(file) for file in plan.evaluation_files)
+    if table.num_rows != expected:
+        raise BadDataError(
+            f"{path} has {table.num_rows:,} rows, but {plan.ds} has {expected:,} impressions in the "
+            f"{len(plan.evaluation_files)} files of the plan; delete it and evaluate again"
+        )
+    return table, hashlib.sha256(content).hexdigest()
+
+
+def _impressions(file: str) -> int:
+    """Return the candidates of all requests of a file, as its footer counts them."""
+    filesystem, inner = storage.open_filesystem(file)
+    metadata = pq.read_metadata(inner, filesystem=filesystem)
+    paths = [metadata.schema.column(column).path for column in range(metadata.num_columns)]
+    column = next(c for c, path in enumerate(paths) if path.startswith("candidates.") and path.endswith(".item_id"))
+    return sum(metadata.row_group(group).column(column).num_values for group in range(metadata.num_row_groups))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    parser.add_argument("--plan", required=True, help="folder of the plan, or its plan.json")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Judge and print the verdict; a candidate that is not promoted is no failure."""
+    verdict = run_gate(load_settings(), Plan.load(arguments.plan))
+    for criterion in verdict["criteria"]:
+        print(f"{'ok  ' if criterion['passed'] else 'FAIL'} {criterion['name']:<24} {criterion['text']}")
+    print(f"{verdict['ds']} {verdict['verdict']}: {verdict['reason']}")
+    return 0
 
 
 # Reading scores

@@ -120,11 +120,11 @@ def score(model: RankingModel, requests: Sequence[Mapping[str, Any]]) -> pa.Tabl
             logits = model(batch.to(device))
     finally:
         model.train(training)
-    owners = np.repeat(np.arange(len(requests)), [len(request["candidates"]) for request in requests])
+    asked = [(request.get("request_id"), candidate) for request in requests for candidate in request["candidates"]]
     return pa.table(
         {
-            "request_id": pa.array([requests[r].get("request_id") for r in owners], pa.string()),
-            "item_id": pa.array([c["item_id"] for request in requests for c in request["candidates"]], pa.string()),
+            "request_id": pa.array([request_id for request_id, _ in asked], pa.string()),
+            "item_id": pa.array([candidate["item_id"] for _, candidate in asked], pa.string()),
             "ctr": torch.sigmoid(logits.ctr_logit_N.double()).cpu().numpy(),
             "cvr": torch.sigmoid(logits.cvr_logit_N.double()).cpu().numpy(),
         }

@@ -1,0 +1,421 @@
+"""The model registry: a version per evaluated candidate, and which of them serves.
+
+Aliases say what a version is, never stages:
+
+``challenger``         the candidate of the latest day
+``champion``           the latest candidate that the gate promoted: what scoring and serving load
+``previous_champion``  what a rollback returns to
+
+Rules of the champion:
+
+* only a verdict of the gate on exactly the scores that lie in the run folder moves it,
+  and only to the very files that were evaluated;
+* a day never replaces a champion trained for a later day, so a backfill cannot move
+  it back; the champion is read again right before the swap;
+* a version that a person rolled back is never promoted again by the pipeline.
+
+MLflow has no compare-and-swap.  Two processes of one machine take turns by a file
+lock when the store is SQLite; on a server the order is the scheduler's business
+(one promotion at a time), and the alias is read once more after it was set.
+
+A step that is repeated finds its version by its tags and registers nothing twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import logging
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from onetrans import storage
+from onetrans.errors import BadConfigError, BadDataError, NotReadyError, PipelineError
+from onetrans.gate import CANDIDATE, GATE_FILE, SCORES_FILE
+from onetrans.plan import Plan
+from onetrans.settings import MlflowSettings, Settings, load_settings
+from onetrans.tracking import (
+    MODEL_FOLDER,
+    TAG_DAY,
+    TAG_MODEL_DIGEST,
+    TAG_MODEL_ID,
+    TAG_PLAN,
+    connect,
+    fetch_folder,
+    find_model_run,
+    folder_digest,
+    log_promotion,
+    one_at_a_time,
+)
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
+logger = logging.getLogger(__name__)
+
+PROMOTION_FILE = "promotion.json"
+
+CHAMPION = "champion"
+CHALLENGER = "challenger"
+PREVIOUS = "previous_champion"
+
+TAG_VERDICT = "gate_verdict"
+TAG_REPLACED = "replaced"
+TAG_ROLLED_BACK = "rolled_back"
+TAG_PROMOTED = "promoted_at"
+TAG_BY_HAND = "promoted_by_hand"
+
+EXAMPLES = """examples:
+  onetrans promote --plan var/runs/ds=2022-05-06/1a2b3c4d5e6f
+  onetrans registry list"""
+
+
+class Registry:
+    """The registered model of a deployment."""
+
+    def __init__(self, settings: MlflowSettings) -> None:
+        self.settings = settings
+        self.name = settings.registered_model
+
+    @property
+    def client(self) -> MlflowClient:
+        """The client; made on first use."""
+        return connect(self.settings)
+
+    # Reading
+
+    def by_alias(self, alias: str) -> ModelVersion | None:
+        """Return the version an alias names now, or None; a search would return it without its aliases."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return self.client.get_model_version_by_alias(self.name, alias)
+        except MlflowException as error:
+            # A missing alias is answered with INVALID_PARAMETER_VALUE, a missing model with the other.
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                return None
+            raise
+
+    def version(self, number: str) -> ModelVersion:
+        """Return a version by its number.
+
+        Raises:
+            BadConfigError: if there is none.
+        """
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return self.client.get_model_version(self.name, number)
+        except MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
+            raise BadConfigError(f"{self.name} has no version {number}; see: onetrans registry list") from error
+
+    def versions(self) -> list[ModelVersion]:
+        """Return all versions, newest first."""
+        found: list[ModelVersion] = []
+        token: str | None = None
+        while True:
+            page = self.client.search_model_versions(f"name='{self.name}'", max_results=200, page_token=token)
+            found += page
+            token = page.token
+            if not token:
+                return sorted(found, key=lambda version: int(version.version), reverse=True)
+
+    def aliases(self) -> dict[str, str]:
+        """Return every alias and the number of the version it names."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return {alias: str(v) for alias, v in self.client.get_registered_model(self.name).aliases.items()}
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return {}
+            raise
+
+    # Writing
+
+    def register(self, model_id: str, run_id: str, tags: Mapping[str, str], description: str) -> ModelVersion:
+        """Return the version of a logged model; it is registered on first use, later its tags are renewed."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self.client.create_registered_model(self.name, description="Ranking model, one version per evaluated day.")
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        for version in self.versions():
+            if version.tags.get(TAG_MODEL_ID) == model_id:
+                for tag, value in tags.items():
+                    self.client.set_model_version_tag(self.name, version.version, tag, value)
+                self.client.update_model_version(self.name, version.version, description)
+                return self.version(version.version)
+        return self.client.create_model_version(
+            self.name,
+            source=f"models:/{model_id}",
+            run_id=run_id,
+            tags={**tags, TAG_MODEL_ID: model_id},
+            description=description,
+            model_id=model_id,
+        )
+
+    def set_champion(self, version: ModelVersion) -> None:
+        """Make a version the champion and remember which one it replaced.
+
+        Raises:
+            PipelineError: if another process set the alias at the same time.
+        """
+        before = self.by_alias(CHAMPION)
+        if before is not None and before.version != version.version:
+            self._tag(version, TAG_REPLACED, str(before.version))
+            self.client.set_registered_model_alias(self.name, PREVIOUS, before.version)
+        self.client.set_registered_model_alias(self.name, CHAMPION, version.version)
+        self._tag(version, TAG_PROMOTED, _now())
+        after = self.by_alias(CHAMPION)
+        if after is None or after.version != version.version:
+            raise PipelineError(
+                f"{self.name}: alias {CHAMPION} was set to version {version.version} and names "
+                f"{after.version if after else 'none'} now; another promotion ran at the same time"
+            )
+
+    def promote_by_hand(self, number: str, reason: str) -> ModelVersion:
+        """Make a version the champion because a person says so; the reason is kept in its tags.
+
+        Raises:
+            BadConfigError: if there is no such version or no reason.
+        """
+        reason = _given(reason)
+        with one_at_a_time(self.settings.tracking_uri):
+            version = self.version(number)
+            self.set_champion(version)
+            self._tag(version, TAG_BY_HAND, f"{_now()}: {reason}")
+            if TAG_ROLLED_BACK in version.tags:
+                self.client.delete_model_version_tag(self.name, version.version, TAG_ROLLED_BACK)
+        return self.version(number)
+
+    def roll_back(self, reason: str) -> tuple[ModelVersion, ModelVersion]:
+        """Return the champion's place to the version it had replaced; (what was champion, what is now).
+
+        The version that leaves is tagged with the reason, and the pipeline will not promote it again.
+        Rolling back twice goes back two promotions.
+
+        Raises:
+            BadConfigError: if there is no champion, nothing before it, or no reason.
+        """
+        reason = _given(reason)
+        with one_at_a_time(self.settings.tracking_uri):
+            leaving = self.by_alias(CHAMPION)
+            if leaving is None:
+                raise BadConfigError(f"{self.name} has no champion, so there is nothing to roll back")
+            number = self.aliases().get(PREVIOUS)
+            if number is None:
+                raise BadConfigError(
+                    f"{self.name}: version {leaving.version} is the first champion, there is none before it; "
+                    "name one: onetrans registry promote --version N --reason TEXT"
+                )
+            returning = self.version(number)
+            self._tag(leaving, TAG_ROLLED_BACK, f"{_now()}: {reason}")
+            self.client.set_registered_model_alias(self.name, CHAMPION, returning.version)
+            earlier = returning.tags.get(TAG_REPLACED)
+            if earlier:
+                self.client.set_registered_model_alias(self.name, PREVIOUS, earlier)
+            else:
+                self.client.delete_registered_model_alias(self.name, PREVIOUS)
+        return self.version(leaving.version), self.version(returning.version)
+
+    def _tag(self, version: ModelVersion, tag: str, value: str) -> None:
+        self.client.set_model_version_tag(self.name, version.version, tag, value)
+
+
+# The step
+
+
+def promote(settings: Settings, plan: Plan) -> dict[str, Any]:
+    """Register a plan's candidate, move the aliases its verdict allows, and return the content of ``promotion.json``.
+
+    Raises:
+        NotReadyError: if the plan was not judged, or its candidate is not in MLflow.
+        BadDataError: if the verdict, the scores and the model do not belong together.
+        BadConfigError: if the plan was made without MLflow.
+    """
+    if not plan.mlflow_run_id:
+        raise BadConfigError(f"plan {plan.plan_id} of {plan.ds} was made without MLflow; there is nothing to register")
+    verdict = _read_verdict(plan)
+    run = find_model_run(settings, plan, CANDIDATE)
+    tags = run.data.tags if run is not None else {}
+    if run is None or TAG_MODEL_ID not in tags:
+        raise NotReadyError(
+            f"{CANDIDATE} of {plan.ds} is not in MLflow; run: onetrans train --plan {plan.path} --model {CANDIDATE}"
+        )
+    registry = Registry(settings.mlflow)
+    done = _done_before(registry, plan, verdict, tags[TAG_MODEL_ID])
+    if done is not None:
+        return done
+    _check_same_model(settings, plan, tags[TAG_MODEL_ID], tags[TAG_MODEL_DIGEST])
+    with one_at_a_time(settings.mlflow.tracking_uri):
+        version = registry.register(
+            tags[TAG_MODEL_ID],
+            run.info.run_id,
+            _version_tags(plan, verdict, tags),
+            model_card(plan, verdict, registry.name),
+        )
+        _move_challenger(registry, version, plan)
+        before, decision, reason = _move_champion(registry, version, plan, verdict)
+        aliases = registry.aliases()
+    promotion = {
+        "ds": str(plan.ds),
+        "plan_id": plan.plan_id,
+        "model": registry.name,
+        "version": str(version.version),
+        "model_id": tags[TAG_MODEL_ID],
+        "model_digest": tags[TAG_MODEL_DIGEST],
+        "verdict": verdict["verdict"],
+        "decision": decision,
+        "reason": reason,
+        "aliases": sorted(alias for alias, number in aliases.items() if number == str(version.version)),
+        "champion_before": before,
+        "champion_after": aliases.get(CHAMPION),
+        "gate_decided_at": verdict["decided_at"],
+        "finished_at": _now(),
+    }
+    storage.write_json(storage.join(plan.path, PROMOTION_FILE), promotion)
+    log_promotion(settings, plan, promotion)
+    return promotion
+
+
+def _done_before(registry: Registry, plan: Plan, verdict: Mapping[str, Any], model_id: str) -> dict[str, Any] | None:
+    """Return what an earlier run of this step did for the same verdict, if the registry still has it."""
+    path = storage.join(plan.path, PROMOTION_FILE)
+    if not storage.exists(path):
+        return None
+    done: dict[str, Any] = storage.read_json(path)
+    if (done["model_id"], done["gate_decided_at"]) != (model_id, verdict["decided_at"]):
+        return None
+    if all(version.tags.get(TAG_MODEL_ID) != model_id for version in registry.versions()):
+        return None
+    logger.info(
+        "%s of %s is version %s since %s; nothing to do", CANDIDATE, plan.ds, done["version"], done["finished_at"]
+    )
+    return done
+
+
+def _read_verdict(plan: Plan) -> dict[str, Any]:
+    gate_path, scores_path = storage.join(plan.path, GATE_FILE), storage.join(plan.path, SCORES_FILE)
+    if not storage.exists(gate_path):
+        raise NotReadyError(f"{plan.ds} was not judged; run: onetrans gate --plan {plan.path}")
+    verdict: dict[str, Any] = storage.read_json(gate_path)
+    if not storage.exists(scores_path):
+        raise NotReadyError(f"{scores_path} is not there; run: onetrans evaluate --plan {plan.path}")
+    if hashlib.sha256(storage.read_bytes(scores_path)).hexdigest() != verdict["scores_sha256"]:
+        raise BadDataError(
+            f"{gate_path} speaks of other scores than those in {SCORES_FILE}; run: onetrans gate --plan {plan.path}"
+        )
+    return verdict
+
+
+def _check_same_model(settings: Settings, plan: Plan, model_id: str, digest: str) -> None:
+    """Refuse to promote anything but the files that were evaluated."""
+    evaluated = storage.join(plan.model_path(CANDIDATE), MODEL_FOLDER)
+    logged = fetch_folder(settings.mlflow, model_id, MODEL_FOLDER)
+    for where, found in (("the run folder", folder_digest(evaluated)), ("MLflow", folder_digest(logged))):
+        if found != digest:
+            raise BadDataError(
+                f"{CANDIDATE} of {plan.ds}: the model in {where} is not the one that was trained "
+                f"(SHA-256 {found[:12]}, expected {digest[:12]}); nothing was registered"
+            )
+
+
+def _move_challenger(registry: Registry, version: ModelVersion, plan: Plan) -> None:
+    current = registry.by_alias(CHALLENGER)
+    if current is None or current.tags.get(TAG_DAY, "") <= str(plan.ds):
+        registry.client.set_registered_model_alias(registry.name, CHALLENGER, version.version)
+
+
+def _move_champion(
+    registry: Registry, version: ModelVersion, plan: Plan, verdict: Mapping[str, Any]
+) -> tuple[str | None, str, str]:
+    """Swap the champion if everything allows it; return the champion before, the decision and its reason."""
+    champion = registry.by_alias(CHAMPION)
+    before = str(champion.version) if champion is not None else None
+    if champion is not None and champion.version == version.version:
+        # Repeated: what it replaced was noted the first time.
+        return version.tags.get(TAG_REPLACED), "promoted", "is the champion"
+    if verdict["verdict"] != "promoted":
+        return before, "declined", verdict["reason"]
+    if TAG_ROLLED_BACK in version.tags:
+        return before, "held", f"a person rolled this version back ({version.tags[TAG_ROLLED_BACK]})"
+    if champion is not None and TAG_DAY not in champion.tags:
+        return before, "held", f"champion {before} has no tag {TAG_DAY!r}, so nothing says that it is older"
+    if champion is not None and champion.tags[TAG_DAY] > str(plan.ds):
+        if TAG_PROMOTED in version.tags:
+            return version.tags.get(TAG_REPLACED), "promoted", f"was promoted at {version.tags[TAG_PROMOTED]}"
+        return before, "held", f"champion {before} was trained for a later day, {champion.tags[TAG_DAY]}"
+    registry.set_champion(version)
+    return before, "promoted", verdict["reason"]
+
+
+def _version_tags(plan: Plan, verdict: Mapping[str, Any], run_tags: Mapping[str, str]) -> dict[str, str]:
+    return {
+        TAG_DAY: str(plan.ds),
+        TAG_PLAN: plan.plan_id,
+        TAG_VERDICT: str(verdict["verdict"]),
+        TAG_MODEL_DIGEST: run_tags[TAG_MODEL_DIGEST],
+        "git_revision": plan.git_revision,
+        "snapshot.training_requests": str(plan.snapshot_id),
+        "schema_fingerprint": plan.schema.fingerprint,
+    }
+
+
+def model_card(plan: Plan, verdict: Mapping[str, Any], name: str) -> str:
+    """Return the version's description: what it is, what it was trained on, how good it is, how to load it."""
+    lines = [
+        f"OneTrans, size `{plan.preset}`, feature schema `{plan.schema.name}` ({plan.schema.fingerprint}).",
+        "",
+        f"Trained on {len(plan.train_days)} days ({plan.train_days[0]} to {plan.train_days[-1]}), {plan.decision}; "
+        f"snapshot {plan.snapshot_id} of `training_requests`, code {plan.git_revision}.",
+        f"Evaluated on {plan.ds}: {verdict['rows']:,} impressions of {verdict['users']:,} users.",
+        "",
+        "| model | CTR AUC | CTR UAUC | CVR AUC | CVR UAUC |",
+        "|---|---|---|---|---|",
+    ]
+    for model_name, figures in verdict["models"].items():
+        cells = (figures[f"{task}_{kind}"] for task in ("ctr", "cvr") for kind in ("auc", "uauc"))
+        lines.append(f"| {model_name} | " + " | ".join("-" if c is None else f"{c:.4f}" for c in cells) + " |")
+    lines += [
+        "",
+        f"Gate: **{verdict['verdict']}**. {verdict['reason']}",
+        "",
+        f"Load it with `mlflow.pyfunc.load_model('models:/{name}@{CHAMPION}')`; the input is described in "
+        "`onetrans/requests.py`, an example lies beside the model.",
+    ]
+    return "\n".join(lines)
+
+
+def _given(reason: str) -> str:
+    if not reason.strip():
+        raise BadConfigError("a reason is needed; it is kept with the version")
+    return reason.strip()
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    parser.add_argument("--plan", required=True, help="folder of the plan, or its plan.json")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Register the candidate and say what became of it; one that is not promoted is no failure."""
+    promotion = promote(load_settings(), Plan.load(arguments.plan))
+    print(
+        f"{promotion['ds']} {promotion['model']} version {promotion['version']} {promotion['decision']}: "
+        f"{promotion['reason']}"
+    )
+    print(
+        f"champion: version {promotion['champion_after'] or 'none'} (before: {promotion['champion_before'] or 'none'})"
+    )
+    return 0

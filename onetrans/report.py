@@ -1,0 +1,138 @@
+"""``onetrans report``: what each day of a range brought, read from the run folders.
+
+A day shows its newest plan: the figures of both models on that day, those of the
+true probabilities where the log is simulated (the best any model can do), the
+lift with its interval, the verdict and the champion after it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from datetime import date
+from typing import Any
+
+from onetrans import storage
+from onetrans.days import day_range, parse_day
+from onetrans.errors import BadConfigError
+from onetrans.gate import BASELINE, CANDIDATE, GATE_FILE
+from onetrans.plan import PLAN_FILE
+from onetrans.settings import Settings, load_settings
+
+METRICS_FILE = "metrics.json"
+PROMOTION_FILE = "promotion.json"
+TRUTH = "truth"
+
+EXAMPLES = """examples:
+  onetrans report --from 2022-05-04 --to 2022-05-06
+  onetrans report --from 2022-05-04 --to 2022-05-06 --json"""
+
+_FIGURES = ("ctr_auc", "ctr_uauc", "cvr_auc", "cvr_uauc")
+
+
+def report(settings: Settings, first: date, last: date) -> list[dict[str, Any]]:
+    """Return one record per day: what its newest plan came to, as far as it got.
+
+    Raises:
+        BadConfigError: if ``last`` is before ``first``.
+    """
+    return [_day(settings.training.runs, ds) for ds in day_range(first, last)]
+
+
+def _day(runs: str, ds: date) -> dict[str, Any]:
+    folder = storage.join(storage.resolve(runs), f"ds={ds}")
+    plans = [(storage.read_json(path), path.rsplit("/", 1)[0]) for path in _plan_files(folder)]
+    if not plans:
+        return {"ds": str(ds), "state": "no run"}
+    plan, path = max(plans, key=lambda found: str(found[0]["created_at"]))
+    metrics, gate, promotion = (_read(path, name) for name in (METRICS_FILE, GATE_FILE, PROMOTION_FILE))
+    return {
+        "ds": str(ds),
+        "plan_id": plan["plan_id"],
+        "path": path,
+        "state": "promotion done" if promotion else "judged" if gate else "evaluated" if metrics else "planned",
+        "preset": plan["preset"],
+        "train_days": len(plan["train_days"]),
+        "warm_start_ds": plan["warm_start_ds"],
+        "models": {
+            name: {figure: metrics[name][figure] for figure in _FIGURES}
+            for name in (CANDIDATE, BASELINE, TRUTH)
+            if metrics and name in metrics
+        },
+        "rows": gate["rows"] if gate else None,
+        "lifts": gate["lifts"] if gate else {},
+        "verdict": gate["verdict"] if gate else None,
+        "failed": [criterion["name"] for criterion in gate["criteria"] if not criterion["passed"]] if gate else [],
+        "reason": promotion["reason"] if promotion else gate["reason"] if gate else None,
+        "version": promotion["version"] if promotion else None,
+        "decision": promotion["decision"] if promotion else None,
+        "champion": promotion["champion_after"] if promotion else None,
+    }
+
+
+def _plan_files(folder: str) -> list[str]:
+    return [path for path in storage.list_files(folder, PLAN_FILE) if path.count("/") == folder.count("/") + 2]
+
+
+def _read(folder: str, name: str) -> Any:
+    path = storage.join(folder, name)
+    return storage.read_json(path) if storage.exists(path) else None
+
+
+def table(days: Sequence[Mapping[str, Any]]) -> str:
+    """Return the days as text: a line per model, one for the lift, one for the outcome."""
+    header = f"{'day':<12}{'':<12}{'CTR AUC':>9}{'UAUC':>9}{'CVR AUC':>12}{'UAUC':>9}"
+    lines = [header, "-" * len(header)]
+    for day in days:
+        lines += _day_lines(day)
+    return "\n".join(lines)
+
+
+def _day_lines(day: Mapping[str, Any]) -> list[str]:
+    if not day.get("models"):
+        return [f"{day['ds']:<12}{day['state']}", ""]
+    lines: list[str] = []
+    for name, figures in day["models"].items():
+        label = day["ds"] if not lines else ""
+        cells = [_cell(figures[figure]) for figure in _FIGURES]
+        lines.append(f"{label:<12}{name:<12}{cells[0]:>9}{cells[1]:>9}{cells[2]:>12}{cells[3]:>9}")
+    for task in ("ctr", "cvr"):
+        lift = day["lifts"].get(f"{task}_auc")
+        if lift is not None and lift["low"] is not None:
+            lines.append(
+                f"{'':<12}{task.upper() + ' lift':<12}{lift['lift']:>+9.4f}  "
+                f"[{lift['low']:+.4f}, {lift['high']:+.4f}] at {lift['confidence']:.0%}"
+            )
+    lines.append(f"{'':<12}{_outcome(day)}")
+    return [*lines, ""]
+
+
+def _outcome(day: Mapping[str, Any]) -> str:
+    if day["verdict"] is None:
+        return f"not judged yet ({day['state']})"
+    why = f" ({', '.join(day['failed'])})" if day["failed"] else ""
+    if day["version"] is None:
+        return f"{day['verdict']}{why}; not registered yet"
+    held = f", {day['reason']}" if day["decision"] == "held" else why
+    return f"{day['decision']}{held}: version {day['version']}; champion is version {day['champion'] or 'none'}"
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    parser.add_argument("--from", dest="first", type=parse_day, required=True, help="first day, YYYY-MM-DD")
+    parser.add_argument("--to", dest="last", type=parse_day, required=True, help="last day, included")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the report."""
+    days = report(load_settings(), arguments.first, arguments.last)
+    if all(day["state"] == "no run" for day in days):
+        raise BadConfigError(f"there is no run of any day from {arguments.first} to {arguments.last}")
+    print(json.dumps(days, indent=2) if arguments.json else table(days))
+    return 0

@@ -32,7 +32,7 @@ from onetrans.days import day_range, days_before, describe_days, parse_day
 from onetrans.errors import BadConfigError, NotReadyError
 from onetrans.lake import Lake
 from onetrans.models.config import CONFIGS, ModelConfig, config_from_dict, config_to_dict, preset
-from onetrans.optim import OptimizerConfig, optimizer_preset
+from onetrans.optim_config import OptimizerConfig, optimizer_preset
 from onetrans.schema import FeatureSchema
 from onetrans.settings import Preset, Settings, load_settings
 

@@ -10,7 +10,8 @@ from onetrans.models import DCNv2DINConfig, OneTransConfig, build_model, preset
 from onetrans.models.attention import Rotation
 from onetrans.models.onetrans import MixedLinear
 from onetrans.models.ragged import Groups, Layout, latest_events
-from onetrans.optim import build_optimizers, optimizer_preset
+from onetrans.optim import build_optimizers
+from onetrans.optim_config import optimizer_preset
 from tests.batches import model_schema, random_batch, select_requests
 
 SCHEMA = model_schema()

@@ -8,7 +8,8 @@ import torch
 
 from onetrans.errors import BadConfigError
 from onetrans.models import build_model, preset
-from onetrans.optim import RMSPropV2, build_optimizers, optimizer_preset
+from onetrans.optim import RMSPropV2, build_optimizers
+from onetrans.optim_config import optimizer_preset
 from tests.batches import model_schema, random_batch
 
 SCHEMA = model_schema()

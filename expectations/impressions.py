@@ -45,6 +45,7 @@ def expectations(day: AuditDay) -> list[Expectation]:
             column_A="click",
             column_B="conversion",
             or_equal=True,
+            ignore_row_if="either_value_is_missing",
             severity=rules.CRITICAL,
             description="a conversion has a click",
         ),

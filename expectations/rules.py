@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import great_expectations.expectations as gxe
 from great_expectations.expectations.expectation import Expectation
 from great_expectations.expectations.metadata_types import FailureSeverity
+from great_expectations.expectations.row_conditions import Column
 
 from expectations.day import AuditDay
 
@@ -108,8 +109,7 @@ def columns_as_declared() -> Sequence[Expectation]:
             column_B="found",
             severity=CRITICAL,
             description="every declared column is in every file, with its type",
-            row_condition="use != 'extra'",
-            condition_parser="pandas",
+            row_condition=Column("use") != "extra",
         ),
         gxe.ExpectColumnValuesToNotBeInSet(
             column="use",
@@ -122,8 +122,7 @@ def columns_as_declared() -> Sequence[Expectation]:
             value_set=[0],
             severity=CRITICAL,
             description="keys, times and labels are never missing or empty",
-            row_condition="use == 'required'",
-            condition_parser="pandas",
+            row_condition=Column("use") == "required",
         ),
         gxe.ExpectColumnPairValuesAToBeGreaterThanB(
             column_A="missing_share_allowed",

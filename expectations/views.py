@@ -25,6 +25,8 @@ Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 View = Callable[[pa.RecordBatch], pa.RecordBatch]
 
+_MISSING = int(np.iinfo(np.int64).min)
+
 
 def view_of(table: str, schema: FeatureSchema, settled_before: datetime) -> View:
     """Return the view of ``table``; ``settled_before`` is used by ``behavior_sequences`` alone."""
@@ -73,9 +75,10 @@ def impressions(batch: pa.RecordBatch) -> pa.RecordBatch:
 
 def behaviors(batch: pa.RecordBatch) -> pa.RecordBatch:
     """Events as they are, and ``delay_s``: seconds from an event to the instant it became known."""
-    delay_R = _microseconds(batch.column("available_at")) - _microseconds(batch.column("ts"))
+    known, happened = (batch.column(name).cast(pa.int64()) for name in ("available_at", "ts"))
+    delay_s = pc.divide(pc.cast(pc.subtract(known, happened), pa.float64()), 1e6)
     kept = ("event_id", "type", "ts", "available_at")
-    return _view({"ds": _day(batch), **{name: batch.column(name) for name in kept}, "delay_s": delay_R / 1e6})
+    return _view({"ds": _day(batch), **{name: batch.column(name) for name in kept}, "delay_s": delay_s})
 
 
 def features(batch: pa.RecordBatch, key: str, prefixes: tuple[str, ...], declared: Aggregates) -> pa.RecordBatch:
@@ -142,7 +145,8 @@ def training_requests(batch: pa.RecordBatch, names: tuple[str, ...]) -> pa.Recor
     click_E, conversion_E = candidates.integers("click"), candidates.integers("conversion")
     view["candidates_count"] = candidates.lengths_R
     view["candidates_repeated"] = candidates.count(candidates.repeats("item_id"))
-    view["candidates_bad_labels"] = candidates.count(~np.isin(click_E, (0, 1)) | ~np.isin(conversion_E, (0, 1)))
+    labels = (0, 1, _MISSING)
+    view["candidates_bad_labels"] = candidates.count(~np.isin(click_E, labels) | ~np.isin(conversion_E, labels))
     view["candidates_unclicked_conversions"] = candidates.count((conversion_E == 1) & (click_E != 1))
     return _view(view)
 
@@ -167,7 +171,7 @@ class _Lists:
         return pc.struct_field(self.elements, name)
 
     def integers(self, name: str) -> Ints:
-        """Return an integer field; a missing value, which the column rules report, reads as the smallest integer."""
+        """Return an integer field; a missing value, which the rules of the columns report, reads as ``_MISSING``."""
         return _integers(self.field(name))
 
     def count(self, wrong_E: Bools) -> Ints:
@@ -203,8 +207,7 @@ def _microseconds(array: pa.Array) -> Ints:
 
 
 def _integers(array: pa.Array) -> Ints:
-    smallest = np.iinfo(np.int64).min
-    return pc.fill_null(array.cast(pa.int64()), smallest).to_numpy(zero_copy_only=False)
+    return pc.fill_null(array.cast(pa.int64()), _MISSING).to_numpy(zero_copy_only=False)
 
 
 def _exceeds(batch: pa.RecordBatch, part: str, whole: str) -> Ints:

@@ -98,10 +98,9 @@ with DAG(
         task_id="wait_for_day",
         module="onetrans.cli",
         arguments=["published", "training_requests", "--ds", DAY],
-        every=timedelta(minutes=1),
         at_most=timedelta(hours=12),
         execution_timeout=timedelta(minutes=10),
-        doc_md="Looks at once, then every minute. By hand: `onetrans published training_requests --ds DAY`",
+        doc_md="Looks at once, then from the triggerer. By hand: `onetrans published training_requests --ds DAY`",
     )
     plan = command(
         "plan",

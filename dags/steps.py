@@ -184,23 +184,21 @@ class Step(BaseOperator):
 
 
 class WaitStep(Step):
-    """Runs its process until it is ready (exit code 0), and holds no worker while it waits.
+    """Waits until its process is ready (exit code 0), and holds no worker while it waits.
 
-    The first look is made at once, in the worker.  Later ones are made in the
-    triggerer, every ``every``; a failed look (a catalog that does not answer)
-    counts as "not yet".
+    The first look is made at once, in the worker, so that a day that is there
+    costs one short process.  Else the triggerer runs the same command with
+    ``--wait``; a look that fails otherwise counts as "not yet".
     """
 
-    def __init__(self, *, every: timedelta, at_most: timedelta, **kwargs: Any) -> None:
+    def __init__(self, *, at_most: timedelta, **kwargs: Any) -> None:
         """Describe a wait.
 
         Args:
-            every: time between two looks.
-            at_most: how long to wait in all.
+            at_most: how long to wait.
             **kwargs: those of :class:`Step`.
         """
         super().__init__(**kwargs)
-        self.every = every
         self.at_most = at_most
 
     def execute(self, context: Any) -> str | None:
@@ -209,12 +207,11 @@ class WaitStep(Step):
         if ended.code == EXIT_OK or ended.code in NEVER_RETRIED:
             raise_for(self._title(context), ended)
             return ended.result
-        self.log.info("not ready yet; looking again every %s, for at most %s", self.every, self.at_most)
+        self.log.info("not ready yet; the triggerer waits for it, at most %s", self.at_most)
         self.defer(
             trigger=StepTrigger(
                 command=self.command,
                 variables=self.variables,
-                every_s=self.every.total_seconds(),
                 until=(datetime.now(UTC) + self.at_most).isoformat(),
                 final_codes=[EXIT_OK, *NEVER_RETRIED],
             ),

@@ -299,14 +299,14 @@ def _runs(pid):
 
 
 def test_a_wait_that_is_over_before_it_begins_ends_at_once(script):
-    step = script("print('published')", cls=WaitStep, every=timedelta(hours=1), at_most=timedelta(hours=2))
+    step = script("print('published')", cls=WaitStep, at_most=timedelta(hours=2))
     assert step.execute(context(logical_date=LOGICAL)) == "published"
 
 
 def test_a_wait_is_handed_to_the_triggerer(script):
     from airflow.sdk.exceptions import TaskDeferred
 
-    step = script("raise SystemExit(75)", cls=WaitStep, every=timedelta(minutes=1), at_most=timedelta(hours=2))
+    step = script("raise SystemExit(75)", cls=WaitStep, at_most=timedelta(hours=2))
     with pytest.raises(TaskDeferred) as deferred:
         step.execute(context(logical_date=LOGICAL))
     path, arguments = deferred.value.trigger.serialize()
@@ -318,7 +318,7 @@ def test_a_wait_is_handed_to_the_triggerer(script):
 
 
 def test_a_wait_for_something_impossible_fails_at_once(script):
-    step = script("raise SystemExit(78)", cls=WaitStep, every=timedelta(minutes=1), at_most=timedelta(hours=2))
+    step = script("raise SystemExit(78)", cls=WaitStep, at_most=timedelta(hours=2))
     with pytest.raises(AirflowFailException, match="BAD CONFIGURATION"):
         step.execute(context(logical_date=LOGICAL))
 
@@ -336,22 +336,27 @@ def look(trigger):
 def test_the_triggerer_looks_until_the_answer_is_final(tmp_path):
     program = (
         "import pathlib, sys; p = pathlib.Path(sys.argv[1]); seen = p.exists(); p.touch(); "
-        "print('published' if seen else ''); sys.exit(0 if seen else 75)"
+        "print('published' if seen else '', sys.argv[2:]); sys.exit(0 if seen else 1)"
     )
     until = (datetime.now(UTC) + timedelta(minutes=5)).isoformat()
-    command = [sys.executable, "-c", program, str(tmp_path / "seen")]
-    assert look(StepTrigger(command, {}, 0.1, until, [0, 65, 78])) == {
-        "code": 0,
-        "result": "published",
-        "error": "",
-        "late": False,
-    }
+    payload = look(StepTrigger([sys.executable, "-c", program, str(tmp_path / "seen")], {}, until, [0, 65, 78], 0.1))
+    waited = int(payload["result"].split("'")[-2])
+    assert 280 < waited <= 300
+    assert payload == {"code": 0, "result": f"published ['--wait', '{waited}']", "error": "", "late": False}
 
 
 def test_the_triggerer_gives_up_at_the_deadline():
     command = [sys.executable, "-c", "import sys; print('not there', file=sys.stderr); sys.exit(75)"]
-    payload = look(StepTrigger(command, {}, 0.1, datetime.now(UTC).isoformat(), [0, 65, 78]))
+    payload = look(StepTrigger(command, {}, datetime.now(UTC).isoformat(), [0, 65, 78]))
     assert payload == {"code": 75, "result": None, "error": "not there", "late": True}
-    step = WaitStep(task_id="wait", module="x", every=timedelta(seconds=1), at_most=timedelta(seconds=1))
+    step = WaitStep(task_id="wait", module="x", at_most=timedelta(seconds=1))
     with pytest.raises(AirflowFailException, match="still not ready"):
         step.resume(context(logical_date=LOGICAL), payload)
+
+
+def test_an_answer_from_the_triggerer_ends_the_wait():
+    step = WaitStep(task_id="wait", module="x", at_most=timedelta(seconds=1))
+    payload = {"code": 0, "result": "published", "error": "", "late": False}
+    assert step.resume(context(logical_date=LOGICAL), payload) == "published"
+    with pytest.raises(AirflowFailException, match="BAD CONFIGURATION"):
+        step.resume(context(logical_date=LOGICAL), {**payload, "code": 78})

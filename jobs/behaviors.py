@@ -91,7 +91,8 @@ def build(work: Workspace, ds: date) -> Staged:
             if set(earlier.columns) != set(checked.columns):
                 differ = ", ".join(sorted(set(earlier.columns) ^ set(checked.columns)))
                 raise BadDataError(f"behaviors history and {ds} differ in columns that features read: {differ}")
-            checked = checked.unionByName(earlier)
+            delivered = F.broadcast(checked.select("event_id"))  # history may reach into what the first day delivers
+            checked = checked.unionByName(earlier.join(delivered, "event_id", "left_anti"))
     checked = refuse_duplicates(checked, ("event_id",))
     if set(event_columns(schema)) - set(checked.columns):
         items = good_rows(attributes(work.source.items(work.spark, ds), "items", schema))

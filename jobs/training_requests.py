@@ -37,7 +37,12 @@ def training_requests(
     """
     requests = _requests(impressions, item_features, schema)
     users = user_features.select("user_id", F.struct(*stored_all(schema.of_side("user"), F.col)).alias("_user"))
-    past = merged(tails, collected(events, schema), schema)
+    asking = F.broadcast(impressions.select("user_id").distinct())
+    past = merged(
+        None if tails is None else tails.join(asking, "user_id", "left_semi"),
+        collected(events.join(asking, "user_id", "left_semi"), schema),
+        schema,
+    )
     joined = requests.join(users, "user_id", "left").join(past, "user_id", "left")
     kinds = {field.name: field.dataType for field in past.schema}
     user_columns = [

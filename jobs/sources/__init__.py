@@ -64,7 +64,7 @@ def open_source(settings: SourceSettings, schema: FeatureSchema) -> Source:
     if settings.kind == "kuairand":
         from jobs.sources.kuairand import KuaiRand
 
-        return KuaiRand(settings.path)
+        return KuaiRand(settings.path, schema)
     from jobs.sources.files import Files
 
     return Files(settings.path, schema)

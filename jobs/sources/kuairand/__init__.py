@@ -1,0 +1,241 @@
+"""KuaiRand (Gao et al., CIKM 2022): a short-video feed's log with its real non-click impressions.
+
+Two layouts are read: the official release (``log_standard_*.csv``, ``user_features_*.csv``,
+``video_features_basic_*.csv``, in the folder or its ``data/``), and the same log cut into days
+(``daily/date=YYYYMMDD/*.parquet`` beside the same user and video files, with an optional
+``user_history_to_*.parquet``).  What is decided here:
+
+* A click is ``is_click``; a conversion is a click with ``long_view``.
+* The log has some rows twice, differing at most in ``hourmin`` and feedback.  One row per (user, video, time) is
+  kept, the one with the most feedback, and none that the day before has already; or a label would meet its twin.
+* A day is the log's own ``date``, in Shanghai's time; around midnight the two differ by up to an hour.
+* The log has no request id.  A request is a run of impressions of one user in one tab, each at most ``SESSION_GAP``
+  after the one before; a video shown again in it begins a request of its own.
+* Feedback describes past events only: a play is known when it has ended, at its time plus ``play_time_ms``.
+* Past events are ``watch`` (every impression, with its outcome), ``long_view`` and ``like``.
+"""
+
+from __future__ import annotations
+
+from datetime import date, datetime, timedelta
+
+from pyspark.sql import Column as SparkColumn
+from pyspark.sql import DataFrame, SparkSession, Window
+from pyspark.sql import functions as F
+
+from jobs.contract import contract
+from jobs.sources.reading import Where, data_files, folders, read_files, require_columns
+from onetrans import storage
+from onetrans.days import day_bounds, describe_days
+from onetrans.errors import BadConfigError, BadDataError, NotReadyError
+from onetrans.schema import FeatureSchema
+
+SESSION_GAP = timedelta(seconds=60)
+"""Longest pause within one request; nearly all of the log's gaps are either below it or far above."""
+
+HISTORY_SPACING = timedelta(hours=1)
+"""Time given to each watched video of the history file, which has an order but no times."""
+
+_OUTCOMES = ("is_click", "long_view", "is_like", "play_time_ms")
+_LOG_COLUMNS = ("user_id", "video_id", "time_ms", "tab", "duration_ms", *_OUTCOMES)
+
+
+class KuaiRand:
+    """Reads either layout of the log; the feature schema is ``schema.toml`` beside this file."""
+
+    def __init__(self, path: str, schema: FeatureSchema) -> None:
+        self.schema = schema
+        inner = storage.join(path, "data")
+        self.path = inner if not self._holds_log(path) and self._holds_log(inner) else path
+
+    def impressions(self, spark: SparkSession, ds: date) -> DataFrame:
+        """Return the impressions of one day, grouped into requests."""
+        return as_impressions(self._log(spark, ds))
+
+    def behaviors(self, spark: SparkSession, ds: date) -> DataFrame:
+        """Return the plays of one day as past events."""
+        return as_behaviors(self._log(spark, ds))
+
+    def history(self, spark: SparkSession) -> DataFrame | None:
+        """Return the events of ``user_history_to_*.parquet``, or None if the layout has no such file."""
+        files = self._matching("user_history_to_", ".parquet")
+        if not files:
+            return None
+        lists = read_files(spark, files, Where("behaviors", "history"), {})
+        for column in ("user_id", "last_time_ms", "watch_seq", "long_watch_seq", "like_seq"):
+            if column not in lists.columns:
+                raise BadDataError(f"behaviors history: {files[0]} lacks column {column}")
+        return history_events(lists)
+
+    def users(self, spark: SparkSession, ds: date) -> DataFrame:
+        """Return the user file; it is one snapshot for all days."""
+        files = self._needed("user_features_")
+        where = Where("users", "snapshot")
+        return require_columns(read_files(spark, files, where, {}), contract(self.schema, "users"), where, self.schema)
+
+    def items(self, spark: SparkSession, ds: date) -> DataFrame:
+        """Return the video file, with the columns :func:`with_video_columns` adds; one snapshot for all days."""
+        where = Where("items", "snapshot")
+        videos = read_files(spark, self._needed("video_features_basic_"), where, {"item_id": "video_id"})
+        for column in ("tag", "video_duration", "server_width", "server_height"):
+            if column not in videos.columns:
+                raise BadDataError(f"items snapshot: column {column} is missing; there are {', '.join(videos.columns)}")
+        return require_columns(with_video_columns(videos), contract(self.schema, "items"), where, self.schema)
+
+    # Files
+
+    def _holds_log(self, path: str) -> bool:
+        return storage.exists(storage.join(path, "daily")) or any(
+            _name(file).startswith("log_standard_") for file in data_files(path)
+        )
+
+    def _matching(self, prefix: str, ending: str) -> list[str]:
+        return [f for f in data_files(self.path) if _name(f).startswith(prefix) and f.endswith(ending)]
+
+    def _needed(self, prefix: str) -> list[str]:
+        files = self._matching(prefix, ".csv")
+        if not files:
+            raise BadConfigError(f"there is no {prefix}*.csv in {self.path}; source.kind = 'kuairand' needs it")
+        return files
+
+    # The log
+
+    def _log(self, spark: SparkSession, ds: date) -> DataFrame:
+        """Return one day's rows without their copies, those in the day before included."""
+        rows = without_copies(self._rows(spark, ds))
+        yesterday = ds - timedelta(days=1)
+        if self._cut_days() and yesterday not in self._cut_days():
+            return rows
+        start, _ = day_bounds(yesterday, self.schema.timezone)
+        late = start + timedelta(days=1) - timedelta(minutes=2 * self.schema.day_tolerance_minutes)
+        before = self._rows(spark, yesterday, allow_none=True).where(F.col("time_ms") >= int(late.timestamp() * 1000))
+        return rows.join(F.broadcast(before.select("user_id", "video_id", "time_ms").distinct()),
+                         ["user_id", "video_id", "time_ms"], "left_anti")  # fmt: skip
+
+    def _cut_days(self) -> list[date]:
+        names = folders(storage.join(self.path, "daily"))
+        return sorted(datetime.strptime(n[5:], "%Y%m%d").date() for n in names if n.startswith("date="))
+
+    def _rows(self, spark: SparkSession, ds: date, allow_none: bool = False) -> DataFrame:
+        where = Where("impressions", str(ds))
+        log = self._matching("log_standard_", ".csv")
+        folder = storage.join(self.path, "daily", f"date={ds:%Y%m%d}")
+        if storage.exists(folder):
+            rows = read_files(spark, data_files(folder), where, {})
+        elif self._cut_days():
+            raise NotReadyError(
+                f"impressions {ds}: there is no {folder}; days that are there: {describe_days(self._cut_days())}"
+            )
+        elif log:
+            every = read_files(spark, log, where, {})
+            if "date" not in every.columns:
+                raise BadDataError(f"{where}: column date is missing; there are {', '.join(every.columns)}")
+            rows = every.where(F.col("date").try_cast("int") == int(f"{ds:%Y%m%d}"))
+            if not allow_none and rows.isEmpty():
+                span = every.select(F.min("date"), F.max("date")).first()
+                raise NotReadyError(f"impressions {ds}: the log {log[0]} has no row of this day; it has {span}")
+        else:
+            raise BadConfigError(f"{self.path} holds neither daily/date=YYYYMMDD folders nor log_standard_*.csv")
+        for column in _LOG_COLUMNS:
+            if column not in rows.columns:
+                raise BadDataError(f"{where}: column {column} is missing; there are {', '.join(rows.columns)}")
+        return rows.select(*(F.col(c).try_cast("bigint").alias(c) for c in _LOG_COLUMNS))
+
+
+def without_copies(rows: DataFrame) -> DataFrame:
+    """Return one row per (user, video, time): the one with the most feedback."""
+    key = ("user_id", "video_id", "time_ms")
+    rest = [c for c in (*_OUTCOMES, *rows.columns) if c not in key]
+    best = rows.groupBy(*key).agg(F.max(F.struct(*dict.fromkeys(rest))).alias("best"))
+    return best.select(*key, "best.*")
+
+
+def as_impressions(log: DataFrame) -> DataFrame:
+    """Return impressions with the contract's columns; requests are runs of one user in one tab."""
+    stream = Window.partitionBy("user_id", "tab").orderBy("time_ms", "video_id")
+    pause = F.col("time_ms") - F.lag("time_ms").over(stream)
+    first = pause.isNull() | (pause > int(SESSION_GAP.total_seconds() * 1000))
+    log = log.withColumn("start", F.max(F.when(first, F.col("time_ms"))).over(stream))
+    showing = Window.partitionBy("user_id", "tab", "start", "video_id").orderBy("time_ms")
+    log = log.withColumn("again", F.row_number().over(showing) - 1)
+    within = Window.partitionBy("user_id", "tab", "start", "again").orderBy("time_ms", "video_id")
+    return log.select(
+        F.concat_ws("-", "user_id", "tab", "start", "again").alias("request_id"),
+        "user_id",
+        F.col("video_id").alias("item_id"),
+        F.timestamp_millis("time_ms").alias("ts"),
+        (F.row_number().over(within) - 1).alias("position"),
+        F.col("is_click").alias("click"),
+        (F.col("is_click") * F.col("long_view")).alias("conversion"),
+        "tab",
+    )
+
+
+def as_behaviors(log: DataFrame) -> DataFrame:
+    """Return past events with the contract's columns: a watch each, a long view and a like where there was one."""
+    kinds = F.array(
+        F.lit("watch"),
+        F.when(F.col("long_view") == 1, F.lit("long_view")),
+        F.when(F.col("is_like") == 1, F.lit("like")),
+    )
+    return log.select(
+        "user_id",
+        F.col("video_id").alias("item_id"),
+        F.explode(F.array_compact(kinds)).alias("type"),
+        F.timestamp_millis("time_ms").alias("ts"),
+        F.timestamp_millis(F.col("time_ms") + F.greatest("play_time_ms", F.lit(0))).alias("available_at"),
+        "tab",
+        *_outcome(F.col("is_click"), F.col("long_view"), F.col("is_like")),
+        F.when(F.col("duration_ms") > 0, F.col("play_time_ms") / F.col("duration_ms")).alias("play_ratio"),
+    )
+
+
+def history_events(lists: DataFrame) -> DataFrame:
+    """Return the lists of the history file as past events with made-up times that keep each list's order.
+
+    Each list ends at the user's last known time and reaches back ``HISTORY_SPACING`` per watched video, evenly.  A
+    watch counts as a long view or a like if its video is in that list; whether it was clicked is not known.
+    """
+    spacing = int(HISTORY_SPACING.total_seconds() * 1000)
+
+    def events(kind: str, column: str) -> DataFrame:
+        size = F.size(column)
+        step = F.greatest((F.size("watch_seq") * spacing / size).cast("bigint"), F.lit(1))
+        listed = lists.select("*", F.posexplode(column).alias("index", "video"), size.alias("n"), step.alias("step"))
+        time = F.timestamp_millis(F.col("last_time_ms") - (F.col("n") - 1 - F.col("index")) * F.col("step"))
+        long_view = F.array_contains("long_watch_seq", F.col("video")).cast("int")
+        like = F.array_contains("like_seq", F.col("video")).cast("int")
+        return listed.select(
+            "user_id",
+            F.col("video").alias("item_id"),
+            F.lit(kind).alias("type"),
+            time.alias("ts"),
+            time.alias("available_at"),
+            F.lit(None).cast("bigint").alias("tab"),
+            *_outcome(F.lit(None).cast("bigint"), long_view, like),
+            F.lit(None).cast("double").alias("play_ratio"),
+        )
+
+    watched = events("watch", "watch_seq")
+    return watched.unionByName(events("long_view", "long_watch_seq")).unionByName(events("like", "like_seq"))
+
+
+def with_video_columns(videos: DataFrame) -> DataFrame:
+    """Return videos with their first tag, their length in seconds, and width over height."""
+    milliseconds = F.col("video_duration").try_cast("double")
+    width, height = (F.col(f"server_{side}").try_cast("double") for side in ("width", "height"))
+    return videos.withColumns(
+        {
+            "tag": F.substring_index("tag", ",", 1),
+            "duration_s": milliseconds / 1000,
+            "aspect": F.when(height > 0, width / height),
+        }
+    )
+
+
+def _outcome(click: SparkColumn, long_view: SparkColumn, like: SparkColumn) -> list[SparkColumn]:
+    return [click.alias("clicked"), long_view.alias("viewed_long"), like.alias("liked")]
+
+
+def _name(file: str) -> str:
+    return file.rsplit("/", 1)[1]

@@ -94,6 +94,7 @@ def audit_staged(
         "engine": "pandas" if in_memory else "spark",
         "seconds": round(time.monotonic() - began, 3),
     }
+    verdict["failure"] = "" if verdict["passed"] else _failure(verdict)
     summary = _summary(verdict)
     record = Record(table, str(ds), outcome, files.rows, critical, len(found) - critical)
     add_page(site, record, render_page(f"{table} {ds}", outcome, summary, found, results))
@@ -101,7 +102,7 @@ def audit_staged(
     return verdict
 
 
-def describe_failure(verdict: dict[str, Any]) -> str:
+def _failure(verdict: dict[str, Any]) -> str:
     """Return the paragraph the on-call engineer reads when a day failed its audit."""
     broken = [_told(finding) for finding in verdict["findings"] if finding["severity"] == "critical"]
     return (
@@ -149,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
             if finding["severity"] != "critical":
                 print(f"warning: {_told(finding)}", file=sys.stderr)
         if not verdict["passed"]:
-            raise BadDataError(describe_failure(verdict))
+            raise BadDataError(verdict["failure"])
     except PipelineError as error:
         if os.environ.get("ONETRANS_TRACEBACK"):
             raise

@@ -70,8 +70,7 @@ class AuditDay:
 def audit_day(lake: Lake, schema: FeatureSchema, settings: AuditSettings, staged: Staged) -> AuditDay:
     """Collect what the suites of ``staged`` need from the lake; file metadata only, no rows are read.
 
-    Raises:
-        NotReadyError: never for a missing history; a table's first day has none.
+    A table's first day has nothing to be compared with.
     """
     published_days = lake.published(staged.table)
     if staged.table == "behaviors":

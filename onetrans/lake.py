@@ -143,7 +143,7 @@ class Lake:
     # The audit's verdict lies beside the files it speaks of, so that it can never be read for others.
 
     def write_verdict(self, staged: Staged, verdict: Mapping[str, Any]) -> None:
-        """Keep the audit's verdict (a mapping with at least ``passed``) beside the audited files."""
+        """Keep the audit's verdict beside the audited files: ``passed``, and ``failure`` in words if it did not."""
         storage.write_json(storage.join(staged.path, "_audit.json"), verdict)
 
     def verdict(self, staged: Staged) -> dict[str, Any] | None:
@@ -169,9 +169,8 @@ class Lake:
                 f"{table} {ds}: the staged files were not audited; run: python -m expectations.audit {table} --ds {ds}"
             )
         if not verdict["passed"]:
-            raise BadDataError(
-                f"{table} {ds}: the audit failed, so the day is not published and readers keep what they had"
-            )
+            told = verdict.get("failure") or f"{table} {ds}: the audit failed"
+            raise BadDataError(f"not published, readers keep what they had: {told}")
         files = storage.list_files(staged.path, ".parquet")
         return self.replace_partition(table, {"ds": ds}, files)
 

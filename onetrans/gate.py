@@ -190,7 +190,7 @@ class Verdict:
             "clicks": self.clicks,
             "conversions": self.conversions,
             "lifts": {f"{task}_auc": _without_nan(asdict(lift)) for task, lift in self.lifts.items()},
-            "criteria": [asdict(criterion) for criterion in self.criteria],
+            "criteria": [{**asdict(c), "interval": c.interval and list(c.interval)} for c in self.criteria],
             "models": {name: metrics.to_dict() for name, metrics in self.models.items()},
             "settings": asdict(self.settings),
         }

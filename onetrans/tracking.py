@@ -70,7 +70,14 @@ _TRIES = 5
 
 def connect(settings: MlflowSettings) -> MlflowClient:
     """Return a client of the tracking store and registry; the first call makes a missing SQLite store."""
-    return _connect(settings.tracking_uri)
+    client = _connect(settings.tracking_uri)
+    import mlflow
+
+    # `models:/` addresses and the flavours go by the process-wide address, not by the client's.
+    if mlflow.get_tracking_uri() != settings.tracking_uri:
+        mlflow.set_tracking_uri(settings.tracking_uri)
+        mlflow.set_registry_uri(settings.tracking_uri)
+    return client
 
 
 @functools.cache
@@ -78,12 +85,9 @@ def _connect(tracking_uri: str) -> MlflowClient:
     _be_quiet()
     import mlflow
 
-    # The model flavours and `models:/` addresses go by the process-wide address.
-    mlflow.set_tracking_uri(tracking_uri)
-    mlflow.set_registry_uri(tracking_uri)
-    client = mlflow.MlflowClient(tracking_uri, tracking_uri)
-    with one_at_a_time(tracking_uri):
-        _again(lambda: client.search_experiments(max_results=1))
+    with one_at_a_time(tracking_uri):  # both stores make their missing tables, the registry's at its first question
+        client = mlflow.MlflowClient(tracking_uri, tracking_uri)
+        _again(lambda: client.search_registered_models(max_results=1))
     return client
 
 

@@ -1,0 +1,300 @@
+"""The registry: what becomes champion, what never does, and the way back; on SQLite and on a server."""
+
+import dataclasses
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from tracked_days import Shop
+
+from onetrans import cli, storage
+from onetrans.commands.registry import describe, verify
+from onetrans.errors import EXIT_BAD_DATA, BadConfigError, BadDataError, NotReadyError
+from onetrans.gate import run_gate
+from onetrans.registry import CHALLENGER, CHAMPION, PREVIOUS, TAG_ROLLED_BACK, Registry, promote
+from onetrans.report import report, table
+from onetrans.settings import as_environment
+from onetrans.tracking import TAG_MODEL_ID, fetch_folder, one_at_a_time
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    return Shop.open(tmp_path_factory.mktemp("shop"), days=6)
+
+
+@pytest.fixture
+def registry(shop, request):
+    """A registered model of its own for each test; runs and models are shared."""
+    return _registry(shop, request.node.name)
+
+
+def _registry(shop, name):
+    return Registry(dataclasses.replace(shop.settings.mlflow, registered_model=name.replace("[", "-").strip("]")))
+
+
+def _promote(shop, registry, plan):
+    settings = dataclasses.replace(shop.settings, mlflow=registry.settings)
+    _file(plan, "promotion.json").unlink(missing_ok=True)  # another test may have promoted this plan elsewhere
+    return promote(settings, plan)
+
+
+def _file(plan, name):
+    return storage.local_path(storage.join(plan.path, name))
+
+
+@pytest.fixture(scope="module")
+def better(shop):
+    """Candidates of three days that the gate promotes, by day number."""
+    return {number: shop.candidate(shop.days[number], better=True) for number in (2, 3, 4)}
+
+
+@pytest.fixture(scope="module")
+def worse(shop):
+    """A candidate of the last day that the gate declines."""
+    return shop.candidate(shop.days[5], better=False)
+
+
+def _champion(registry):
+    version = registry.by_alias(CHAMPION)
+    return version and str(version.version)
+
+
+def test_a_winner_becomes_champion_with_its_provenance(shop, registry, better):
+    plan = better[2]
+    promotion = _promote(shop, registry, plan)
+    assert (promotion["decision"], promotion["version"], promotion["champion_after"]) == ("promoted", "1", "1")
+    assert promotion["aliases"] == [CHALLENGER, CHAMPION]
+    assert json.loads(_file(plan, "promotion.json").read_text()) == promotion
+    version = registry.by_alias(CHAMPION)
+    assert version.tags["ds"] == str(plan.ds)
+    assert version.tags["plan_id"] == plan.plan_id
+    assert version.tags["gate_verdict"] == "promoted"
+    assert version.tags["snapshot.training_requests"] == str(plan.snapshot_id)
+    assert version.tags["git_revision"] == plan.git_revision
+    assert f"Evaluated on {plan.ds}" in version.description
+    assert "| dcnv2_din |" in version.description
+    parent = registry.client.get_run(plan.mlflow_run_id)
+    assert parent.data.tags["registered_version"] == "1"
+
+
+def test_a_repeated_step_registers_nothing_twice(shop, registry, better):
+    settings = dataclasses.replace(shop.settings, mlflow=registry.settings)
+    first = _promote(shop, registry, better[2])
+    _promote(shop, registry, better[3])
+    assert promote(settings, better[2]) == promote(settings, better[2])
+    _file(better[2], "promotion.json").unlink()  # as after a crash between the registry and the file
+    assert promote(settings, better[2])["version"] == first["version"]
+    assert [str(v.version) for v in registry.versions()] == ["2", "1"]
+    assert _champion(registry) == "2"
+
+
+def test_one_that_is_declined_is_challenger_and_the_champion_stays(shop, registry, better, worse):
+    _promote(shop, registry, better[3])
+    promotion = _promote(shop, registry, worse)
+    assert (promotion["decision"], promotion["verdict"]) == ("declined", "declined")
+    assert promotion["reason"].startswith("Not promoted")
+    assert registry.aliases() == {CHAMPION: "1", CHALLENGER: "2"}
+
+
+def test_an_older_day_never_replaces_a_later_champion(shop, registry, better):
+    _promote(shop, registry, better[4])
+    backfilled = _promote(shop, registry, better[2])
+    assert (backfilled["verdict"], backfilled["decision"]) == ("promoted", "held")
+    assert backfilled["reason"] == f"champion 1 was trained for a later day, {better[4].ds}"
+    assert registry.aliases() == {CHAMPION: "1", CHALLENGER: "1"}
+
+
+def test_the_champion_is_read_right_before_the_swap(shop, registry, better):
+    """A backfill waits for its turn; the promotion it waits for puts a later day there first."""
+    _promote(shop, registry, better[4])
+    registry.client.delete_registered_model_alias(registry.name, CHAMPION)
+    with ThreadPoolExecutor(1) as other:
+        with one_at_a_time(registry.settings.tracking_uri):
+            waiting = other.submit(_promote, shop, registry, better[2])
+            time.sleep(1.0)
+            assert not waiting.done()
+            registry.client.set_registered_model_alias(registry.name, CHAMPION, "1")
+        promotion = waiting.result(timeout=60)
+    assert (promotion["decision"], promotion["champion_after"]) == ("held", "1")
+
+
+def test_rolling_back_walks_back_and_the_pipeline_does_not_undo_it(shop, registry, better):
+    for plan in better.values():
+        _promote(shop, registry, plan)
+    assert registry.aliases() == {CHAMPION: "3", CHALLENGER: "3", PREVIOUS: "2"}
+    left, now = registry.roll_back("conversions fell")
+    assert (str(left.version), str(now.version)) == ("3", "2")
+    assert left.tags[TAG_ROLLED_BACK].endswith(": conversions fell")
+    assert registry.aliases() == {CHAMPION: "2", CHALLENGER: "3", PREVIOUS: "1"}
+
+    again = _promote(shop, registry, better[4])
+    assert again["decision"] == "held"
+    assert "a person rolled this version back" in again["reason"]
+    assert _champion(registry) == "2"
+
+    registry.roll_back("this one too")
+    assert registry.aliases() == {CHAMPION: "1", CHALLENGER: "3"}
+    with pytest.raises(BadConfigError, match="version 1 is the first champion"):
+        registry.roll_back("once more")
+
+
+def test_a_person_may_promote_what_the_gate_declined_and_has_to_say_why(shop, registry, better, worse):
+    _promote(shop, registry, better[3])
+    _promote(shop, registry, worse)
+    with pytest.raises(BadConfigError, match="a reason is needed"):
+        registry.promote_by_hand("2", " ")
+    with pytest.raises(BadConfigError, match="has no version 7"):
+        registry.promote_by_hand("7", "typo")
+    version = registry.promote_by_hand("2", "an experiment")
+    assert version.tags["promoted_by_hand"].endswith(": an experiment")
+    assert registry.aliases() == {CHAMPION: "2", CHALLENGER: "2", PREVIOUS: "1"}
+
+
+def test_a_champion_of_unknown_day_is_left_alone(shop, registry, better):
+    _promote(shop, registry, better[2])
+    registry.client.delete_model_version_tag(registry.name, "1", "ds")
+    promotion = _promote(shop, registry, better[3])
+    assert (promotion["decision"], _champion(registry)) == ("held", "1")
+    assert "no tag 'ds'" in promotion["reason"]
+
+
+def test_dry_run_leaves_the_champion(shop, registry, better):
+    _promote(shop, registry, better[2])
+    dry = dataclasses.replace(shop.settings, gate=dataclasses.replace(shop.settings.gate, mode="dry_run"))
+    try:
+        run_gate(dry, better[3])
+        promotion = _promote(shop, registry, better[3])
+    finally:
+        run_gate(shop.settings, better[3])
+    assert (promotion["decision"], _champion(registry)) == ("declined", "1")
+    assert "dry_run" in promotion["reason"]
+
+
+def test_only_what_was_evaluated_and_judged_is_registered(shop, registry):
+    plan = shop.plan(shop.days[1])
+    with pytest.raises(NotReadyError, match="onetrans gate --plan"):
+        _promote(shop, registry, plan)
+    scores = shop.write_scores(plan, better=True)
+    run_gate(shop.settings, plan)
+    with pytest.raises(NotReadyError, match=r"onetrans of .* is not in MLflow; run: onetrans train"):
+        _promote(shop, registry, plan)
+    shop.save_models(plan)
+
+    pq.write_table(scores.slice(0, 5), _file(plan, "scores.parquet"))
+    with pytest.raises(BadDataError, match="speaks of other scores"):
+        _promote(shop, registry, plan)
+    shop.write_scores(plan, better=True)
+
+    weights = next((_file(plan, "onetrans") / "model").glob("*.safetensors"))
+    sound = weights.read_bytes()
+    weights.write_bytes(sound[:-4] + b"\0\0\0\1")
+    with pytest.raises(BadDataError, match="the model in the run folder is not the one that was trained"):
+        _promote(shop, registry, plan)
+    weights.write_bytes(sound)
+    assert registry.versions() == []
+    assert _promote(shop, registry, plan)["version"] == "1"
+
+
+def test_a_plan_without_mlflow_has_nothing_to_register(shop, registry):
+    with pytest.raises(BadConfigError, match="made without MLflow"):
+        _promote(shop, registry, shop.plan(shop.days[1], track=False, seed=3))
+
+
+def test_verify_scores_the_batch_kept_with_a_version(shop, registry, better, monkeypatch, capsys):
+    _promote(shop, registry, better[2])
+    version = registry.by_alias(CHAMPION)
+    difference, requests = verify(registry, version)
+    assert (difference <= 1e-6, requests) == (True, 8)
+
+    for name, value in as_environment(dataclasses.replace(shop.settings, mlflow=registry.settings)).items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(["registry", "verify"]) == 0
+    kept = Path(fetch_folder(registry.settings, version.tags[TAG_MODEL_ID], "check")) / "scores.json"
+    sound = kept.read_text()
+    scores = json.loads(sound)
+    scores[0]["ctr"] += 0.01
+    kept.write_text(json.dumps(scores))
+    assert cli.main(["registry", "verify", "--version", "1"]) == EXIT_BAD_DATA
+    assert "a probability differs by 0.01" in capsys.readouterr().err
+    kept.write_text(sound)
+
+    assert cli.main(["registry", "list"]) == 0
+    assert f"{better[2].ds}  {better[2].plan_id}  promoted" in capsys.readouterr().out
+    assert cli.main(["registry", "show", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == describe(registry, version)
+    assert cli.main(["registry", "show", "--alias", "nobody"]) == 78
+    assert "no alias 'nobody'" in capsys.readouterr().err
+
+
+def test_the_report_shows_figures_lift_verdict_and_champion(shop, better, worse):
+    registry = Registry(shop.settings.mlflow)
+    for plan in (better[4], worse):
+        _promote(shop, registry, plan)
+    days = report(shop.settings, shop.days[4], shop.days[5] + timedelta(days=1))
+    assert [day["decision"] for day in days[:2]] == ["promoted", "declined"]
+    assert [day["champion"] for day in days[:2]] == ["1", "1"]
+    assert days[2] == {"ds": str(shop.days[5] + timedelta(days=1)), "state": "no run"}
+    gate = json.loads(_file(better[4], "gate.json").read_text())
+    assert days[0]["models"]["onetrans"]["ctr_auc"] == gate["models"]["onetrans"]["ctr_auc"]
+    assert days[0]["lifts"] == gate["lifts"]
+    assert days[0]["models"]["truth"]["cvr_auc"] > days[0]["models"]["dcnv2_din"]["cvr_auc"]
+    text = table(days)
+    assert "promoted: version 1; champion is version 1" in text
+    assert "declined (ctr_auc_lift, cvr_auc_lift" in text
+    assert f"{gate['lifts']['ctr_auc']['lift']:+.4f}" in text
+
+
+def test_a_real_server_takes_the_same_steps(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    environment.pop("PYTEST_CURRENT_TEST", None)
+    log = (tmp_path / "server.log").open("w")
+    server = subprocess.Popen(
+        [
+            sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
+            "--backend-store-uri", f"sqlite:///{tmp_path}/server.db",
+            "--artifacts-destination", str(tmp_path / "server-artifacts"),
+        ],
+        stdout=log, stderr=log, env=environment, cwd=tmp_path, start_new_session=True,
+    )  # fmt: skip
+    address = f"http://127.0.0.1:{port}"
+    try:
+        _wait_for(f"{address}/health", server)
+        shop = Shop.open(tmp_path / "shop", days=3)
+        mlflow = dataclasses.replace(shop.settings.mlflow, tracking_uri=address)
+        shop = Shop(dataclasses.replace(shop.settings, mlflow=mlflow), shop.days)
+        plan = shop.candidate(shop.days[2], better=True)
+        promotion = promote(shop.settings, plan)
+        registry = Registry(mlflow)
+        assert promotion["decision"] == "promoted"
+        assert registry.aliases() == {CHAMPION: "1", CHALLENGER: "1"}
+        assert registry.by_alias(PREVIOUS) is None
+        assert verify(registry, registry.by_alias(CHAMPION))[0] <= 1e-6
+        assert any((tmp_path / "server-artifacts").rglob("*.safetensors")), "the server keeps the artifacts"
+    finally:
+        os.killpg(server.pid, 15)
+        server.wait(timeout=30)
+        log.close()
+
+
+def _wait_for(address, server, seconds=240):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        assert server.poll() is None, "the server ended"
+        try:
+            with urllib.request.urlopen(address, timeout=5):
+                return
+        except OSError:
+            time.sleep(0.5)
+    raise AssertionError(f"{address} does not answer")

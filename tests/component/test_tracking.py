@@ -1,0 +1,260 @@
+"""MLflow on a SQLite store: runs that are found again, two processes at once, models without pickle."""
+
+import dataclasses
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from tracked_days import Shop
+
+from onetrans import storage
+from onetrans.artifact import load_model, save_model
+from onetrans.errors import BadConfigError, PipelineError
+from onetrans.gate import run_gate
+from onetrans.models import build_model
+from onetrans.requests import score
+from onetrans.tracking import (
+    TAG_MODEL_DIGEST,
+    TAG_MODEL_ID,
+    connect,
+    experiment_id,
+    fetch_folder,
+    find_model_run,
+    start_day,
+    start_model,
+)
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    return Shop.open(tmp_path_factory.mktemp("shop"), days=4)
+
+
+@pytest.fixture(scope="module")
+def tracked(shop):
+    """A day with both models logged, evaluated and judged."""
+    plan = shop.plan(shop.days[2])
+    models = shop.save_models(plan)
+    shop.write_scores(plan, better=True)
+    run_gate(shop.settings, plan)
+    return plan, models
+
+
+def _client(shop):
+    return connect(shop.settings.mlflow)
+
+
+def _artifact(shop, run_id, name):
+    return json.loads(Path(_client(shop).download_artifacts(run_id, name)).read_text())
+
+
+def _python(code, *arguments, **kwargs):
+    """Start a process that knows the package and the tests' helpers, nothing of this process's environment."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "ONETRANS_"))}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
+        env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs,
+    )  # fmt: skip
+
+
+def _finish(process):
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out, err
+
+
+def test_a_day_has_one_parent_run_however_often_a_step_asks(shop, tracked):
+    plan, _ = tracked
+    assert start_day(shop.settings, plan) == start_day(shop.settings, plan) == plan.mlflow_run_id
+    run = _client(shop).get_run(plan.mlflow_run_id)
+    assert run.data.tags["ds"] == str(plan.ds)
+    assert run.data.tags["plan_id"] == plan.plan_id
+    assert run.data.tags["snapshot.training_requests"] == str(plan.snapshot_id)
+    assert run.data.tags["git_revision"] == plan.git_revision
+    assert run.data.tags["audit"] == "3 of 3 days passed"
+    assert _artifact(shop, plan.mlflow_run_id, "plan.json")["plan_id"] == plan.plan_id
+    audits = _artifact(shop, plan.mlflow_run_id, "audit.json")
+    assert list(audits.values()) == [{"passed": True}] * 3
+
+
+def test_the_run_of_a_day_shows_both_models_figures_and_the_verdict(shop, tracked):
+    plan, _ = tracked
+    parent = _client(shop).get_run(plan.mlflow_run_id)
+    assert parent.info.status == "FINISHED"
+    assert parent.data.tags["decision"] == "promoted"
+    assert "onetrans beats dcnv2_din" in parent.data.tags["mlflow.note.content"]
+    gate = _artifact(shop, plan.mlflow_run_id, "gate.json")
+    assert parent.data.metrics["gate.ctr_auc.low"] == gate["lifts"]["ctr_auc"]["low"]
+    assert parent.data.metrics["onetrans.ctr_auc"] == gate["models"]["onetrans"]["ctr_auc"]
+    assert parent.data.metrics["truth.ctr_auc"] >= parent.data.metrics["dcnv2_din.ctr_auc"]
+    for name in ("onetrans", "dcnv2_din"):
+        child = find_model_run(shop.settings, plan, name)
+        assert child.data.tags["mlflow.parentRunId"] == plan.mlflow_run_id
+        assert child.data.metrics["eval.cvr_auc"] == gate["models"][name]["cvr_auc"]
+        assert child.info.status == "FINISHED"
+
+
+def test_a_training_that_fails_says_so_and_the_next_attempt_goes_on_in_the_same_run(shop):
+    plan = shop.plan(shop.days[1])
+    with pytest.raises(ZeroDivisionError), start_model(shop.settings, plan, "onetrans") as run:  # noqa: PT012
+        run.log_metrics({"loss": 1.0}, step=1)
+        raise ZeroDivisionError("division by zero")
+    failed = _client(shop).get_run(run.run_id)
+    assert (failed.info.status, failed.data.tags["error"]) == ("FAILED", "ZeroDivisionError: division by zero")
+    with start_model(shop.settings, plan, "onetrans") as again:
+        assert again.run_id == run.run_id
+        again.log_params({"config": {"hidden_dim": 32}})
+        for step in range(1200):
+            again.log_metrics({"loss": 1.0 / (step + 1)}, step=step)
+    done = _client(shop).get_run(run.run_id)
+    assert done.info.status == "FINISHED"
+    assert "error" not in done.data.tags
+    assert done.data.params["config.hidden_dim"] == "32"
+    curve = _client(shop).get_metric_history(run.run_id, "loss")
+    assert [m.step for m in curve if m.value < 1.0] == list(range(1, 1200))
+
+
+def test_the_logged_model_has_no_pickle_and_carries_signature_example_and_requirements(shop, tracked):
+    plan, _ = tracked
+    model_id = find_model_run(shop.settings, plan, "onetrans").data.tags[TAG_MODEL_ID]
+    folder = Path(fetch_folder(shop.settings.mlflow, model_id, "model")).parents[1]
+    kinds = {path.suffix for path in folder.rglob("*") if path.is_file()}
+    assert kinds <= {".json", ".safetensors", ".py", ".yaml", ".txt", ""}
+    assert {path.name for path in folder.rglob("*") if path.suffix == "" and path.is_file()} <= {
+        "MLmodel",
+        "registered_model_meta",
+    }
+    described = (folder / "MLmodel").read_text()
+    assert "python_model.pkl" not in described
+    assert "mlflow.pyfunc.loaders.code_model" in described
+    assert json.loads((folder / "input_example.json").read_text())["columns"][:2] == ["request_id", "ts"]
+    requirements = (folder / "requirements.txt").read_text().split()
+    assert any(line.startswith("onetrans==") for line in requirements)
+    assert f"torch=={torch.__version__.split('+')[0]}" in {line.split("+")[0] for line in requirements}
+
+
+def test_models_loaded_in_another_process_score_the_fixed_batch_as_the_trained_ones_did(shop, tracked):
+    plan, models = tracked
+    ids = [find_model_run(shop.settings, plan, name).data.tags[TAG_MODEL_ID] for name in models]
+    batches = [Path(fetch_folder(shop.settings.mlflow, model_id, "check")) / "requests.json" for model_id in ids]
+    out, _ = _finish(
+        _python(
+            """
+            import json, sys, mlflow, pandas
+            mlflow.set_tracking_uri(sys.argv[1])
+            for model_id, batch in zip(sys.argv[2:4], sys.argv[4:6]):
+                model = mlflow.pyfunc.load_model(f"models:/{model_id}")
+                answer = model.predict(pandas.DataFrame(json.load(open(batch))))
+                print(json.dumps(answer.to_dict("list")))
+            """,
+            shop.settings.mlflow.tracking_uri, *ids, *batches,
+            cwd=shop.settings.mlflow.artifacts,
+        )
+    )  # fmt: skip
+    for name, batch, line in zip(models, batches, out.splitlines()[-2:], strict=True):
+        answer, expected = json.loads(line), score(models[name], json.loads(batch.read_text())).to_pydict()
+        assert answer["item_id"] == expected["item_id"]
+        assert len(answer["item_id"]) >= 8
+        for task in ("ctr", "cvr"):
+            assert answer[task] == pytest.approx(expected[task], abs=1e-6)
+
+
+def test_logging_the_same_model_again_adds_nothing(shop, tracked):
+    plan, models = tracked
+    before = find_model_run(shop.settings, plan, "onetrans").data.tags[TAG_MODEL_ID]
+    with start_model(shop.settings, plan, "onetrans") as run:
+        again = run.log_model(models["onetrans"], storage.join(plan.model_path("onetrans"), "model"))
+    assert again == before
+    logged = _client(shop).search_logged_models([experiment_id(shop.settings.mlflow)])
+    assert [m.model_id for m in logged if m.source_run_id == run.run_id] == [before]
+
+
+def test_a_saved_model_that_is_not_the_trained_one_is_not_accepted(shop):
+    plan = shop.plan(shop.days[1], seed=99)
+    config = plan.models["onetrans"].config
+    trained, other = (build_model(config, plan.schema).eval() for _ in range(2))
+    folder = storage.join(plan.model_path("onetrans"), "model")
+    save_model(folder, other, plan.schema, config)
+    with (
+        pytest.raises(PipelineError, match=r"differs from the trained one by .* on 8 requests"),
+        start_model(shop.settings, plan, "onetrans") as run,
+    ):
+        run.log_model(trained, folder)
+    tags = _client(shop).get_run(run.run_id).data.tags
+    assert TAG_MODEL_DIGEST not in tags
+    assert tags["error"].startswith("PipelineError: onetrans of")
+    with start_model(shop.settings, plan, "onetrans") as run:
+        run.log_model(load_model(folder)[0], folder)
+    assert TAG_MODEL_ID in _client(shop).get_run(run.run_id).data.tags
+
+
+_TRAIN_AND_LOG = """
+    import socket, sys
+    from pathlib import Path
+    attempts = []
+    def refuse(self, address):
+        attempts.append(address)
+        raise OSError("no network here")
+    socket.socket.connect = socket.socket.connect_ex = refuse
+
+    from worlds import settings_in
+    from onetrans.plan import Plan
+    from onetrans.tracking import start_model
+    root, path, name = sys.argv[1:]
+    with start_model(settings_in(Path(root)), Plan.load(path), name) as run:
+        run.log_params({"name": name})
+        for step in range(60):
+            run.log_metrics({"loss": 1.0, "norm": 2.0}, step=step)
+            run.flush()
+    assert not attempts, attempts
+"""
+
+
+def test_two_trainings_make_and_write_one_store_at_the_same_time_quietly_and_offline(tmp_path):
+    """Connections are refused and counted, also those whose failure a library would swallow."""
+    shop = Shop.open(tmp_path, days=2)
+    plan = shop.plan(shop.days[1], track=False)
+    assert not (tmp_path / "mlflow.db").exists()
+    together = [_python(_TRAIN_AND_LOG, tmp_path, plan.path, name) for name in plan.models]
+    errors = [_finish(process)[1] for process in together]
+    assert errors == ["", ""], "a task's log holds nothing that its reader cannot act upon"
+    client = _client(shop)
+    runs = client.search_runs([experiment_id(shop.settings.mlflow)])
+    kinds = sorted(run.data.tags["onetrans.kind"] for run in runs)
+    assert kinds == ["day", "model", "model"]
+    parent = next(run for run in runs if run.data.tags["onetrans.kind"] == "day")
+    for name in plan.models:
+        child = find_model_run(shop.settings, plan, name)
+        assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
+        assert [len(client.get_metric_history(child.info.run_id, metric)) for metric in ("loss", "norm")] == [60, 60]
+
+
+def test_a_store_that_is_locked_for_a_while_is_waited_for(shop, tracked):
+    plan, _ = tracked
+    file = shop.settings.mlflow.tracking_uri.removeprefix("sqlite:///")
+    other = sqlite3.connect(file, isolation_level=None, check_same_thread=False)
+    other.execute("BEGIN EXCLUSIVE")
+    release = threading.Timer(1.5, lambda: other.execute("ROLLBACK"))
+    release.start()
+    with start_model(shop.settings, plan, "dcnv2_din") as run:
+        run.log_metrics({"patience": 1.0}, step=7)
+    release.join()
+    other.close()
+    assert _client(shop).get_run(run.run_id).data.metrics["patience"] == 1.0
+
+
+def test_a_deleted_experiment_is_named_with_the_way_out(shop, tracked):
+    gone = dataclasses.replace(shop.settings.mlflow, experiment="gone")
+    connect(gone).delete_experiment(experiment_id(gone))
+    with pytest.raises(BadConfigError, match="experiment 'gone' was deleted; restore it with"):
+        experiment_id(gone)

@@ -15,12 +15,10 @@ from __future__ import annotations
 import configparser
 import os
 import secrets
-import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import closing
 from pathlib import Path
 from types import TracebackType
 
@@ -28,6 +26,7 @@ from infra.local.airflow_api import AirflowApi
 from infra.local.processes import Server, ServerError, free_port, remember, stop, stop_remembered, wait_until
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+_ON_SQLITE = Path(__file__).parent / "on_sqlite"
 _PREFERRED_PORT = 8080
 
 
@@ -105,7 +104,9 @@ class LocalAirflow:
             **{name: value for name, value in os.environ.items() if not name.startswith("AIRFLOW__")},
             **(environment or {}),
             "AIRFLOW_HOME": str(self.home),
-            "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
+            "PYTHONPATH": os.pathsep.join(
+                [str(REPOSITORY), str(_ON_SQLITE), *filter(None, [os.environ.get("PYTHONPATH")])]
+            ),
             # The servers' output goes to files; a forked worker must not hold lines back.
             "PYTHONUNBUFFERED": "1",
         }
@@ -186,7 +187,7 @@ class LocalAirflow:
             parser.write(file)
 
     def _prepare_database(self) -> None:
-        """Create or migrate the database, and let readers and the writer of SQLite work side by side."""
+        """Create the database, or migrate that of an older Airflow."""
         done = subprocess.run(
             [sys.executable, "-m", "airflow", "db", "migrate"],
             env=self.environment,
@@ -200,8 +201,6 @@ class LocalAirflow:
             raise ServerError(
                 f"`airflow db migrate` failed with exit code {done.returncode}; its output ends with:\n{lines}"
             )
-        with closing(sqlite3.connect(self.home / "airflow.db")) as database:
-            database.execute("PRAGMA journal_mode = WAL")
 
     def _parsed(self) -> bool:
         errors = self.api.import_errors()

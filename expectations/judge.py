@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import great_expectations as gx
@@ -155,6 +156,9 @@ def _plain(row: dict[str, Any]) -> dict[str, Any]:
 def _value(value: Any) -> Any:
     if isinstance(value, float):
         return int(value) if value.is_integer() and abs(value) < 2**53 else round(float(value), 6)
+    if isinstance(value, datetime):
+        # Spark hands out local times without a zone, which is what astimezone takes them for.
+        return f"{value.astimezone(UTC):%Y-%m-%d %H:%M:%S.%f} UTC"
     if isinstance(value, np.integer):
         return int(value)
     return value if isinstance(value, int | str | list) else str(value)

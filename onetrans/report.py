@@ -115,7 +115,8 @@ def _outcome(day: Mapping[str, Any]) -> str:
     if day["version"] is None:
         return f"{day['verdict']}{why}; not registered yet"
     held = f", {day['reason']}" if day["decision"] == "held" else why
-    return f"{day['decision']}{held}: version {day['version']}; champion is version {day['champion'] or 'none'}"
+    champion = f"champion is version {day['champion']}" if day["champion"] else "there is no champion yet"
+    return f"{day['decision']}{held}: version {day['version']}; {champion}"
 
 
 def _cell(value: float | None) -> str:

@@ -19,6 +19,7 @@ import json
 import logging
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -103,17 +104,27 @@ def _be_quiet() -> None:
     logging.getLogger("alembic").setLevel(logging.WARNING)
 
 
+_turn = threading.local()
+
+
 @contextmanager
 def one_at_a_time(tracking_uri: str) -> Iterator[None]:
-    """Let one process of this machine at a time create things in a SQLite store; a server needs no such help."""
-    if not tracking_uri.startswith("sqlite:///"):
+    """Let one process of this machine at a time create things in a SQLite store; a server needs no such help.
+
+    A thread that has its turn may ask for it again.
+    """
+    if not tracking_uri.startswith("sqlite:///") or getattr(_turn, "mine", "") == tracking_uri:
         yield
         return
     lock = Path(tracking_uri.removeprefix("sqlite:///").split("?")[0] + ".lock")
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        _turn.mine = tracking_uri
+        try:
+            yield
+        finally:
+            _turn.mine = ""
 
 
 def _again(call: Callable[[], T]) -> T:

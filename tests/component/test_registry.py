@@ -25,6 +25,8 @@ from onetrans.report import report, table
 from onetrans.settings import as_environment
 from onetrans.tracking import TAG_MODEL_ID, fetch_folder, one_at_a_time
 
+ROOT = Path(__file__).parents[2]
+
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory):
@@ -233,6 +235,19 @@ def test_verify_scores_the_batch_kept_with_a_version(shop, registry, better, mon
     assert json.loads(capsys.readouterr().out) == describe(registry, version)
     assert cli.main(["registry", "show", "--alias", "nobody"]) == 78
     assert "no alias 'nobody'" in capsys.readouterr().err
+
+
+def test_one_command_in_a_process_of_its_own_rolls_back(shop, registry, better):
+    for number in (2, 3):
+        _promote(shop, registry, better[number])
+    settings = dataclasses.replace(shop.settings, mlflow=registry.settings)
+    command = [sys.executable, "-m", "onetrans.cli", "registry", "rollback", "--reason", "too slow"]
+    done = subprocess.run(
+        command, env={**os.environ, **as_environment(settings)}, capture_output=True, text=True, timeout=240, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{registry.name}: champion is version 1; version 2 was rolled back\n"
+    assert registry.aliases() == {CHAMPION: "1", CHALLENGER: "2"}
 
 
 def test_the_report_shows_figures_lift_verdict_and_champion(shop, better, worse):

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 _BATCH_ROWS = 65_536
+_BATCH_VALUES = 2_000_000
 _ABSENT = "missing"
 
 
@@ -44,6 +45,14 @@ class StagedFiles:
     """Schema of each file."""
     rows: int
     """Rows of all files."""
+    values: int
+    """Values of all columns and nested fields of all files; a list's elements count one by one."""
+
+    @property
+    def batch_rows(self) -> int:
+        """Rows that are read at a time: few where a row holds long lists, so that a batch stays small."""
+        fitting = _BATCH_VALUES * self.rows // max(self.values, 1)
+        return max(1, min(_BATCH_ROWS, fitting))
 
     def has(self, names: list[str], declared: list[Column]) -> bool:
         """Tell whether every file holds the columns ``names``, and their fields, with the declared types."""
@@ -64,12 +73,15 @@ def open_staged(staged: Staged) -> StagedFiles:
             f"{staged.table} {staged.ds}: {staged.path} holds no Parquet files, though the manifest says that "
             f"{staged.rows:,} rows were staged there; run the job again: python -m jobs.{staged.table} --ds {staged.ds}"
         )
-    schemas, rows = [], 0
+    schemas, rows, values = [], 0, 0
     for path in paths:
         with _parquet(staged, path) as file:
             schemas.append(file.schema_arrow)
             rows += file.metadata.num_rows
-    return StagedFiles(staged, tuple(paths), tuple(schemas), rows)
+            for group in range(file.metadata.num_row_groups):
+                columns = file.metadata.row_group(group)
+                values += sum(columns.column(index).num_values for index in range(columns.num_columns))
+    return StagedFiles(staged, tuple(paths), tuple(schemas), rows, values)
 
 
 def read_here(files: StagedFiles, view: View | None) -> tuple[dict[str, Profile], pd.DataFrame | None]:
@@ -188,7 +200,7 @@ def _batches(files: StagedFiles) -> Iterator[pa.RecordBatch]:
     for path in files.paths:
         with _parquet(files.staged, path) as file:
             try:
-                yield from file.iter_batches(_BATCH_ROWS)
+                yield from file.iter_batches(files.batch_rows)
             except (pa.ArrowInvalid, OSError) as error:
                 raise _unreadable(files.staged, path, error) from error
 

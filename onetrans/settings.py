@@ -64,7 +64,7 @@ class AuditSettings:
     data_docs: str = ""
     """Folder (or s3:// prefix) of the Data Docs site; empty: ``data_docs`` beside the warehouse."""
     max_rows_in_memory: int = 5_000_000
-    """Most rows the audit reads into its own memory; a larger day is audited by Spark, with the same suite."""
+    """Most rows the audit holds in its own memory (1.3 GB); a larger day is audited by Spark, with the same suite."""
     trailing_days: int = 7
     """Published days before the audited one; their median row count is what a day is compared with."""
     min_row_share: float = 0.5

@@ -5,7 +5,8 @@
 
 The settings are those of ``--config``; default: ``$ONETRANS_CONFIG``, else the
 demo's (``var/demo/onetrans.toml``) if there was one, else the usual ones.
-Airflow's home lies beside the configuration file.
+Airflow's home lies beside the configuration file.  Everything runs in the
+checkout's folder, so relative paths in the settings are relative to it.
 """
 
 from __future__ import annotations
@@ -55,9 +56,11 @@ def run(what: str, config: Path | None, home: Path | None) -> None:
     """
     named = os.environ.get("ONETRANS_CONFIG")
     path = config or (Path(named) if named else DEMO_CONFIG if DEMO_CONFIG.exists() else None)
-    environment = {"ONETRANS_CONFIG": str(path.resolve())} if path else {}
+    path, home = path and path.resolve(), home and home.resolve()
+    os.chdir(REPOSITORY)
+    environment = {"ONETRANS_CONFIG": str(path)} if path else {}
     settings = load_settings({**os.environ, **environment})
-    airflow_home = home or (path.resolve().parent if path else REPOSITORY / "var") / "airflow"
+    airflow_home = home or (path.parent if path else REPOSITORY / "var") / "airflow"
     airflow = LocalAirflow(airflow_home, environment)
     others = _other_pages(settings, airflow.home / "logs") if what == "ui" else []
     servers = [page.server for page in others if page.server]

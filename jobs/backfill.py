@@ -15,7 +15,6 @@ import time
 
 from jobs.runner import Opened, add_days, audit_and_publish, chosen_days, guarded
 from onetrans.lake import TABLES
-from onetrans.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -37,16 +36,20 @@ def main(argv: list[str] | None = None) -> int:
         days = chosen_days(arguments)
         with Opened() as work:
             if arguments.skip_published:
-                done = set.intersection(*(set(work.lake.days(table)) for table in TABLES))
-                days = [ds for ds in days if ds not in done]
-            with Progress(len(days) * len(TABLES), "tables", "backfill") as progress:
-                for ds in days:
-                    started = time.monotonic()
-                    for table in TABLES:
-                        importlib.import_module(f"jobs.{table}").build(work, ds)
-                        audit_and_publish(work, table, ds)
-                        progress.advance(1)
-                    logger.info("%s: all tables published in %.1f s", ds, time.monotonic() - started)
+                whole = set.intersection(*(set(work.lake.days(table)) for table in TABLES))
+                days = [ds for ds in days if ds not in whole]
+            began = time.monotonic()
+            for done, ds in enumerate(days, start=1):
+                started = time.monotonic()
+                for table in TABLES:
+                    importlib.import_module(f"jobs.{table}").build(work, ds)
+                    audit_and_publish(work, table, ds)
+                now = time.monotonic()
+                left = (now - began) / done * (len(days) - done)
+                logger.info(
+                    "%s: all tables published in %.1f s; day %d of %d, about %.0f s left",
+                    ds, now - started, done, len(days), left,
+                )  # fmt: skip
 
     return guarded(run)
 

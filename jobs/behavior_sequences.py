@@ -42,12 +42,14 @@ def merged(tails: DataFrame | None, today: DataFrame, schema: FeatureSchema) -> 
     if tails is None:
         return today.select("user_id", *(F.sort_array(s.column).alias(s.column) for s in schema.sequences))
     old = tails.select("user_id", *(F.col(s.column).alias(f"old_{s.column}") for s in schema.sequences))
-    joined = old.join(today, "user_id", "full_outer")
 
     def whole(column: str) -> SparkColumn:
         return _appended(_or_empty(f"old_{column}", lists[column]), _or_empty(column, lists[column])).alias(column)
 
-    return joined.select("user_id", *(whole(sequence.column) for sequence in schema.sequences))
+    # A full outer join would move every tail; most users have no event today, and today's events are few.
+    known = old.join(today, "user_id", "left").select("user_id", *(whole(s.column) for s in schema.sequences))
+    new = today.join(tails.select("user_id"), "user_id", "left_anti")
+    return known.unionByName(new.select("user_id", *(F.sort_array(s.column).alias(s.column) for s in schema.sequences)))
 
 
 def behavior_sequences(tails: DataFrame | None, events: DataFrame, schema: FeatureSchema, ds: date) -> DataFrame:

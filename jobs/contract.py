@@ -19,8 +19,8 @@ EVENT_OWN = ("item_id", "type")
 """Columns every behaviour has, whatever the source."""
 
 RESERVED = frozenset(
-    ("ds", "request_id", "user_id", "item_id", "ts", "event_id", "available_at", "candidates")
-    + ("position", "click", "conversion", "true_ctr", "true_cvr")
+    {"ds", "request_id", "user_id", "item_id", "ts", "event_id", "available_at", "candidates"}
+    | {"position", "click", "conversion", "true_ctr", "true_cvr"}
 )
 """Names of the tables' own columns, which no feature may take (``seq_...`` neither)."""
 

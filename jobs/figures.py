@@ -14,42 +14,50 @@ from pyspark.sql import functions as F
 
 from onetrans.schema import Aggregates
 
+_COUNTED = ("impressions", "clicks", "conversions")
+
 
 def counts(impressions: DataFrame, key: str, ds: date, windows: tuple[int, ...]) -> DataFrame:
     """Return per value of column ``key`` the counts ``<figure>_<window>d`` over the windows that end before ``ds``."""
     labels = {"impressions": F.lit(1), "clicks": F.col("click"), "conversions": F.col("conversion")}
-    sums = [
-        F.sum(
-            F.when(F.col("ds").between(ds - timedelta(days=window), ds - timedelta(days=1)), label).otherwise(0)
-        ).alias(f"{figure}_{window}d")
-        for window in windows
-        for figure, label in labels.items()
-    ]
+    sums = []
+    for window in windows:
+        inside = F.col("ds").between(ds - timedelta(days=window), ds - timedelta(days=1))
+        for figure in _COUNTED:
+            sums.append(F.sum(F.when(inside, labels[figure]).otherwise(0)).alias(f"{figure}_{window}d"))
     return impressions.groupBy(key).agg(*sums)
 
 
-def with_figures(rows: DataFrame, counted: DataFrame | None, key: str, name: str, aggregates: Aggregates) -> DataFrame:
-    """Add the columns ``aggregates.columns(name)`` to ``rows``, which has a column ``key`` as ``counted`` has.
+def count_columns(aggregates: Aggregates) -> list[str]:
+    """Return the columns :func:`counts` makes, its key not counted."""
+    return [f"{figure}_{window}d" for window in aggregates.windows for figure in _COUNTED]
 
-    A key that was never shown has counts of 0 and the overall rates.  Where the key itself is null, or nothing was
-    published before the day (``counted`` is None), every figure is null: it is unknown, which is not 0.
+
+def totals(counted: DataFrame, aggregates: Aggregates) -> DataFrame:
+    """Return one row with the sums of all counts, for the overall rates."""
+    return counted.agg(*(F.sum(column).alias(f"all_{column}") for column in count_columns(aggregates)))
+
+
+def with_figures(rows: DataFrame, total: DataFrame, key: str, name: str, aggregates: Aggregates) -> DataFrame:
+    """Turn the counts of ``rows`` (null: never shown) into the columns ``aggregates.columns(name)``.
+
+    A key that was never shown has counts of 0 and the overall rates.  Where the key itself is null every figure is
+    null: it is unknown, which is not 0.
     """
-    if counted is None:
-        return rows.withColumns({column: F.lit(None).cast("double") for column in aggregates.columns(name)})
-    total = counted.agg(*(F.sum(c).alias(f"all_{c}") for c in counted.columns if c != key))
-    joined = rows.join(counted, key, "left").crossJoin(F.broadcast(total))
-    known = F.col(key).isNotNull()
     figures = {}
     for window in aggregates.windows:
-        count = {
-            figure: F.coalesce(F.col(f"{figure}_{window}d"), F.lit(0)).cast("double")
-            for figure in ("impressions", "clicks", "conversions")
-        }
-        overall = {figure: F.col(f"all_{figure}_{window}d").cast("double") for figure in count}
+        value = {figure: F.coalesce(F.col(f"{figure}_{window}d"), F.lit(0)).cast("double") for figure in _COUNTED}
+        overall = {figure: F.col(f"all_{figure}_{window}d").cast("double") for figure in _COUNTED}
         for rate, events, trials in (("ctr", "clicks", "impressions"), ("cvr", "conversions", "clicks")):
             prior = F.when(overall[trials] > 0, overall[events] / overall[trials])
-            weight = count[trials] + aggregates.smoothing
-            count[rate] = F.when(weight > 0, (count[events] + aggregates.smoothing * prior) / weight)
-        for figure, value in count.items():
-            figures[f"{name}_{figure}_{window}d"] = F.when(known, value)
-    return joined.withColumns(figures).select(*rows.columns, *aggregates.columns(name))
+            weight = value[trials] + aggregates.smoothing
+            value[rate] = F.when(weight > 0, (value[events] + aggregates.smoothing * prior) / weight)
+        for figure, result in value.items():
+            figures[f"{name}_{figure}_{window}d"] = F.when(F.col(key).isNotNull(), result)
+    kept = [column for column in rows.columns if column not in count_columns(aggregates)]
+    return rows.crossJoin(F.broadcast(total)).withColumns(figures).select(*kept, *aggregates.columns(name))
+
+
+def unknown_figures(rows: DataFrame, name: str, aggregates: Aggregates) -> DataFrame:
+    """Add the columns ``aggregates.columns(name)`` as null: nothing was published before this day."""
+    return rows.withColumns({column: F.lit(None).cast("double") for column in aggregates.columns(name)})

@@ -8,7 +8,7 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from jobs.checks import attributes, good_rows
-from jobs.figures import counts, with_figures
+from jobs.figures import count_columns, counts, totals, unknown_figures, with_figures
 from jobs.runner import main
 from jobs.workspace import Workspace
 from onetrans.lake import Staged
@@ -25,17 +25,18 @@ def item_features(items: DataFrame, impressions: DataFrame | None, schema: Featu
     a key's figures are the sums over the items it has now.
     """
     aggregates = schema.aggregates
-    counted = None
-    if impressions is not None:
-        counted = counts(impressions, "item_id", ds, aggregates.windows)
-        items = items.join(counted.select("item_id"), "item_id", "full_outer")
-    frame = with_figures(items, counted, "item_id", "item", aggregates)
+    if impressions is None:
+        for name in ("item", *aggregates.item_keys):
+            items = unknown_figures(items, name, aggregates)
+        return items
+    counted = counts(impressions, "item_id", ds, aggregates.windows)
+    total = totals(counted, aggregates)
+    items = items.join(counted, "item_id", "full_outer")
+    frame = with_figures(items, total, "item_id", "item", aggregates)
     for key in aggregates.item_keys:
-        by_key = None
-        if counted is not None:
-            keyed = counted.join(items.select("item_id", key), "item_id").where(F.col(key).isNotNull())
-            by_key = keyed.groupBy(key).agg(*(F.sum(c).alias(c) for c in counted.columns if c != "item_id"))
-        frame = with_figures(frame, by_key, key, key, aggregates)
+        sums = [F.sum(column).alias(column) for column in count_columns(aggregates)]
+        by_key = items.where(F.col(key).isNotNull()).groupBy(key).agg(*sums)
+        frame = with_figures(frame.join(by_key, key, "left"), total, key, key, aggregates)
     return frame
 
 

@@ -88,7 +88,7 @@ def audit_and_publish(work: Workspace, table: str, ds: date) -> None:
         BadDataError: if the audit fails; the day stays unpublished.
     """
     audit = importlib.import_module("expectations.audit")
-    audit.audit_staged(work.lake, work.schema, table, ds, spark=work.spark)
+    audit.audit_staged(work.lake, work.schema, table, ds, spark=work.spark, settings=work.settings.audit)
     work.lake.publish(table, ds)
 
 

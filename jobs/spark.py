@@ -19,7 +19,13 @@ from pyspark.sql import functions as F
 
 from onetrans.settings import SparkSettings, load_settings
 
-_LOCAL_JVM = ("-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC", "-XX:-UsePerfData", "-Xss4m")
+_LOCAL_JVM = (
+    "-XX:TieredStopAtLevel=1",
+    "-XX:ReservedCodeCacheSize=240m",  # with the quick compiler alone the default of 48 MB is full after three days
+    "-XX:+UseSerialGC",
+    "-XX:-UsePerfData",
+    "-Xss4m",
+)
 _ARCHIVE_QUIET = ("-Xshare:auto", "-Xlog:disable", "-Xlog:all=error:stderr")  # an archive that does not fit is ignored
 
 _LOG4J = """\

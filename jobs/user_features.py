@@ -7,7 +7,7 @@ from datetime import date
 from pyspark.sql import DataFrame
 
 from jobs.checks import attributes, good_rows
-from jobs.figures import counts, with_figures
+from jobs.figures import counts, totals, unknown_figures, with_figures
 from jobs.runner import main
 from jobs.workspace import Workspace
 from onetrans.lake import Staged
@@ -22,11 +22,12 @@ def user_features(users: DataFrame, impressions: DataFrame | None, schema: Featu
     ``impressions`` are the published days before ``ds`` as far as the longest window, None if there are none; no
     row of ``ds`` itself is read.  A user the snapshot does not know has null attributes.
     """
-    counted = None
-    if impressions is not None:
-        counted = counts(impressions, "user_id", ds, schema.aggregates.windows)
-        users = users.join(counted.select("user_id"), "user_id", "full_outer")
-    return with_figures(users, counted, "user_id", "user", schema.aggregates)
+    aggregates = schema.aggregates
+    if impressions is None:
+        return unknown_figures(users, "user", aggregates)
+    counted = counts(impressions, "user_id", ds, aggregates.windows)
+    users = users.join(counted, "user_id", "full_outer")
+    return with_figures(users, totals(counted, aggregates), "user_id", "user", aggregates)
 
 
 def build(work: Workspace, ds: date) -> Staged:

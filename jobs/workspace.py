@@ -34,6 +34,8 @@ _ROW_GROUP_BYTES = 16 << 20
 class Workspace:
     """The parts a job needs."""
 
+    settings: Settings
+    """What the deployment chose."""
     spark: SparkSession
     """The session."""
     lake: Lake
@@ -48,7 +50,7 @@ class Workspace:
         """Open everything a process needs; configuration is read before Spark is started."""
         schema = load_schema(settings.source)
         source = open_source(settings.source, schema)
-        return cls(session(settings.spark), Lake(settings.lake), schema, source)
+        return cls(settings, session(settings.spark), Lake(settings.lake), schema, source)
 
     # Reading published tables
 

@@ -313,7 +313,7 @@ def _calibrated(task: str, candidate: Metrics, settings: GateSettings) -> Criter
 def _reason(passed: bool | None, criteria: Sequence[Criterion], lifts: dict[str, Lift], settings: GateSettings) -> str:
     if passed is None:
         return "Not judged: gate.mode = off."
-    level = f"{settings.confidence:.0%} intervals over users"
+    level = f"{100 * settings.confidence:g}% intervals over users"
     if passed:
         shown = " and ".join(c.text for c in criteria if c.name in ("ctr_auc_lift", "cvr_auc_lift"))
         held = "" if settings.mode == "enabled" else f"; gate.mode = {settings.mode} leaves the champion as it is"

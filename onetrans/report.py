@@ -102,7 +102,7 @@ def _day_lines(day: Mapping[str, Any]) -> list[str]:
         if lift is not None and lift["low"] is not None:
             lines.append(
                 f"{'':<12}{task.upper() + ' lift':<12}{lift['lift']:>+9.4f}  "
-                f"[{lift['low']:+.4f}, {lift['high']:+.4f}] at {lift['confidence']:.0%}"
+                f"[{lift['low']:+.4f}, {lift['high']:+.4f}] at {100 * lift['confidence']:g}%"
             )
     lines.append(f"{'':<12}{_outcome(day)}")
     return [*lines, ""]

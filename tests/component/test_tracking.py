@@ -143,6 +143,22 @@ def test_the_logged_model_has_no_pickle_and_carries_signature_example_and_requir
     assert f"torch=={torch.__version__.split('+')[0]}" in {line.split("+")[0] for line in requirements}
 
 
+def test_the_example_answers_as_it_does_over_http(shop, tracked):
+    """The way a scoring server reads JSON keeps 64-bit hashes and nulls whole."""
+    import mlflow
+    from mlflow.pyfunc.scoring_server import infer_and_parse_data
+
+    plan, _ = tracked
+    model_id = find_model_run(shop.settings, plan, "onetrans").data.tags[TAG_MODEL_ID]
+    folder = Path(fetch_folder(shop.settings.mlflow, model_id, "model")).parents[1]
+    model = mlflow.pyfunc.load_model(f"models:/{model_id}")
+    body = json.loads((folder / "serving_input_example.json").read_text())
+    answer = model.predict(infer_and_parse_data(body, model.metadata.get_input_schema())).to_dict("records")
+    kept = json.loads((folder / "artifacts" / "check" / "scores.json").read_text())
+    assert answer == [pytest.approx(row, abs=1e-6) for row in kept[: len(answer)]]
+    assert answer
+
+
 def test_models_loaded_in_another_process_score_the_fixed_batch_as_the_trained_ones_did(shop, tracked):
     plan, models = tracked
     ids = [find_model_run(shop.settings, plan, name).data.tags[TAG_MODEL_ID] for name in models]

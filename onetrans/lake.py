@@ -13,19 +13,27 @@ files that :meth:`Lake.files` names.
 from __future__ import annotations
 
 import contextlib
+import random
+import time
 import uuid
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, date, datetime
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyiceberg.catalog import Catalog, load_catalog
-from pyiceberg.exceptions import CommitFailedException, NamespaceAlreadyExistsError, NoSuchTableError
-from pyiceberg.table import Table
+from pyiceberg.exceptions import (
+    CommitFailedException,
+    NamespaceAlreadyExistsError,
+    NoSuchTableError,
+    ResolveError,
+    ValidationError,
+)
+from pyiceberg.table import DataScan, Table
 from pyiceberg.transforms import IdentityTransform
 
 from onetrans import storage
@@ -46,7 +54,17 @@ TABLES = (
 QUARANTINE = "quarantine"
 """Rows refused by a job, with the reason; partitioned by day and table, committed without an audit."""
 
-_COMMIT_TRIES = 5
+_COMMIT_TRIES = 20
+_COMMIT_WAIT_SECONDS = 0.2
+
+_PROPERTIES = {
+    # A retry of PyIceberg's own repeats the append on top of what another writer committed meanwhile, without the
+    # delete: both writers' rows of one day would stay.  Here the whole replacement is decided anew.
+    "commit.retry.num-retries": "0",
+}
+
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -181,13 +199,14 @@ class Lake:
         replacement repeated, so of two writers of one day the later one wins whole.
 
         Raises:
-            BadDataError: if there are no files.
+            BadDataError: if there are no files, one is not whole, one holds rows of another partition, or a column
+                has a type that the table's column cannot take.
         """
-        if not files:
-            raise BadDataError(f"{table} {_text(partition)}: there are no files to publish")
-        schema = _without_metadata(_read_schema(files[0]))
         where = " and ".join(_among(column, [value]) for column, value in partition.items())
-        for attempt in range(1, _COMMIT_TRIES + 1):
+        place = f"{table} {_text(partition)}"
+        schema = _check_files(place, files, partition)
+
+        def replace() -> int:
             target = self._load_or_create(table, schema, tuple(partition))
             present = {task.file.file_path for task in target.scan(row_filter=where).plan_files()}
             if present == set(files):
@@ -199,35 +218,36 @@ class Lake:
                     if present:
                         transaction.delete(where)
                     transaction.add_files(files)
-                return _current_snapshot(self.table(table))
-            except CommitFailedException:
-                if attempt == _COMMIT_TRIES:
-                    raise
-        raise AssertionError("unreachable")
+            except (ResolveError, ValidationError) as error:
+                raise BadDataError(
+                    f"{place}: a column of the new files does not fit the table, which stays as it is: {error}"
+                ) from error
+            return _current_snapshot(self.table(table))
+
+        return _until_committed(replace)
 
     def clear_partition(self, table: str, partition: Mapping[str, Any]) -> None:
         """Remove one partition in one commit; nothing happens if it holds nothing."""
         where = " and ".join(_among(column, [value]) for column, value in partition.items())
-        for attempt in range(1, _COMMIT_TRIES + 1):
+
+        def clear() -> None:
             try:
                 target = self.table(table)
             except NoSuchTableError:
                 return
-            if not list(target.scan(row_filter=where).plan_files()):
-                return
-            try:
+            if list(target.scan(row_filter=where).plan_files()):
                 target.delete(where)
-                return
-            except CommitFailedException:
-                if attempt == _COMMIT_TRIES:
-                    raise
+
+        _until_committed(clear)
 
     def _load_or_create(self, table: str, schema: pa.Schema, partition: tuple[str, ...]) -> Table:
         try:
             return self.table(table)
         except NoSuchTableError:
             pass
-        with self.catalog.create_table_transaction(self._name(table), schema=schema) as transaction:
+        # If another writer makes the table first, this one fails to commit, and finds the table when it tries again.
+        name = self._name(table)
+        with self.catalog.create_table_transaction(name, schema=schema, properties=_PROPERTIES) as transaction:
             with transaction.update_spec() as update:
                 for column in partition:
                     update.add_field(column, IdentityTransform(), column)
@@ -254,10 +274,19 @@ class Lake:
             return None
         return snapshot.snapshot_id if snapshot else None
 
+    def _scan(
+        self, table: str, snapshot_id: int | None, where: str = "true", columns: tuple[str, ...] = ("*",)
+    ) -> DataScan:
+        target = self.table(table)
+        if snapshot_id is not None and target.snapshot_by_id(snapshot_id) is None:
+            # PyIceberg would find no rows in it, which reads like a table without days.
+            raise BadDataError(f"table {table} has no snapshot {snapshot_id}; it is of another lake, or has expired")
+        return target.scan(row_filter=where, selected_fields=columns, snapshot_id=snapshot_id)
+
     def published(self, table: str, snapshot_id: int | None = None) -> list[PublishedDay]:
         """Return the published days of a table in order, as of a snapshot (default: now)."""
         try:
-            scan = self.table(table).scan(snapshot_id=snapshot_id)
+            scan = self._scan(table, snapshot_id)
         except NoSuchTableError:
             return []
         days: dict[date, list[int]] = {}
@@ -283,14 +312,10 @@ class Lake:
         if not wanted:
             return []
         try:
-            target = self.table(table)
+            scan = self._scan(table, snapshot_id, _among("ds", wanted))
         except NoSuchTableError as error:
             raise NotReadyError(f"table {table} has no published day; needed: {describe_days(wanted)}") from error
-        where = _among("ds", wanted)
-        found = sorted(
-            (_partition_day(task.file.partition[0]), task.file.file_path)
-            for task in target.scan(row_filter=where, snapshot_id=snapshot_id).plan_files()
-        )
+        found = sorted((_partition_day(task.file.partition[0]), task.file.file_path) for task in scan.plan_files())
         missing = sorted(set(wanted) - {day for day, _ in found})
         if missing:
             raise NotReadyError(
@@ -308,7 +333,7 @@ class Lake:
     ) -> pa.Table:
         """Read some days (default: all) of a table into memory; for small reads, tests and reports."""
         where = "true" if days is None else _among("ds", list(days))
-        return self.table(table).scan(row_filter=where, selected_fields=columns, snapshot_id=snapshot_id).to_arrow()
+        return self._scan(table, snapshot_id, where, columns).to_arrow()
 
 
 def _known(table: str) -> str:
@@ -317,9 +342,51 @@ def _known(table: str) -> str:
     return table
 
 
-def _read_schema(file: str) -> pa.Schema:
-    filesystem, inner = storage.open_filesystem(file)
-    return pq.read_schema(inner, filesystem=filesystem)
+def _check_files(place: str, files: list[str], partition: Mapping[str, Any]) -> pa.Schema:
+    """Return the schema of ``files``, whose footers must say that every row belongs to ``partition``."""
+    if not files:
+        raise BadDataError(f"{place}: there are no files to publish")
+    schemas = []
+    for path in files:
+        filesystem, inner = storage.open_filesystem(path)
+        try:
+            metadata = pq.read_metadata(inner, filesystem=filesystem)
+        except pa.ArrowInvalid as error:
+            raise BadDataError(f"{place}: {path} is not a whole Parquet file: {error}") from error
+        schemas.append(metadata.schema.to_arrow_schema())
+        for column, value in partition.items():
+            low, high = _bounds(metadata, column)
+            if metadata.num_rows and not low == high == value:
+                raise BadDataError(f"{place}: {path} holds {column} = {low if low == high else f'{low}..{high}'}")
+    return _without_metadata(schemas[0])
+
+
+def _bounds(metadata: pq.FileMetaData, column: str) -> tuple[Any, Any]:
+    """Return the smallest and the largest value of a column, from the footer; None where it does not say."""
+    index = metadata.schema.to_arrow_schema().get_field_index(column)
+    if index < 0:
+        return None, None
+    leaf = next(i for i in range(metadata.num_columns) if metadata.schema.column(i).path == column)
+    groups = [metadata.row_group(group).column(leaf).statistics for group in range(metadata.num_row_groups)]
+    if any(group is None or not group.has_min_max or group.null_count for group in groups):
+        return None, None
+    return min(group.min for group in groups), max(group.max for group in groups)
+
+
+def _until_committed(work: Callable[[], _Result]) -> _Result:
+    """Do ``work`` again until no other writer commits between its reading and its commit.
+
+    Raises:
+        CommitFailedException: after many tries.
+    """
+    for attempt in range(1, _COMMIT_TRIES + 1):
+        try:
+            return work()
+        except CommitFailedException:
+            if attempt == _COMMIT_TRIES:
+                raise
+            time.sleep(random.uniform(0, _COMMIT_WAIT_SECONDS * min(attempt, 5)))
+    raise AssertionError("unreachable")
 
 
 def _without_metadata(schema: pa.Schema) -> pa.Schema:

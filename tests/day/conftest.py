@@ -1,0 +1,152 @@
+"""One small deployment with a local Airflow, shared by all tests of the day."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import date, timedelta
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from infra.local.airflow import REPOSITORY, LocalAirflow
+from infra.local.airflow_api import Run, Task
+from jobs.sources.simulated.world import WorldConfig
+from jobs.sources.simulated.write import write_days
+from onetrans.lake import Lake
+from onetrans.settings import Settings, load_settings
+
+FIRST = date(2026, 1, 1)
+HISTORY, TODAY, BAD = (FIRST + timedelta(days=offset) for offset in range(3))
+
+PROBES = '''
+"""Steps that end in a given way, to see what Airflow does with them."""
+from datetime import timedelta
+from airflow.sdk import DAG
+from dags.days import DAILY, START, day_param
+from dags.steps import DAY, DEFAULTS, Step
+
+QUICK = {**DEFAULTS, "retries": 2, "retry_delay": timedelta(seconds=1), "retry_exponential_backoff": 0}
+for name in ("transient", "lasting"):
+    with DAG(name, schedule=DAILY, start_date=START, catchup=False, default_args=QUICK, params={"ds": day_param()}):
+        Step(task_id="step", module="probe", arguments=[name, DAY])
+'''
+
+PROBE = '''
+"""What the probes run."""
+import pathlib, subprocess, sys, time
+name, day = sys.argv[1:]
+here = pathlib.Path(__file__).parent
+if name == "transient":  # A lost connection: fails twice, then works.
+    tries = here / f"tries-{day}"
+    tries.write_text(tries.read_text() + "x" if tries.exists() else "x")
+    if len(tries.read_text()) < 3:
+        print("ConnectionError: the catalog does not answer", file=sys.stderr)
+        sys.exit(1)
+    print("works now")
+else:  # Something long that started something else.
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    (here / "child").write_text(str(child.pid))
+    time.sleep(600)
+'''
+
+
+@dataclass
+class Deployment:
+    """A log, a lake, an MLflow store and an Airflow, all in one folder."""
+
+    folder: Path
+    settings: Settings
+    airflow: LocalAirflow
+
+    @property
+    def lake(self) -> Lake:
+        """The lake, read anew."""
+        return Lake(self.settings.lake)
+
+    def raw(self, table: str, ds: date) -> Path:
+        """Return the raw file of one day."""
+        return self.folder / "raw" / table / f"ds={ds}" / "part-0.parquet"
+
+    def raw_rows(self, table: str, ds: date) -> int:
+        """Return the rows of a raw file."""
+        return pq.read_metadata(self.raw(table, ds)).num_rows
+
+    def wait(self, *runs: tuple[str, str], seconds: float = 900.0) -> list[Run]:
+        """Wait until runs, given as (dag id, run id), have ended."""
+        deadline = time.monotonic() + seconds
+        while True:
+            self.airflow.check()
+            now = [self.airflow.api.run(dag_id, run_id) for dag_id, run_id in runs]
+            if all(run.finished for run in now):
+                return now
+            if time.monotonic() > deadline:
+                states = [(task.task_id, task.state) for dag_id, run_id in runs for task in self.tasks(dag_id, run_id)]
+                pytest.fail(f"not finished after {seconds:.0f} s: {states}")
+            time.sleep(0.5)
+
+    def tasks(self, dag_id: str, run_id: str) -> list[Task]:
+        """Return the tasks of a run, by the time they ended."""
+        return sorted(self.airflow.api.tasks(dag_id, run_id), key=lambda task: str(task.ended))
+
+    def task(self, dag_id: str, run_id: str, task_id: str) -> Task:
+        """Return one task of a run."""
+        return next(task for task in self.tasks(dag_id, run_id) if task.task_id == task_id)
+
+    def backfill(self, dag_id: str, ds: date) -> tuple[str, str]:
+        """Create a backfill of one day and return (dag id, run id)."""
+        self.airflow.api.backfill(dag_id, ds, ds)
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            for run in self.airflow.api.runs(dag_id):
+                if run.logical_date == ds:
+                    return dag_id, run.run_id
+            time.sleep(0.2)
+        return pytest.fail(f"the backfill of {dag_id} for {ds} has created no run")
+
+
+@pytest.fixture(scope="session")
+def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    """Write a small log, build its first day, and start Airflow."""
+    folder = tmp_path_factory.mktemp("deployment")
+    config = folder / "onetrans.toml"
+    config.write_text(
+        f"""
+[source]
+path = "{folder / "raw"}"
+[lake]
+warehouse = "{folder / "lake"}"
+[training]
+preset = "tiny"
+runs = "{folder / "runs"}"
+threads = 1
+[mlflow]
+tracking_uri = "sqlite:///{folder / "mlflow" / "mlflow.db"}"
+artifacts = "{folder / "mlflow" / "artifacts"}"
+""",
+        encoding="utf-8",
+    )
+    write_days(WorldConfig(users=400, items=120, history_days=3, epoch=FIRST), str(folder / "raw"), FIRST, 3)
+    (folder / "dags").mkdir()
+    for name in ("feature_tables.py", "ranking_model.py"):
+        (folder / "dags" / name).symlink_to(REPOSITORY / "dags" / name)
+    (folder / "dags" / "probes.py").write_text(PROBES, encoding="utf-8")
+    (folder / "probe.py").write_text(PROBE, encoding="utf-8")
+    environment = {"ONETRANS_CONFIG": str(config)}
+    airflow = LocalAirflow(folder / "airflow", environment, dags=folder / "dags")
+    airflow.environment["PYTHONPATH"] += os.pathsep + str(folder)
+    built = subprocess.run(
+        [sys.executable, "-m", "jobs.backfill", "--ds", str(HISTORY)],
+        env=airflow.environment,
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+    assert built.returncode == 0, built.stderr[-3000:]
+    with airflow:
+        yield Deployment(folder, load_settings({**os.environ, **environment}), airflow)

@@ -1,0 +1,157 @@
+"""A whole day through Airflow: what it publishes and records, what a re-run gives, what bad data gets."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from onetrans.lake import TABLES
+from tests.day.conftest import BAD, HISTORY, TODAY, Deployment
+
+pytestmark = pytest.mark.timeout(1500)
+
+
+@pytest.fixture(scope="session")
+def day(deployment: Deployment) -> dict[str, tuple[str, str]]:
+    """Run both DAGs for the day, created together: the second has to wait for the first."""
+    runs = {dag_id: deployment.backfill(dag_id, TODAY) for dag_id in ("ranking_model", "feature_tables")}
+    ended = deployment.wait(*runs.values())
+    for run in ended:
+        unfinished = [task for task in deployment.tasks(run.dag_id, run.run_id) if task.state != "success"]
+        logs = "\n".join("\n".join(deployment.airflow.api.log(task)[-25:]) for task in unfinished if task.tries)
+        assert run.state == "success", f"{[(task.task_id, task.state) for task in unfinished]}\n{logs}"
+    return runs
+
+
+def test_every_table_of_the_day_is_published(deployment: Deployment, day: Any) -> None:
+    rows = {table: {d.ds: d.rows for d in deployment.lake.published(table)} for table in TABLES}
+    assert all(set(rows[table]) == {HISTORY, TODAY} for table in TABLES)
+    raw = pq.read_table(deployment.raw("impressions", TODAY), columns=["request_id"])
+    assert rows["impressions"][TODAY] == raw.num_rows
+    assert rows["behaviors"][TODAY] == deployment.raw_rows("behaviors", TODAY)
+    assert rows["training_requests"][TODAY] == len(set(raw["request_id"].to_pylist()))
+    assert rows["behavior_sequences"][TODAY] >= rows["behavior_sequences"][HISTORY] > 0
+
+
+def test_publishing_tells_the_assets_which_day(deployment: Deployment, day: Any) -> None:
+    events = deployment.airflow.api.call("GET", "/assets/events?limit=100")["asset_events"]
+    told = {(event["name"], event["extra"]["ds"]) for event in events if event["extra"].get("ds") == str(TODAY)}
+    assert told >= {(f"ranking.{table}", str(TODAY)) for table in TABLES}
+
+
+def test_the_model_dag_waited_without_a_worker(deployment: Deployment, day: Any) -> None:
+    waited = deployment.task(*day["ranking_model"], "wait_for_day")
+    published = deployment.task(*day["feature_tables"], "training_requests.publish")
+    log = "\n".join(deployment.airflow.api.log(waited))
+    assert "the triggerer waits for it" in log
+    assert waited.ended is not None
+    assert published.ended is not None
+    latency = (waited.ended - published.ended).total_seconds()
+    assert -5 < latency < 40
+
+
+def test_both_models_are_recorded_under_one_run_of_the_day(deployment: Deployment, day: Any) -> None:
+    import mlflow
+
+    client = mlflow.MlflowClient(deployment.settings.mlflow.tracking_uri)
+    experiment = client.get_experiment_by_name(deployment.settings.mlflow.experiment)
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    children = [run for run in runs if run.data.tags.get("mlflow.parentRunId")]
+    (parent,) = [run for run in runs if not run.data.tags.get("mlflow.parentRunId")]
+    assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
+    assert len(children) == 2
+    assert all(run.info.status == "FINISHED" for run in runs)
+
+
+def test_a_model_that_is_not_better_is_no_failure(deployment: Deployment, day: Any) -> None:
+    """A first day of a few hundred requests proves nothing, and the run says so and succeeds."""
+    plan = Path(deployment.airflow.api.xcom(deployment.task(*day["ranking_model"], "plan")).removeprefix("file://"))
+    promotion = json.loads((plan / "promotion.json").read_text())
+    assert promotion["verdict"] == "declined"
+    assert promotion["champion_after"] is None
+    result = deployment.airflow.api.xcom(deployment.task(*day["ranking_model"], "promote"))
+    assert "none" in result
+
+
+def test_a_day_run_again_gives_the_same_rows(deployment: Deployment, day: Any) -> None:
+    before = {table: _rows(deployment, table, TODAY) for table in TABLES}
+    snapshots = {table: deployment.lake.snapshot_id(table) for table in TABLES}
+    run = deployment.airflow.api.trigger("feature_tables", {"ds": str(TODAY)})  # as the form does, without a date
+    (ended,) = deployment.wait((run.dag_id, run.run_id))
+    assert ended.state == "success"
+    for table in TABLES:
+        assert deployment.lake.snapshot_id(table) != snapshots[table], f"{table} was not published again"
+        assert _rows(deployment, table, TODAY) == before[table]
+        assert set(deployment.lake.days(table)) == {HISTORY, TODAY}
+
+
+def test_bad_data_stops_the_day_at_once_and_leaves_what_is_published(deployment: Deployment, day: Any) -> None:
+    before = {table: deployment.lake.published(table) for table in TABLES}
+    path = deployment.raw("impressions", BAD)
+    raw = pq.read_table(path)
+    click = raw["click"].to_numpy().copy()
+    click[: len(click) // 2] = 7
+    pq.write_table(raw.set_column(raw.schema.get_field_index("click"), "click", pa.array(click.astype(np.int32))), path)
+
+    dag_id, run_id = deployment.backfill("feature_tables", BAD)
+    (ended,) = deployment.wait((dag_id, run_id))
+
+    assert ended.state == "failed"
+    failed = deployment.task(dag_id, run_id, "impressions.build")
+    assert (failed.state, failed.tries) == ("failed", 1)
+    for task_id in ("impressions.audit", "impressions.publish", "training_requests.build"):
+        assert deployment.task(dag_id, run_id, task_id).state == "upstream_failed"
+    text = "\n".join(deployment.airflow.api.log(failed))
+    message = text[text.rindex("BAD DATA") :]
+    for said in ("impressions", str(BAD), "click", f"{len(click) // 2:,}", "correct the data"):
+        assert said in message
+    assert deployment.lake.published("impressions") == before["impressions"]
+    assert deployment.lake.published("training_requests") == before["training_requests"]
+
+
+def test_a_lost_connection_is_tried_again(deployment: Deployment) -> None:
+    dag_id, run_id = deployment.backfill("transient", TODAY)
+    (ended,) = deployment.wait((dag_id, run_id), seconds=180)
+    step = deployment.task(dag_id, run_id, "step")
+    assert (ended.state, step.tries) == ("success", 3)
+    assert deployment.airflow.api.xcom(step) == "works now"
+    assert "FAILED with exit code 1. ConnectionError" in "\n".join(deployment.airflow.api.log(step, attempt=1))
+
+
+def test_a_task_marked_as_failed_leaves_no_process_behind(deployment: Deployment) -> None:
+    dag_id, run_id = deployment.backfill("lasting", TODAY)
+    child = deployment.folder / "child"
+    deadline = time.monotonic() + 120
+    while not child.exists() or not child.read_text():
+        assert time.monotonic() < deadline, "the step did not start"
+        time.sleep(0.2)
+    pid = int(child.read_text())
+    assert _runs(pid)
+    deployment.airflow.api.call("PATCH", f"/dags/{dag_id}/dagRuns/{run_id}/taskInstances/step", {"new_state": "failed"})
+    deadline = time.monotonic() + 60
+    while _runs(pid) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not _runs(pid)
+
+
+def _rows(deployment: Deployment, table: str, ds: date) -> list[str]:
+    """Return the rows of a day as sorted text, so that neither files nor their order matter."""
+    return sorted(json.dumps(row, default=str, sort_keys=True) for row in deployment.lake.read(table, [ds]).to_pylist())
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"

@@ -274,7 +274,8 @@ def make_plan(
         from onetrans.tracking import start_day
 
         plan = replace(plan, mlflow_run_id=start_day(settings, plan)).save()
-    return plan
+    # Whoever asks for no tracking gets none, also where an earlier command opened a run for this plan.
+    return plan if track else replace(plan, mlflow_run_id="")
 
 
 def _decide(

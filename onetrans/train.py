@@ -223,7 +223,7 @@ class Training:
         """Train to the end of the last pass, saving a checkpoint now and then and at the end.
 
         Raises:
-            DivergedError: on a loss or gradient that is not finite, or if no weight has changed at the end.
+            DivergedError: on a loss or gradient that is not finite, or if most weights have not changed at the end.
             InterruptedTrainingError: if ``stop`` was set; the checkpoint is saved first.
         """
         stop = stop or threading.Event()
@@ -295,10 +295,14 @@ class Training:
         )
 
     def _check_moved(self, unmoved: dict[str, Tensor]) -> None:
-        if len(unmoved) == len(list(self.model.parameters())):
-            raise DivergedError(f"{self.model_name}: no weight changed in {self.step} steps; is a learning rate 0?")
+        total = len(list(self.model.parameters()))
+        if 2 * len(unmoved) > total:
+            raise DivergedError(
+                f"{self.model_name}: {len(unmoved)} of {total} weight tensors never changed, for example "
+                f"{min(unmoved)}; a learning rate is too small, or no gradient reaches them"
+            )
         if unmoved:
-            # Possible without a defect: a sequence that has no event in the data trains nothing.
+            # Possible without a defect: a behaviour sequence that has no event in the data trains nothing.
             logger.warning("%s: weights that never changed: %s", self.model_name, ", ".join(sorted(unmoved)))
 
     # Files
@@ -325,7 +329,7 @@ class Training:
             yield Step(int(row["step"]), int(row["samples"]), **losses)
 
     def finish(self, tracker: Tracker) -> dict[str, Any]:
-        """Save the model and, last, the record that marks the training as finished; return the record."""
+        """Save the model and return the record of the training."""
         model_folder = storage.join(self.folder, MODEL_FOLDER)
         trained_on = {"ds": str(self.plan.ds), "plan_id": self.plan.plan_id, "git_revision": self.plan.git_revision}
         save_model(model_folder, self.model, self.plan.schema, self.model_plan.config, trained_on)
@@ -363,7 +367,6 @@ class Training:
         )
         tracker.log_artifact(self._losses_file)
         tracker.log_model(self.model.eval(), model_folder)
-        storage.write_json(storage.join(self.folder, FINISHED_FILE), record)
         return record
 
 
@@ -376,9 +379,10 @@ def train(plan: Plan, model_name: str, settings: Settings, stop: threading.Event
         DivergedError: if the training leaves the numbers.
         InterruptedTrainingError: if ``stop`` was set on the way.
     """
+    record: dict[str, Any]
     finished = storage.join(plan.model_path(model_name), FINISHED_FILE)
     if storage.exists(finished):
-        record: dict[str, Any] = storage.read_json(finished)
+        record = storage.read_json(finished)
         logger.info("%s of %s is finished since %s; nothing to do", model_name, plan.ds, record["finished_at"])
         return record
     if settings.training.threads:
@@ -387,7 +391,10 @@ def train(plan: Plan, model_name: str, settings: Settings, stop: threading.Event
         training = Training(plan, model_name, settings)
         if not training.finished:
             training.run(tracker, stop)
-        return training.finish(tracker)
+        record = training.finish(tracker)
+    # Last of all, after the tracker has taken everything: from now on the training is not done again.
+    storage.write_json(finished, record)
+    return record
 
 
 def choose_device(name: str) -> torch.device:

@@ -95,7 +95,9 @@ def load_model(path: str) -> tuple[RankingModel, FeatureSchema, ModelConfig]:
             f"{file} is damaged: {len(weights)} bytes with SHA-256 {digest[:16]}..., "
             f"expected {header['weights']['bytes']} bytes with {header['weights']['sha256'][:16]}..."
         )
-    with torch.device("meta"):  # Neither memory nor random numbers for weights that are replaced at once.
+    # Weights are replaced at once, so the caller's random numbers must not be spent on them.  The meta device
+    # would save the drawing too, but random functions on it import torch's compiler: over a second a process.
+    with torch.random.fork_rng(devices=[]):
         model = build_model(config, schema)
     try:
         model.load_state_dict(safetensors.torch.load(weights), assign=True)

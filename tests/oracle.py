@@ -1,0 +1,326 @@
+"""What the tables should hold, worked out the slow way: plain Python over plain rows, one loop per rule.
+
+Nothing here is incremental, nothing is capped before it must be, and no code is
+shared with the jobs but the hash.  A world is a log of several days with what
+real logs have: ties, late and repeated deliveries, events at the very instant
+of a request, outcomes known later, unknown users and items.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from dataclasses import dataclass, field
+from datetime import UTC, date, datetime, timedelta
+from typing import Any
+from zoneinfo import ZoneInfo
+
+from onetrans.schema import Aggregates, Feature, FeatureSchema, Sequence, hash64
+
+Row = dict[str, Any]
+
+SCHEMA = FeatureSchema(
+    name="oracle",
+    timezone="America/New_York",
+    day_tolerance_minutes=30,
+    features=(
+        Feature("user", "user", "hashed", "user_id", hash_size=50),
+        Feature("age", "user", "bucketized", "age", boundaries=(20.0, 40.0)),
+        Feature("user_ctr", "user", "bucketized", "user_ctr_2d", boundaries=(0.1, 0.5)),
+        Feature("hour", "context", "bucketized", "hour_of_day", boundaries=(6.0, 12.0, 18.0)),
+        Feature("weekday", "context", "hashed", "day_of_week", hash_size=10),
+        Feature("device", "context", "hashed", "device", hash_size=10),
+        Feature("item", "item", "hashed", "item_id", hash_size=50),
+        Feature("brand", "item", "hashed", "brand", hash_size=10),
+        Feature("price", "item", "bucketized", "price", boundaries=(1.0, 10.0)),
+        Feature("brand_cvr", "item", "bucketized", "brand_cvr_1d", boundaries=(0.1, 0.5)),
+        Feature("event_item", "event", "hashed", "item_id", hash_size=50, embedding="item"),
+        Feature("event_price", "event", "bucketized", "price", boundaries=(1.0, 10.0), embedding="price"),
+        Feature("event_place", "event", "hashed", "place", hash_size=10),
+    ),
+    sequences=(Sequence("click", "click", max_length=3), Sequence("buy", "purchase", max_length=2)),
+    aggregates=Aggregates(windows=(1, 2), item_keys=("brand",), smoothing=3.0),
+)
+"""Short sequences, so that most of them overflow, and a time zone whose clock changes within the days."""
+
+FIRST_DAY = date(2024, 3, 9)  # the 10th has 23 hours in New York
+
+
+@dataclass
+class World:
+    """A raw log: rows with the contract's columns, times as aware datetimes."""
+
+    impressions: dict[date, list[Row]] = field(default_factory=lambda: defaultdict(list))
+    behaviors: dict[date, list[Row]] = field(default_factory=lambda: defaultdict(list))
+    history: list[Row] = field(default_factory=list)
+    users: list[Row] = field(default_factory=list)
+    items: list[Row] = field(default_factory=list)
+
+    @property
+    def days(self) -> list[date]:
+        return sorted(self.impressions)
+
+
+def day_start(ds: date) -> datetime:
+    return datetime(ds.year, ds.month, ds.day, tzinfo=ZoneInfo(SCHEMA.timezone)).astimezone(UTC)
+
+
+def random_world(seed: int, days: int = 3, users: int = 60, items: int = 12) -> World:
+    """Draw a world whose times lie on a grid of two hours, so that nearly everything ties with something."""
+    draw = random.Random(seed)
+    world = World()
+    world.users = [
+        {"user_id": f"u{u}", "age": draw.choice([None, draw.uniform(10, 60)])} for u in range(users) if u % 5
+    ]
+    world.items = [
+        {"item_id": f"i{i}", "brand": draw.choice(["a", "b", None]), "price": draw.choice([None, draw.uniform(0, 20)])}
+        for i in range(items)
+        if i % 6
+    ]
+    taken: set[tuple[Any, ...]] = set()
+    dates = [FIRST_DAY + timedelta(days=d) for d in range(days)]
+    for number, ds in enumerate(dates):
+        for u in range(users):
+            if u % 7 == 0:
+                continue  # shown things now and then, but never acts
+            for _ in range(draw.choice([0, 1, 2, 5])):
+                _add_event(world, draw, dates, number, f"u{u}", f"i{draw.randrange(items)}", taken)
+        for u in range(users):
+            for r in range(draw.choice([0, 0, 1, 2])):
+                _add_request(world, draw, ds, f"u{u}", f"{ds}-{u}-{r}", items)
+    for ds in dates:  # an empty day would be an error, and is tested as one
+        assert world.impressions[ds]
+        assert world.behaviors[ds]
+    return world
+
+
+def _add_event(
+    world: World, draw: random.Random, dates: list[date], number: int, user: str, item: str, taken: set[tuple[Any, ...]]
+) -> None:
+    ds = dates[number]
+    old = number == 0 and draw.random() < 0.5
+    ts = day_start(ds) + timedelta(hours=2 * draw.randrange(12)) - timedelta(days=3 if old else 0)
+    kind = draw.choice(["click", "click", "purchase", "other"])
+    if (user, item, kind, ts) in taken:
+        return
+    taken.add((user, item, kind, ts))
+    wait = draw.choice([None, timedelta(0), timedelta(hours=2), timedelta(hours=6), timedelta(hours=26)])
+    event = {
+        "event_id": draw.choice([None, f"e{len(taken)}"]),
+        "user_id": user,
+        "item_id": item,
+        "type": kind,
+        "ts": ts,
+        "available_at": None if wait is None else ts + wait,
+        "place": draw.choice(["home", "search", None]),
+    }
+    if old:
+        world.history.append({**event, "available_at": None})
+        return
+    first = min(number + draw.choice([0, 0, 0, 1, 2]), len(dates) - 1)
+    world.behaviors[dates[first]] += [event] * draw.choice([1, 1, 1, 2])  # repeated word for word
+    if draw.random() < 0.2 and first + 1 < len(dates):  # delivered again, with another opinion of when it was known
+        world.behaviors[dates[first + 1]].append({**event, "available_at": ts + timedelta(hours=draw.choice([0, 9, 40]))})
+
+
+def _add_request(world: World, draw: random.Random, ds: date, user: str, request: str, items: int) -> None:
+    start = day_start(ds) + draw.choice([timedelta(minutes=-30), *(timedelta(hours=2 * h) for h in range(12))])
+    device = draw.choice(["phone", "desktop", None])
+    for position, item in enumerate(draw.sample(range(items), draw.choice([1, 2, 4]))):
+        click = int(draw.random() < 0.5)
+        row = {
+            "request_id": request,
+            "user_id": user,
+            "item_id": f"i{item}",
+            "ts": start + timedelta(minutes=draw.choice([0, 0, 7])),
+            "position": position,
+            "device": device,
+            "click": click,
+            "conversion": click * int(draw.random() < 0.5),
+        }
+        world.impressions[ds] += [row] * draw.choice([1, 1, 1, 2])
+
+
+# The expected tables
+
+
+def impressions(world: World, ds: date) -> list[Row]:
+    """Each shown item once; the time of a request is its earliest row's."""
+    rows = _distinct(world.impressions[ds])
+    for row in rows:
+        row["ts"] = min(other["ts"] for other in rows if other["request_id"] == row["request_id"])
+    for row in rows:
+        local = row["ts"].astimezone(ZoneInfo(SCHEMA.timezone))
+        row |= {"ds": ds, "hour_of_day": float(local.hour), "day_of_week": str(local.isoweekday())}
+    return rows
+
+
+def behaviors(world: World, ds: date) -> list[Row]:
+    """Each event of a delivery once; the first day's delivery holds the history as well."""
+    price = {item["item_id"]: item["price"] for item in world.items}
+    rows = _distinct(world.behaviors[ds] + (world.history if ds == FIRST_DAY else []))
+    for row in rows:
+        micros = round(row["ts"].timestamp() * 1_000_000)
+        row["event_id"] = hash64(row["event_id"] or f"{row['user_id']}|{row['item_id']}|{row['type']}|{micros}")
+        row["available_at"] = max(row["available_at"] or row["ts"], row["ts"])
+        row |= {"ds": ds, "price": price.get(row["item_id"])}
+    return rows
+
+
+def known_events(world: World, ds: date) -> list[Row]:
+    """All events delivered up to ``ds``, each as its first delivery told it, by (ts, event_id)."""
+    events: dict[int, Row] = {}
+    for day in world.days:
+        if day <= ds:
+            for event in behaviors(world, day):
+                events.setdefault(event["event_id"], event)
+    return sorted(events.values(), key=_order)
+
+
+def seen_by(world: World, ds: date, user: str, ts: datetime, sequence: Sequence) -> list[Row]:
+    """What a request may know: the last events of a sequence with ``available_at < ts``."""
+    events = [
+        event
+        for event in known_events(world, ds)
+        if event["user_id"] == user and event["type"] == sequence.event and event["available_at"] < ts
+    ]
+    return [_event_features(event) for event in events[-sequence.max_length :]]
+
+
+def tails(world: World, ds: date) -> dict[str, dict[str, list[Row]]]:
+    """Per user and sequence: the last ``max_length`` settled events, and all that are not older than these."""
+    settled_before = day_start(ds + timedelta(days=1)) - timedelta(minutes=SCHEMA.day_tolerance_minutes)
+    found: dict[str, dict[str, list[Row]]] = {}
+    events = known_events(world, ds)
+    for sequence in SCHEMA.sequences:
+        for user in {event["user_id"] for event in events}:
+            own = [e for e in events if e["user_id"] == user and e["type"] == sequence.event]
+            settled = [e for e in own if e["available_at"] < settled_before][-sequence.max_length :]
+            full = len(settled) == sequence.max_length
+            kept = [e for e in own if not full or _order(e) >= _order(settled[0])]
+            found.setdefault(user, {})[sequence.column] = [
+                {"event_id": e["event_id"], "available_at": e["available_at"], **_event_features(e)} for e in kept
+            ]
+    used = {event["user_id"] for event in events if event["type"] in {s.event for s in SCHEMA.sequences}}
+    return {user: lists for user, lists in found.items() if user in used}
+
+
+def figures(world: World, ds: date, key_of: dict[str, str | None], name: str) -> dict[str, Row]:
+    """Counts and rates per key over the windows before ``ds``; ``key_of`` maps what a row is counted by to its key."""
+    by = "user_id" if name == "user" else "item_id"
+    result: dict[str, Row] = defaultdict(dict)
+    if not any(day < ds for day in world.days):
+        return {key: {} for key in key_of.values() if key is not None}
+    for window in SCHEMA.aggregates.windows:
+        days = [day for day in world.days if ds - timedelta(days=window) <= day < ds]
+        rows = [row for day in days for row in impressions(world, day)]
+        everything = _counts(rows)
+        for key in {key for key in key_of.values() if key is not None}:
+            counted = _counts([row for row in rows if key_of.get(row[by]) == key])
+            prior = SCHEMA.aggregates.smoothing
+            for rate, events, trials in (("ctr", "clicks", "impressions"), ("cvr", "conversions", "clicks")):
+                if everything[trials]:
+                    overall = everything[events] / everything[trials]
+                    counted[rate] = (counted[events] + prior * overall) / (counted[trials] + prior)
+            result[key] |= {f"{name}_{figure}_{window}d": value for figure, value in counted.items()}
+    return result
+
+
+def user_features(world: World, ds: date) -> dict[str, Row]:
+    """Users of the snapshot and users shown something in the windows."""
+    known = {user["user_id"]: user for user in world.users}
+    everyone = set(known) | {row["user_id"] for row in _window_rows(world, ds)}
+    computed = figures(world, ds, {user: user for user in everyone}, "user")
+    return {
+        user: {"age": known.get(user, {}).get("age"), **_all_figures("user"), **computed.get(user, {})}
+        for user in everyone
+    }
+
+
+def item_features(world: World, ds: date) -> dict[str, Row]:
+    """Items of the snapshot and items shown in the windows; a brand's figures are null where the brand is."""
+    known = {item["item_id"]: item for item in world.items}
+    everything = set(known) | {row["item_id"] for row in _window_rows(world, ds)}
+    brand_of = {item: known.get(item, {}).get("brand") for item in everything}
+    own = figures(world, ds, {item: item for item in everything}, "item")
+    by_brand = figures(world, ds, brand_of, "brand")
+    return {
+        item: {
+            "brand": brand_of[item],
+            "price": known.get(item, {}).get("price"),
+            **_all_figures("item"),
+            **own.get(item, {}),
+            **_all_figures("brand"),
+            **by_brand.get(brand_of[item] or "", {}),
+        }
+        for item in everything
+    }
+
+
+def training_requests(world: World, ds: date) -> dict[str, Row]:
+    """One row per request; stored values are hashes and raw numbers."""
+    users, items = user_features(world, ds), item_features(world, ds)
+    rows: dict[str, Row] = {}
+    for shown in impressions(world, ds):
+        row = rows.setdefault(shown["request_id"], {"user_id": shown["user_id"], "ts": shown["ts"], "candidates": {}})
+        user = users.get(shown["user_id"], {})
+        row |= {
+            "user": hash64(shown["user_id"]),
+            "age": user.get("age"),
+            "user_ctr": user.get("user_ctr_2d"),
+            "hour": shown["hour_of_day"],
+            "weekday": hash64(shown["day_of_week"]),
+            "device": _hashed(shown["device"]),
+        }
+        item = items.get(shown["item_id"], {})
+        row["candidates"][shown["item_id"]] = {
+            "position": shown["position"],
+            "item": hash64(shown["item_id"]),
+            "brand": _hashed(item.get("brand")),
+            "price": item.get("price"),
+            "brand_cvr": item.get("brand_cvr_1d"),
+            "click": shown["click"],
+            "conversion": shown["conversion"],
+        }
+    for row in rows.values():
+        for sequence in SCHEMA.sequences:
+            row[sequence.column] = seen_by(world, ds, row["user_id"], row["ts"], sequence)
+    return rows
+
+
+def _distinct(rows: list[Row]) -> list[Row]:
+    return [dict(row) for row in {tuple(row.items()): row for row in rows}.values()]
+
+
+def _order(event: Row) -> tuple[datetime, int]:
+    return event["ts"], event["event_id"]
+
+
+def _event_features(event: Row) -> Row:
+    return {
+        "ts": event["ts"],
+        "event_item": hash64(event["item_id"]),
+        "event_price": event["price"],
+        "event_place": _hashed(event["place"]),
+    }
+
+
+def _hashed(value: str | None) -> int | None:
+    return None if value is None else hash64(value)
+
+
+def _counts(rows: list[Row]) -> Row:
+    return {
+        "impressions": float(len(rows)),
+        "clicks": float(sum(row["click"] for row in rows)),
+        "conversions": float(sum(row["conversion"] for row in rows)),
+    }
+
+
+def _all_figures(name: str) -> Row:
+    return dict.fromkeys(SCHEMA.aggregates.columns(name))
+
+
+def _window_rows(world: World, ds: date) -> list[Row]:
+    longest = max(SCHEMA.aggregates.windows)
+    return [row for day in world.days if ds - timedelta(days=longest) <= day < ds for row in impressions(world, day)]

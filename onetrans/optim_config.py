@@ -61,8 +61,20 @@ def paper_optimizers() -> OptimizerConfig:
 
 
 def small_optimizers() -> OptimizerConfig:
-    """For tiny and small models on logs of millions of rows, where a run has hundreds of steps, not millions."""
-    return OptimizerConfig(dense="adamw", dense_lr=0.002, dense_clip=10.0, warmup_steps=50, embedding_accumulator=0.1)
+    """For tiny and small models on logs of up to millions of rows, where a run has hundreds of steps, not millions.
+
+    The loss is a mean over a batch, so a row's gradient is of the order of 1e-4: beside the paper's initial
+    accumulator it would move nothing for thousands of steps.  From (almost) zero, a row's first step is its full
+    learning rate, which is the size of its initial values.
+    """
+    return OptimizerConfig(
+        dense="adamw",
+        dense_lr=0.002,
+        dense_clip=10.0,
+        warmup_steps=50,
+        embedding_lr=0.05,
+        embedding_accumulator=1e-8,
+    )
 
 
 _PRESETS: dict[str, Callable[[], OptimizerConfig]] = {

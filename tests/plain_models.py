@@ -38,15 +38,17 @@ def ns_tokens(model, batch, r, n):
     tokenizer = model.ns_tokenizer
     if model.config.tokenizer == "auto_split":
         hidden = F.gelu(tokenizer.hidden.linear(torch.cat(sides)))
-        return tokenizer.out(hidden).view(model.config.num_ns_tokens, model.config.hidden_dim)
+        tokens = tokenizer.out(hidden).view(model.config.num_ns_tokens, model.config.hidden_dim)
+        return rms_norm(tokens, tokenizer.norm)
     by_side = dict(zip(("user", "context", "item"), sides, strict=True))
     width = model.config.embedding_dim
-    return torch.stack(
+    tokens = torch.stack(
         [
             mlp(by_side[side][start * width : stop * width])
             for (side, start, stop), mlp in zip(tokenizer.groups, tokenizer.mlps, strict=True)
         ]
     )
+    return rms_norm(tokens, tokenizer.norm)
 
 
 def s_tokens(model, batch, r, events):
@@ -56,7 +58,8 @@ def s_tokens(model, batch, r, events):
     made = []
     for e in events:
         sequence = int(batch.event_sequence_E[e])
-        token = tokenizer.mlps[sequence](lookup(model, "event", batch.event_EV[e])) + tokenizer.type_SD[sequence]
+        token = rms_norm(tokenizer.mlps[sequence](lookup(model, "event", batch.event_EV[e])), tokenizer.norm)
+        token = token + tokenizer.type_SD[sequence]
         made.append((sequence, token, int(batch.event_time_E[e])))
     if config.merge == "intent_ordered":
         parts = []

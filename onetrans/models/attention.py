@@ -14,6 +14,7 @@ Shape suffixes: those of :mod:`onetrans.batch` and :mod:`onetrans.models.ragged`
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -27,27 +28,30 @@ _SHORTEST_PERIOD_S = 60.0
 _LONGEST_PERIOD_S = 365 * 86_400.0
 
 
+@dataclass(frozen=True)
 class Rotation:
     """Cosine and sine by which the queries and keys of packed rows turn."""
 
-    def __init__(self, position: Position, head_dim: int, index_X: Tensor, time_X: Tensor, dtype: torch.dtype) -> None:
-        """Prepare the rotation of rows with an ``index`` (tokens) and a ``time`` (microseconds since 1970)."""
+    cos_X1A: Tensor
+    """Broadcast over heads."""
+    sin_X1A: Tensor
+    """Likewise."""
+
+    @classmethod
+    def of(cls, position: Position, head_dim: int, index_X: Tensor, time_X: Tensor, dtype: torch.dtype) -> Rotation:
+        """Return the rotation of rows with an ``index`` (tokens) and a ``time`` (microseconds since 1970)."""
         angle_XA = _angles(position, head_dim, index_X, time_X)
-        self.cos_X1A = angle_XA.cos().to(dtype)[:, None, :]
-        self.sin_X1A = angle_XA.sin().to(dtype)[:, None, :]
+        return cls(angle_XA.cos().to(dtype)[:, None, :], angle_XA.sin().to(dtype)[:, None, :])
 
     def __call__(self, x_XHD: Tensor) -> Tensor:
         """Turn each pair (d, d + D/2) of ``x`` (..., X, H, D) by its row's angles."""
         a, b = x_XHD.chunk(2, dim=-1)
-        cos, sin = self.cos_X1A, self.sin_X1A
-        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x_XHD.dtype)
+        turned = torch.cat((a * self.cos_X1A - b * self.sin_X1A, b * self.cos_X1A + a * self.sin_X1A), dim=-1)
+        return turned.to(x_XHD.dtype)
 
     def select(self, kept: Tensor) -> Rotation:
         """Return the rotation of some of the rows."""
-        chosen = object.__new__(Rotation)
-        chosen.cos_X1A = self.cos_X1A.index_select(0, kept)
-        chosen.sin_X1A = self.sin_X1A.index_select(0, kept)
-        return chosen
+        return Rotation(self.cos_X1A.index_select(0, kept), self.sin_X1A.index_select(0, kept))
 
 
 def _angles(position: Position, head_dim: int, index_X: Tensor, time_X: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ This docstring is the one place where points that the OneTrans paper (arXiv
 Tokens (3.2)
     *Tokenizer MLPs* have one hidden layer and GELU, with biases.  The auto-split
     MLP's hidden layer is as wide as its output (``num_ns_tokens * hidden_dim``),
-    which comes closest to the published parameter counts.
+    which comes closest to the published parameter counts.  A norm follows: embeddings
+    start near zero, and unnormalised tokens would drown in what the first block adds.
     *Groups* of the group-wise tokenizer are runs of the schema's features, in the
     order user, context, item and never across two of them, shared out in
     proportion to the number of features: it needs no second description of the

@@ -183,7 +183,7 @@ class OneTrans(RankingModel):
         rotation = self._rotation(layout.index_T, time_T)
         caches: list[BlockCache] = []
         layouts: list[Layout] = []
-        mask, mask_of = None, None
+        mask: Tensor | None = None  # of the current layout, as long as nothing is pruned
         for block, queries in zip(self.blocks, self.schedule, strict=True):
             assert isinstance(block, Block)
             normed_TM, cache = block.encode_keys(x_TM, layout, rotation)
@@ -195,12 +195,11 @@ class OneTrans(RankingModel):
             if kept is not None:
                 x_TM, normed_TM = x_TM.index_select(0, kept), normed_TM.index_select(0, kept)
                 rotation = rotation.select(kept) if rotation is not None else None
+            if mask is None or kept is not None:
+                mask = sequence_mask(tail, layout, self.config.attention, x_TM.dtype)
             if tail.width:
-                if mask is None or mask_of != (id(tail), id(layout)):
-                    mask = sequence_mask(tail, layout, self.config.attention, x_TM.dtype)
-                    mask_of = (id(tail), id(layout))
                 x_TM = block.encode_s(x_TM, normed_TM, cache, tail, mask, rotation)
-            layout = tail
+            layout, mask = tail, (mask if kept is None else None)
         top_RM = self._mean(self.norm(x_TM), layout) if self.schedule[-1] else None
         return RequestState(tuple(caches), tuple(layouts), top_RM)
 
@@ -217,12 +216,12 @@ class OneTrans(RankingModel):
         # A wider group also computes scores between its candidates only to mask them: keep that below the S side.
         groups = Groups.of(batch.candidate_offsets_O, limit=max(first.width // config.num_ns_tokens, MIN_GROUP))
         rotation = self._rotation(first.lengths_R[request_N], batch.request_time_R[request_N])
-        mask, mask_of = None, None
+        mask, masked = None, None
         for block, cache, layout in zip(self.blocks, state.blocks, state.layouts, strict=True):
             assert isinstance(block, Block)
-            if mask is None or mask_of is not layout:
+            if mask is None or masked is not layout:
                 mask = candidate_mask(layout, groups, config.num_ns_tokens, config.attention, x_PNM.dtype)
-                mask_of = layout
+                masked = layout
             x_PNM = block.encode_ns(x_PNM, cache, groups, mask, rotation)
         states_NF = self.norm(x_PNM).transpose(0, 1).flatten(1)
         if state.top_RM is not None:
@@ -239,7 +238,7 @@ class OneTrans(RankingModel):
         if self.config.position not in ("rotary", "rotary_time"):
             return None
         dtype = self.norm.weight.dtype
-        return Rotation(self.config.position, self.config.head_dim, index_X, time_X, dtype)
+        return Rotation.of(self.config.position, self.config.head_dim, index_X, time_X, dtype)
 
     @staticmethod
     def _mean(x_TM: Tensor, layout: Layout) -> Tensor:

@@ -22,6 +22,18 @@ from onetrans.models.ranking import RequestCandidateLinear
 from onetrans.schema import FeatureSchema, Side
 
 
+def token_norm(config: OneTransConfig) -> nn.RMSNorm:
+    """Return the norm that gives fresh tokens unit size."""
+    return nn.RMSNorm(config.hidden_dim, eps=1e-6)
+
+
+def without_bias(module: nn.Module) -> None:
+    """Let all biases start at zero: beside small embeddings they would make all tokens start alike."""
+    for name, parameter in module.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(parameter)
+
+
 class AutoSplit(nn.Module):
     """One MLP over all NS embeddings, split into tokens; its request part is computed once per request."""
 
@@ -32,11 +44,13 @@ class AutoSplit(nn.Module):
         request_dim = embeddings.output_dim("user") + embeddings.output_dim("context")
         self.hidden = RequestCandidateLinear(request_dim, embeddings.output_dim("item"), out_dim)
         self.out = nn.Linear(out_dim, out_dim)
+        self.norm = token_norm(config)
+        without_bias(self)
 
     def forward(self, user_RQ: Tensor, context_RQ: Tensor, item_NQ: Tensor, request_N: Tensor) -> Tensor:
         """Return NS-tokens (P, N, D)."""
         hidden = self.hidden(torch.cat((user_RQ, context_RQ), dim=1), item_NQ, request_N)
-        return self.out(F.gelu(hidden)).unflatten(1, (self.positions, -1)).transpose(0, 1)
+        return self.norm(self.out(F.gelu(hidden)).unflatten(1, (self.positions, -1)).transpose(0, 1))
 
 
 class GroupWise(nn.Module):
@@ -54,6 +68,8 @@ class GroupWise(nn.Module):
             )
             for _, start, stop in self.groups
         )
+        self.norm = token_norm(config)
+        without_bias(self)
 
     def forward(self, user_RQ: Tensor, context_RQ: Tensor, item_NQ: Tensor, request_N: Tensor) -> Tensor:
         """Return NS-tokens (P, N, D)."""
@@ -62,7 +78,7 @@ class GroupWise(nn.Module):
         for (side, start, stop), mlp in zip(self.groups, self.mlps, strict=True):
             token = mlp(sides[side][:, start * self.width : stop * self.width])
             tokens.append(token if side == "item" else token.index_select(0, request_N))
-        return torch.stack(tokens)
+        return self.norm(torch.stack(tokens))
 
 
 def feature_groups(schema: FeatureSchema, count: int) -> list[tuple[Side, int, int]]:
@@ -122,6 +138,8 @@ class SequenceTokenizer(nn.Module):
             )
             for _ in range(sequences)
         )
+        self.norm = token_norm(config)
+        without_bias(self)
         self.type_SD = nn.Parameter(torch.randn(sequences, config.hidden_dim) * 0.02)
         if config.separators:
             self.separator_D = nn.Parameter(torch.randn(config.hidden_dim) * 0.02)
@@ -145,7 +163,7 @@ class SequenceTokenizer(nn.Module):
         for sequence, mlp in enumerate(self.mlps):
             mine = (sequence_E == sequence).nonzero().squeeze(1)
             x_ED = x_ED.index_copy(0, mine, mlp(event_EQ.index_select(0, mine)).to(x_ED.dtype))
-        return x_ED + self.type_SD[sequence_E]
+        return self.norm(x_ED) + self.type_SD[sequence_E]
 
     def _by_intent(self, tokens: SequenceTokens, batch: RequestBatch) -> SequenceTokens:
         """Put whole sequences one after another, strongest intent (the schema's last) first."""

@@ -191,7 +191,7 @@ def test_rotation_depends_on_distance_alone_also_at_epoch_seconds():
 
     def score(index, time_us):
         moved = [
-            Rotation("rotary_time", 16, torch.tensor([i]), torch.tensor([t]), torch.float32)
+            Rotation.of("rotary_time", 16, torch.tensor([i]), torch.tensor([t]), torch.float32)
             for i, t in ((index + 7, time_us + 90_000_000), (index, time_us))
         ]
         return (moved[0](q) * moved[1](k)).sum(-1)

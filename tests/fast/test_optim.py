@@ -44,8 +44,8 @@ def test_rmsprop_v2_is_not_torchs_rmsprop():
     ):
         parameter.grad = torch.tensor([2.0], dtype=torch.float64)
         optimizer.step()
-    assert float(ours) == pytest.approx(-0.005)
-    assert float(theirs / ours) == pytest.approx(316.2, rel=1e-3)
+    assert ours.item() == pytest.approx(-0.005)
+    assert (theirs / ours).item() == pytest.approx(316.2, rel=1e-3)
 
 
 def test_rmsprop_v2_skips_parameters_without_gradient():

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from onetrans.days import parse_day
 from onetrans.errors import EXIT_OK, BadDataError, PipelineError
 from onetrans.lake import Lake
-from onetrans.schema import FeatureSchema
+from onetrans.schema import FeatureSchema, load_schema
 from onetrans.settings import AuditSettings, load_settings
 
 if TYPE_CHECKING:
@@ -139,8 +139,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--ds", required=True, help="day, YYYY-MM-DD")
     arguments = parser.parse_args(argv)
     try:
-        from jobs.sources import load_schema
-
         settings = load_settings()
         lake = Lake(settings.lake)
         ds = parse_day(arguments.ds)

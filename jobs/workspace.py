@@ -15,13 +15,13 @@ from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
 
 from jobs.checks import REPEAT
-from jobs.sources import Source, load_schema, open_source
+from jobs.sources import Source, open_source
 from jobs.spark import session
 from onetrans import storage
 from onetrans.days import describe_days
 from onetrans.errors import BadDataError, NotReadyError
 from onetrans.lake import QUARANTINE, Lake, Staged
-from onetrans.schema import FeatureSchema
+from onetrans.schema import FeatureSchema, load_schema
 from onetrans.settings import Settings
 
 logger = logging.getLogger(__name__)

@@ -33,7 +33,7 @@ from onetrans.errors import BadConfigError, NotReadyError
 from onetrans.lake import Lake
 from onetrans.models.config import CONFIGS, ModelConfig, config_from_dict, config_to_dict, preset
 from onetrans.optim_config import OptimizerConfig, optimizer_preset
-from onetrans.schema import FeatureSchema
+from onetrans.schema import FeatureSchema, load_schema
 from onetrans.settings import Preset, Settings, load_settings
 
 logger = logging.getLogger(__name__)
@@ -380,26 +380,6 @@ def git_revision() -> str:
     return f"{revision}+changes" if edited else revision
 
 
-def load_schema(settings: Settings) -> FeatureSchema:
-    """Return the feature schema of the settings: the named file, the one beside the log, or the source's own.
-
-    Raises:
-        BadConfigError: if there is none of them, or it is refused.
-    """
-    source = settings.source
-    if source.schema:
-        return FeatureSchema.load(source.schema)
-    beside = Path(source.path) / "schema.toml"
-    own = Path(__file__).parents[1] / "jobs" / "sources" / source.kind / "schema.toml"
-    for candidate in (beside, own):
-        if candidate.is_file():
-            return FeatureSchema.load(candidate)
-    raise BadConfigError(f"source.schema is empty, and there is neither {beside} nor {own}")
-
-
-# Command
-
-
 def add_day_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options that decide a plan, shared by the commands that can make one themselves."""
     parser.add_argument("--ds", type=parse_day, help="day to evaluate on; training reads the days before it")
@@ -419,7 +399,7 @@ def plan_of(arguments: argparse.Namespace, settings: Settings) -> Plan:
     return make_plan(
         settings,
         arguments.ds,
-        load_schema(settings),
+        load_schema(settings.source),
         from_scratch=arguments.from_scratch,
         track=not arguments.no_mlflow,
     )

@@ -19,6 +19,7 @@ for its authors.
 from __future__ import annotations
 
 import hashlib
+import importlib.resources
 import json
 import re
 import tomllib
@@ -32,7 +33,9 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from onetrans import storage
 from onetrans.errors import BadConfigError
+from onetrans.settings import SourceSettings
 
 Side = Literal["user", "item", "context", "event"]
 Kind = Literal["hashed", "bucketized"]
@@ -46,6 +49,15 @@ CONTEXT_FROM_CLOCK = ("hour_of_day", "day_of_week")
 
 DERIVED_EVENTS = ("impression", "click", "conversion")
 """Types of the events that can be derived from impressions."""
+
+
+RESERVED_NAMES = frozenset(
+    (
+        *("ds", "request_id", "user_id", "item_id", "ts", "available_at", "event_id"),
+        *("candidates", "position", "click", "conversion", "true_ctr", "true_cvr"),
+    )
+)
+"""Columns of ``training_requests`` that are no features."""
 
 
 def hash64(value: str) -> int:
@@ -215,7 +227,8 @@ class FeatureSchema:
         for event in self.derived_behaviors:
             if event not in DERIVED_EVENTS:
                 raise BadConfigError(
-                    f"schema {self.name!r}: derived_behaviors names {event!r}, which is none of {', '.join(DERIVED_EVENTS)}"
+                    f"schema {self.name!r}: derived_behaviors names {event!r}, "
+                    f"which is none of {', '.join(DERIVED_EVENTS)}"
                 )
         if self.outcome_delay_minutes < 0:
             raise BadConfigError(f"schema {self.name!r}: outcome_delay_minutes must not be negative")
@@ -228,6 +241,11 @@ class FeatureSchema:
             if table not in get_args(InputTable):
                 raise BadConfigError(f"schema {self.name!r}: [columns.{table}] is none of {get_args(InputTable)}")
         for feature in self.features:
+            if feature.name in RESERVED_NAMES or feature.name.startswith("seq_"):
+                raise BadConfigError(
+                    f"feature {feature.name!r}: the name belongs to a column every table has; choose another name, "
+                    f"its column may stay {feature.column!r}"
+                )
             if feature.column.startswith("true_"):
                 raise BadConfigError(
                     f"feature {feature.name!r}: column {feature.column!r} holds a simulator's truth; "
@@ -300,10 +318,10 @@ class FeatureSchema:
             BadConfigError: if the file is missing, is not TOML, or says something refused; the text names the file.
         """
         try:
-            data = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+            data = tomllib.loads(storage.read_bytes(str(path)).decode("utf-8"))
         except FileNotFoundError as error:
             raise BadConfigError(f"there is no schema file {path}") from error
-        except tomllib.TOMLDecodeError as error:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise BadConfigError(f"schema file {path} is not valid TOML: {error}") from error
         try:
             return cls.from_dict(data)
@@ -315,6 +333,23 @@ class FeatureSchema:
         """Short hash of what decides a model's inputs: features and sequences, in order."""
         decides = {"features": self.to_dict()["features"], "sequences": self.to_dict()["sequences"]}
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def load_schema(source: SourceSettings) -> FeatureSchema:
+    """Return the feature schema of the configured log: the named file, the one beside the log, or the adapter's.
+
+    Raises:
+        BadConfigError: if there is none of them, or it is refused.
+    """
+    if source.schema:
+        return FeatureSchema.load(source.schema)
+    own = storage.join(source.path, "schema.toml")
+    if storage.exists(own):
+        return FeatureSchema.load(own)
+    with importlib.resources.as_file(importlib.resources.files("jobs") / "sources" / source.kind) as adapter:
+        if (adapter / "schema.toml").is_file():
+            return FeatureSchema.load(adapter / "schema.toml")
+    raise BadConfigError(f"there is no feature schema: source.schema is not set and there is no {own}")
 
 
 def _refuse_repeats(what: str, names: Iterable[str]) -> None:

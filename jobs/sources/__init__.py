@@ -6,14 +6,11 @@ A source hands out raw frames with the column names of the input contract
 
 from __future__ import annotations
 
-import importlib.resources
 from datetime import date
 from typing import Protocol
 
 from pyspark.sql import DataFrame, SparkSession
 
-from onetrans import storage
-from onetrans.errors import BadConfigError
 from onetrans.schema import FeatureSchema
 from onetrans.settings import SourceSettings
 
@@ -39,24 +36,6 @@ class Source(Protocol):
 
     def items(self, spark: SparkSession, ds: date) -> DataFrame:
         """Return the item attributes that hold on one day."""
-
-
-def load_schema(settings: SourceSettings) -> FeatureSchema:
-    """Return the feature schema of the configured log: the named file, the log's own, or the adapter's.
-
-    Raises:
-        BadConfigError: if there is none, or it is refused.
-    """
-    if settings.schema:
-        return FeatureSchema.load(settings.schema)
-    own = storage.join(settings.path, "schema.toml")
-    if storage.is_local(own) and storage.exists(own):
-        return FeatureSchema.load(storage.local_path(own))
-    bundled = importlib.resources.files("jobs.sources") / settings.kind / "schema.toml"
-    if bundled.is_file():
-        with importlib.resources.as_file(bundled) as path:
-            return FeatureSchema.load(path)
-    raise BadConfigError(f"there is no feature schema: neither source.schema is set nor does {own} exist")
 
 
 def open_source(settings: SourceSettings, schema: FeatureSchema) -> Source:

@@ -154,8 +154,9 @@ def test_a_changed_optimizer_or_schema_breaks_the_chain_too(settings, days):
         models["dcnv2_din"], optimizer=replace(models["dcnv2_din"].optimizer, embedding_lr=0.5)
     )
     changed = plan_for(settings, days[4], models=models)
+    before = preset_models("tiny")["dcnv2_din"].optimizer.embedding_lr
     assert changed.warm_start_ds is None
-    assert "dcnv2_din optimizer: embedding_lr = 0.1, now 0.5" in changed.decision
+    assert f"dcnv2_din optimizer: embedding_lr = {before}, now 0.5" in changed.decision
     wider = replace(SCHEMA, features=(*SCHEMA.features, Feature("extra", "context", "hashed", "extra", hash_size=3)))
     assert "another feature schema" in plan_for(settings, days[4], schema=wider).decision
 

@@ -11,9 +11,9 @@ def small_schema(**changes: object) -> FeatureSchema:
     values: dict[str, object] = {
         "name": "test",
         "features": (
-            Feature("user_id", "user", "hashed", "user_id", hash_size=10),
-            Feature("item_id", "item", "hashed", "item_id", hash_size=20),
-            Feature("event_item_id", "event", "hashed", "item_id", hash_size=20, embedding="item_id"),
+            Feature("user", "user", "hashed", "user_id", hash_size=10),
+            Feature("item", "item", "hashed", "item_id", hash_size=20),
+            Feature("event_item_id", "event", "hashed", "item_id", hash_size=20, embedding="item"),
             Feature("price", "item", "bucketized", "price", boundaries=(1.0, 10.0)),
         ),
         "sequences": (Sequence("click", "click", 5), Sequence("cart", "cart", 3)),
@@ -62,12 +62,12 @@ def test_round_trip_and_fingerprint() -> None:
 
 
 def test_features_that_share_a_table_have_one_row_count() -> None:
-    assert small_schema().embedding_tables() == {"user_id": 11, "item_id": 21, "price": 4}
-    with pytest.raises(BadConfigError, match="'item_id' and 'other' share embedding 'item_id'"):
+    assert small_schema().embedding_tables() == {"user": 11, "item": 21, "price": 4}
+    with pytest.raises(BadConfigError, match="'item' and 'other' share embedding 'item'"):
         small_schema(
             features=(
                 *small_schema().features,
-                Feature("other", "item", "hashed", "x", hash_size=9, embedding="item_id"),
+                Feature("other", "item", "hashed", "x", hash_size=9, embedding="item"),
             )
         )
 
@@ -84,6 +84,12 @@ def test_features_that_share_a_table_have_one_row_count() -> None:
         ),
         (lambda: Feature("a", "who", "hashed", "c", hash_size=3), "side = 'who' is none of user, item"),  # type: ignore[arg-type]
         (lambda: Sequence("a", "click", 0), "max_length = 0 must be at least 1"),
+        (
+            lambda: small_schema(
+                features=(*small_schema().features, Feature("ts", "user", "hashed", "x", hash_size=3))
+            ),
+            "feature 'ts': the name belongs to a column every table has",
+        ),
         (lambda: small_schema(timezone="Mars/Olympus"), "timezone = 'Mars/Olympus' is not known"),
         (lambda: small_schema(features=small_schema().features[:1]), "no feature has side = 'item'"),
         (

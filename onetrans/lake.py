@@ -31,10 +31,12 @@ from pyiceberg.exceptions import (
     NamespaceAlreadyExistsError,
     NoSuchTableError,
     ResolveError,
+    TableAlreadyExistsError,
     ValidationError,
 )
 from pyiceberg.table import DataScan, Table
 from pyiceberg.transforms import IdentityTransform
+from sqlalchemy.exc import IntegrityError, OperationalError
 
 from onetrans import storage
 from onetrans.days import describe_days, parse_day
@@ -126,11 +128,19 @@ class Lake:
         if not uri:
             folder = storage.local_path(self.warehouse)
             folder.mkdir(parents=True, exist_ok=True)
-            uri = f"sqlite:///{folder}/catalog.db"
-        catalog = load_catalog("lake", type=self.settings.catalog_type, uri=uri, warehouse=self.warehouse)
-        with contextlib.suppress(NamespaceAlreadyExistsError):
-            catalog.create_namespace(self.settings.namespace)
-        return catalog
+            uri = f"sqlite:///{folder}/catalog.db?timeout=60"
+        for attempt in range(1, _COMMIT_TRIES + 1):
+            try:
+                catalog = load_catalog("lake", type=self.settings.catalog_type, uri=uri, warehouse=self.warehouse)
+                with contextlib.suppress(NamespaceAlreadyExistsError):
+                    catalog.create_namespace(self.settings.namespace)
+                return catalog
+            except (OperationalError, IntegrityError):
+                # Two first writers make the catalog's own tables at once, and one of them finds them there.
+                if attempt == _COMMIT_TRIES:
+                    raise
+                _wait(attempt)
+        raise AssertionError("unreachable")
 
     # Staging
 
@@ -245,12 +255,15 @@ class Lake:
             return self.table(table)
         except NoSuchTableError:
             pass
-        # If another writer makes the table first, this one fails to commit, and finds the table when it tries again.
         name = self._name(table)
-        with self.catalog.create_table_transaction(name, schema=schema, properties=_PROPERTIES) as transaction:
-            with transaction.update_spec() as update:
-                for column in partition:
-                    update.add_field(column, IdentityTransform(), column)
+        # Another writer may make the table first; if it does so during this commit, the whole replacement is repeated.
+        with (
+            contextlib.suppress(TableAlreadyExistsError),
+            self.catalog.create_table_transaction(name, schema=schema, properties=_PROPERTIES) as transaction,
+            transaction.update_spec() as update,
+        ):
+            for column in partition:
+                update.add_field(column, IdentityTransform(), column)
         return self.table(table)
 
     # Reading
@@ -385,8 +398,12 @@ def _until_committed(work: Callable[[], _Result]) -> _Result:
         except CommitFailedException:
             if attempt == _COMMIT_TRIES:
                 raise
-            time.sleep(random.uniform(0, _COMMIT_WAIT_SECONDS * min(attempt, 5)))
+            _wait(attempt)
     raise AssertionError("unreachable")
+
+
+def _wait(attempt: int) -> None:
+    time.sleep(random.uniform(0, _COMMIT_WAIT_SECONDS * min(attempt, 5)))
 
 
 def _without_metadata(schema: pa.Schema) -> pa.Schema:

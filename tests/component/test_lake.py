@@ -6,9 +6,9 @@ import os
 import signal
 import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from datetime import date, timedelta
 from multiprocessing import get_context
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
@@ -233,16 +233,25 @@ def test_a_snapshot_that_never_was_is_told(lake: Lake) -> None:
 # Several writers
 
 
-def _replace(warehouse: str, table: str, partition: dict[str, Any], folder: str) -> int:
-    lake = Lake(LakeSettings(warehouse=warehouse))
-    return lake.replace_partition(table, partition, storage.list_files(folder, ".parquet"))
+Work = tuple[str, dict[str, Any], str]
 
 
-def _at_once(lake: Lake, work: list[tuple[str, dict[str, Any], str]]) -> None:
-    with ProcessPoolExecutor(len(work), mp_context=get_context("spawn")) as pool:
-        waiting = [pool.submit(_replace, lake.settings.warehouse, *one) for one in work]
-        for one in waiting:
-            one.result(timeout=300)
+def _replace(start: Barrier, warehouse: str, work: Work) -> None:
+    table, partition, folder = work
+    files = storage.list_files(folder, ".parquet")
+    start.wait(timeout=240)
+    Lake(LakeSettings(warehouse=warehouse)).replace_partition(table, partition, files)
+
+
+def _at_once(lake: Lake, work: list[Work]) -> None:
+    context = get_context("spawn")
+    start = context.Barrier(len(work))
+    writers = [context.Process(target=_replace, args=(start, lake.settings.warehouse, one)) for one in work]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(timeout=300)
+    assert [writer.exitcode for writer in writers] == [0] * len(work)
 
 
 def test_two_writers_of_one_day_leave_one_of_them_whole(lake: Lake) -> None:
@@ -260,7 +269,7 @@ def test_writers_of_several_days_of_a_new_table_all_succeed(lake: Lake) -> None:
 
 
 def test_jobs_share_the_quarantine(lake: Lake) -> None:
-    work = []
+    work: list[Work] = []
     for n, table in enumerate(("impressions", "behaviors", "user_features"), start=1):
         refused = pa.table({"ds": [D1] * n, "table_name": [table] * n, "reason": ["ts: missing"] * n})
         work.append((QUARANTINE, {"ds": D1, "table_name": table}, write(lake, refused, D1, QUARANTINE)))

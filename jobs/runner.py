@@ -6,10 +6,12 @@ import argparse
 import importlib
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable
 from datetime import date
 
+from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
 
 from jobs.workspace import Workspace
@@ -99,8 +101,8 @@ def guarded(run: Callable[[], None]) -> int:
         logging.getLogger(library).setLevel(logging.WARNING)
     try:
         run()
-    except (PipelineError, PySparkException) as error:
-        found = _unreadable_file(error) if isinstance(error, PySparkException) else error
+    except (PipelineError, PySparkException, Py4JJavaError) as error:
+        found = error if isinstance(error, PipelineError) else _unreadable_file(error)
         if found is None or os.environ.get("ONETRANS_TRACEBACK"):
             raise
         print(f"{type(found).__name__}: {found}", file=sys.stderr)
@@ -108,11 +110,11 @@ def guarded(run: Callable[[], None]) -> int:
     return 0
 
 
-def _unreadable_file(error: PySparkException) -> PipelineError | None:
+def _unreadable_file(error: Exception) -> PipelineError | None:
     """Return bad data for a file that breaks only when its pages are read; None for any other Spark error."""
-    text = str(error)
-    if "FAILED_READ_FILE" not in text:
+    found = re.search(r"\[FAILED_READ_FILE[^\n]*", str(error))
+    if found is None:
         return None
-    if "FILE_NOT_EXIST" in text:
-        return NotReadyError(f"a file vanished while it was read: {text.splitlines()[0]}")
-    return BadDataError(f"a file cannot be read: {text.splitlines()[0]}")
+    if "FILE_NOT_EXIST" in found[0]:
+        return NotReadyError(f"a file vanished while it was read: {found[0]}")
+    return BadDataError(f"a file is damaged: {found[0]}")

@@ -120,7 +120,9 @@ def _add_event(
     first = min(number + draw.choice([0, 0, 0, 1, 2]), len(dates) - 1)
     world.behaviors[dates[first]] += [event] * draw.choice([1, 1, 1, 2])  # repeated word for word
     if draw.random() < 0.2 and first + 1 < len(dates):  # delivered again, with another opinion of when it was known
-        world.behaviors[dates[first + 1]].append({**event, "available_at": ts + timedelta(hours=draw.choice([0, 9, 40]))})
+        world.behaviors[dates[first + 1]].append(
+            {**event, "available_at": ts + timedelta(hours=draw.choice([0, 9, 40]))}
+        )
 
 
 def _add_request(world: World, draw: random.Random, ds: date, user: str, request: str, items: int) -> None:

@@ -83,7 +83,7 @@ def read_files(spark: SparkSession, files: Sequence[str], where: Where, renames:
     with ThreadPoolExecutor(max_workers=16) as pool:
         heads = list(pool.map(lambda file: _look(file, where), files))
     if not sum(rows for _, rows in heads):
-        raise BadDataError(f"{where} is empty: {_number(files)} hold no rows, for example {files[0]}")
+        raise BadDataError(f"{where} is empty: no rows in {_number(files)}, for example {files[0]}")
     kind = kinds.pop()
     if kind == "parquet":
         frame = _read_parquet(spark, files, [schema for schema, _ in heads], where)

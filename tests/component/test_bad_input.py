@@ -1,0 +1,275 @@
+"""What bad input gets: a message that names table, day, column, count and an example; what was published stays."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from pyspark.sql import SparkSession
+
+from jobs import behaviors, impressions, item_features
+from jobs.runner import guarded
+from jobs.sources.files import Files
+from jobs.workspace import Workspace
+from onetrans.errors import EXIT_BAD_DATA, EXIT_NOT_READY, BadDataError, NotReadyError
+from onetrans.schema import Feature, FeatureSchema, Sequence
+from tests.raw_log import Row, open_workspace, publish, write_rows
+
+DS = date(2024, 2, 29)
+NOON = datetime(2024, 2, 29, 12, tzinfo=UTC)
+ROWS = 100
+SCHEMA = FeatureSchema(
+    name="bad",
+    features=(
+        Feature("user", "user", "hashed", "user_id", hash_size=50),
+        Feature("item", "item", "hashed", "item_id", hash_size=50),
+        Feature("price", "item", "bucketized", "price", boundaries=(1.0,)),
+        Feature("device", "context", "hashed", "device", hash_size=10),
+        Feature("event_item", "event", "hashed", "item_id", hash_size=50, embedding="item"),
+    ),
+    sequences=(Sequence("click", "click", max_length=3),),
+)
+
+
+def shown() -> list[Row]:
+    """A good day: 50 requests of two items, every fourth row clicked."""
+    return [
+        {
+            "request_id": f"r{n // 2}",
+            "user_id": f"u{n // 10}",
+            "item_id": f"i{n % 20}",
+            "ts": NOON + timedelta(seconds=n // 2),
+            "position": n % 2,
+            "device": "phone",
+            "click": int(n % 4 == 0),
+            "conversion": int(n % 8 == 0),
+        }
+        for n in range(ROWS)
+    ]
+
+
+def happened() -> list[Row]:
+    return [
+        {"user_id": f"u{n % 10}", "item_id": f"i{n % 20}", "type": "click", "ts": NOON + timedelta(seconds=n)}
+        for n in range(ROWS)
+    ]
+
+
+@pytest.fixture(scope="module")
+def published(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """A lake in which the good day is published."""
+    folder = tmp_path_factory.mktemp("good")
+    write_rows(folder / "raw" / "impressions" / f"ds={DS}", shown())
+    write_rows(folder / "raw" / "behaviors" / f"ds={DS}", happened())
+    write_rows(folder / "raw" / "items", [{"item_id": f"i{n}", "price": 1.0} for n in range(20)])
+    work = open_workspace(spark, folder, SCHEMA)
+    for job in (impressions, behaviors, item_features):
+        publish(work, job, DS)
+    return work
+
+
+@pytest.fixture
+def work(published: Workspace, tmp_path: Path) -> Iterator[Workspace]:
+    """The same lake, fed from an empty folder; after the test, what was published must be as it was."""
+    tables = ("impressions", "behaviors", "item_features")
+
+    def state() -> list[Any]:
+        lake = published.lake
+        rows = {table: sorted(map(repr, lake.read(table).to_pylist())) for table in tables}
+        return [rows, {table: lake.snapshot_id(table) for table in tables}]
+
+    before = state()
+    yield replace(published, source=Files(str(tmp_path), SCHEMA))
+    assert state() == before
+
+
+def folder_of(work: Workspace, table: str = "impressions") -> Path:
+    assert isinstance(work.source, Files)
+    return Path(work.source.path) / table / f"ds={DS}"
+
+
+def changed(rows: list[Row], count: int, **values: Any) -> list[Row]:
+    """Return the rows, the first ``count`` of them with other values."""
+    return [{**row, **values} if n < count else row for n, row in enumerate(rows)]
+
+
+def test_a_missing_day(work: Workspace) -> None:
+    write_rows(folder_of(work).with_name("ds=2024-02-27"), shown())
+    with pytest.raises(NotReadyError, match=r"impressions 2024-02-29: there is no .*/impressions/ds=2024-02-29; ") as e:
+        impressions.build(work, DS)
+    assert "days that are there: 2024-02-27" in str(e.value)
+
+
+def test_a_missing_column(work: Workspace) -> None:
+    write_rows(folder_of(work), [{k: v for k, v in row.items() if k != "device"} for row in shown()])
+    with pytest.raises(BadDataError, match="impressions 2024-02-29: column device is missing; there are request_id, "):
+        impressions.build(work, DS)
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "kind", "message"),
+    [
+        ("click", NOON, pa.timestamp("us", tz="UTC"), r"column click is timestamp; expected 0 or 1"),
+        ("item_id", 7.0, pa.float64(), r"column item_id is double; expected text or whole numbers"),
+        (
+            "ts",
+            1_709_208_000_000,
+            pa.int64(),
+            r"column ts is bigint; expected a timestamp; .*must say epoch =",
+        ),
+        ("device", [1], pa.list_(pa.int64()), r"column device is array<bigint>; expected text"),
+    ],
+)
+def test_a_mistyped_column(work: Workspace, column: str, values: Any, kind: pa.DataType, message: str) -> None:
+    write_rows(folder_of(work), changed(shown(), ROWS, **{column: values}), {column: kind})
+    with pytest.raises(BadDataError, match=f"impressions 2024-02-29: {message}"):
+        impressions.build(work, DS)
+
+
+@pytest.mark.parametrize(
+    ("change", "count", "reason", "example"),
+    [
+        ({"click": 2, "conversion": 0}, 5, "click: not 0 or 1", '"click":2'),
+        ({"conversion": -1}, 6, "conversion: not 0 or 1", '"conversion":-1'),
+        ({"click": 0, "conversion": 1}, 7, "conversion: 1 without a click", '"conversion":1'),
+        ({"click": None}, 3, "click: missing", '"request_id":"r0"'),
+        ({"user_id": None}, 4, "user_id: missing", '"request_id":"r0"'),
+        ({"item_id": " "}, 5, "item_id: missing", '"item_id":" "'),
+        ({"ts": NOON + timedelta(days=1)}, 8, "ts: outside the day", '"ts":"2024-03-01T12:00:00.000Z"'),
+        ({"ts": None}, 8, "ts: missing", '"request_id":"r0"'),
+        ({"request_id": "r0"}, 40, "request_id, item_id: several rows of one key disagree", '"request_id":"r0"'),
+    ],
+)
+def test_too_many_bad_rows_stop_the_day(
+    work: Workspace, change: Row, count: int, reason: str, example: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_rows(folder_of(work), changed(shown(), count, **change))
+    assert guarded(lambda: impressions.build(work, DS)) == EXIT_BAD_DATA
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith(f"BadDataError: impressions {DS}: {count} of {ROWS} rows ({count}.0 %) were refused: ")
+    assert f"{count} x '{reason}', for example {{" in message
+    assert example in message
+    assert "lake.max_quarantine_share allows 2 %" in message
+    kept = quarantined(work, "impressions")
+    assert [row["reason"] for row in kept] == [reason] * count
+
+
+def quarantined(work: Workspace, table: str) -> list[Row]:
+    rows = work.lake.read("quarantine", [DS]).to_pylist()
+    return [row for row in rows if row["table_name"] == table]
+
+
+def test_a_few_bad_rows_are_kept_and_the_day_goes_on(work: Workspace) -> None:
+    write_rows(folder_of(work), changed(shown(), 1, click=3))
+    staged = impressions.build(work, DS)
+    assert (staged.rows, staged.quarantined) == (ROWS - 1, 1)
+    (row,) = quarantined(work, "impressions")
+    assert row["reason"] == "click: not 0 or 1"
+    assert json.loads(row["raw"])["request_id"] == "r0"
+    write_rows(folder_of(work), shown())
+    assert impressions.build(work, DS).quarantined == 0
+    assert quarantined(work, "impressions") == [], "corrected data leave nothing in the quarantine"
+
+
+def test_repeated_rows_are_dropped_and_counted(work: Workspace, caplog: pytest.LogCaptureFixture) -> None:
+    write_rows(folder_of(work), shown() + shown()[:30])
+    with caplog.at_level("INFO"):
+        staged = impressions.build(work, DS)
+    assert (staged.rows, staged.quarantined) == (ROWS, 0)
+    assert f"impressions {DS}: dropped 30 exact repeats" in caplog.text
+
+
+def test_a_request_of_two_users(work: Workspace) -> None:
+    write_rows(folder_of(work), changed(shown(), 1, user_id="someone else"))
+    staged = impressions.build(work, DS)
+    assert (staged.rows, staged.quarantined) == (ROWS - 2, 2)
+    assert {row["reason"] for row in quarantined(work, "impressions")} == {"user_id: several users in one request"}
+
+
+def test_an_empty_file(work: Workspace) -> None:
+    path = write_rows(folder_of(work), shown())
+    path.with_name("part-1.parquet").touch()
+    with pytest.raises(BadDataError, match=r"impressions 2024-02-29: file .*part-1.parquet is empty \(0 bytes\)"):
+        impressions.build(work, DS)
+
+
+@pytest.mark.parametrize("name", ["part-0.parquet", "part-0.csv"])
+def test_a_day_without_rows(work: Workspace, name: str) -> None:
+    path = write_rows(folder_of(work), shown()[:0] or [dict.fromkeys(shown()[0])])
+    if name.endswith(".csv"):
+        path.unlink()
+        path.with_name(name).write_text(",".join(shown()[0]) + "\n")
+    else:
+        table = pa.parquet.read_table(path)
+        pa.parquet.write_table(table.slice(0, 0), path)
+    with pytest.raises(BadDataError, match=r"impressions 2024-02-29 is empty: no rows in its 1 file, for example .*"):
+        impressions.build(work, DS)
+
+
+def test_a_truncated_parquet_file(work: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_rows(folder_of(work), shown())
+    path.write_bytes(path.read_bytes()[:-300])
+    assert guarded(lambda: impressions.build(work, DS)) == EXIT_BAD_DATA
+    message = capsys.readouterr().err
+    assert f"BadDataError: impressions {DS}: file file://{path} (" in message
+    assert "is not whole Parquet" in message
+
+
+def test_a_parquet_file_with_a_damaged_page(work: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    """The footer is whole, so this shows only when Spark reads the rows."""
+    path = write_rows(folder_of(work), shown())
+    data = bytearray(path.read_bytes())
+    data[4:200] = bytes(196)
+    path.write_bytes(data)
+    assert guarded(lambda: impressions.build(work, DS)) == EXIT_BAD_DATA
+    assert str(path) in capsys.readouterr().err
+
+
+def test_text_that_is_no_value(work: Workspace) -> None:
+    header = list(shown()[0])
+    lines = [",".join(str(row[name]) for name in header) for row in shown()]
+    lines[0] = lines[0].replace("phone,1", "phone,yes")
+    lines[1] += ",one,field,too,many"
+    folder_of(work).mkdir(parents=True)
+    (folder_of(work) / "a.csv").write_text("\n".join([",".join(header), *lines]) + "\n")
+    assert impressions.build(work, DS).rows == ROWS - 2
+    reasons = {row["reason"]: json.loads(row["raw"]) for row in quarantined(work, "impressions")}
+    assert reasons["click: not 0 or 1"]["click"] == "yes"
+    assert reasons["row: cannot be parsed"]["_unreadable"].endswith("one,field,too,many")
+
+
+def test_files_that_differ(work: Workspace) -> None:
+    path = write_rows(folder_of(work), shown())
+    path.rename(path.with_name("part-1.parquet"))
+    write_rows(folder_of(work), shown(), {"position": pa.float64()})
+    with pytest.raises(BadDataError, match=r"impressions 2024-02-29: .*part-1.parquet differs from .*part-0.parquet"):
+        impressions.build(work, DS)
+
+
+def test_a_behaviour_from_the_future(work: Workspace) -> None:
+    write_rows(folder_of(work, "behaviors"), changed(happened(), 3, ts=NOON + timedelta(days=1)))
+    with pytest.raises(BadDataError, match=r"behaviors 2024-02-29: 3 of 100 rows .* 3 x 'ts: after the day', for"):
+        behaviors.build(work, DS)
+
+
+def test_an_item_that_is_two_things(work: Workspace) -> None:
+    items = [{"item_id": f"i{n}", "price": float(n)} for n in range(10)] + [{"item_id": "i0", "price": 5.0}]
+    write_rows(folder_of(work, "items").parent, items)
+    with pytest.raises(BadDataError, match=r"item_features 2024-02-29: 2 of 11 rows .*item_id: several rows"):
+        item_features.build(work, DS)
+
+
+def test_a_missing_day_is_tried_again_later(work: Workspace) -> None:
+    assert guarded(lambda: behaviors.build(work, DS)) == EXIT_NOT_READY
+
+
+def test_every_message_can_be_traced(work: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONETRANS_TRACEBACK", "1")
+    with pytest.raises(NotReadyError):
+        guarded(lambda: impressions.build(work, DS))

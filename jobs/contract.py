@@ -18,12 +18,6 @@ ValueKind = Literal["id", "category", "number", "time", "label", "position"]
 EVENT_OWN = ("item_id", "type")
 """Columns every behaviour has, whatever the source."""
 
-RESERVED = frozenset(
-    {"ds", "request_id", "user_id", "item_id", "ts", "event_id", "available_at", "candidates"}
-    | {"position", "click", "conversion", "true_ctr", "true_cvr"}
-)
-"""Names of the tables' own columns, which no feature may take (``seq_...`` neither)."""
-
 
 @dataclass(frozen=True)
 class Column:
@@ -108,11 +102,6 @@ def check_schema(schema: FeatureSchema) -> None:
     """
     keys: dict[Side, tuple[str, ...]] = {"user": ("user",), "item": ("item", *schema.aggregates.item_keys)}
     for feature in schema.features:
-        if feature.name in RESERVED or feature.name.startswith("seq_"):
-            raise BadConfigError(
-                f"feature {feature.name!r}: a feature's name is its column in training_requests, where "
-                f"{feature.name!r} is taken; name it otherwise (its column may stay {feature.column!r})"
-            )
         figures = [c for key in keys.get(feature.side, ()) for c in schema.aggregates.columns(key)]
         if feature.column in figures and feature.kind != "bucketized":
             raise _wrong_kind(feature, "a computed number", "bucketized")

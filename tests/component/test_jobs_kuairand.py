@@ -1,0 +1,168 @@
+"""The KuaiRand adapter on a small log in both layouts; on the real files where they are."""
+
+from __future__ import annotations
+
+import os
+from datetime import UTC, date, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+from pyspark.sql import DataFrame, SparkSession
+
+from jobs import behavior_sequences, behaviors, impressions, item_features, training_requests, user_features
+from jobs.contract import user_columns
+from jobs.sources.kuairand import KuaiRand
+from jobs.workspace import Workspace
+from onetrans.lake import Lake
+from onetrans.schema import hash64, load_schema
+from onetrans.settings import LakeSettings, Settings, SourceSettings
+from tests.raw_log import publish
+
+DS = date(2022, 5, 4)
+BEFORE = date(2022, 5, 3)
+SCHEMA = load_schema(SourceSettings(kind="kuairand", path="nowhere"))
+NOON = int(datetime(2022, 5, 4, 4, tzinfo=UTC).timestamp() * 1000)  # in Shanghai
+REAL = Path(os.environ.get("DATA") or Path(__file__).parents[3] / "shared" / "data" / "kuairand_pure")
+
+Row = dict[str, Any]
+
+
+def row(user: int, video: int, time_ms: int, day: date = DS, **values: int) -> Row:
+    usual = {"hourmin": 1200, "is_click": 0, "is_like": 0, "long_view": 0, "play_time_ms": 0, "duration_ms": 10_000}
+    key = {"user_id": user, "video_id": video, "date": int(f"{day:%Y%m%d}"), "time_ms": time_ms}
+    return {**key, "tab": 1, **usual, **values}
+
+
+LOG = [
+    row(1, 10, NOON, is_click=1, long_view=1, play_time_ms=5_000),
+    row(1, 11, NOON + 30_000, is_like=1, long_view=1),  # within the gap: the same request; a view without a click
+    row(1, 11, NOON + 30_000, hourmin=1300, is_click=1),  # a copy with other feedback
+    row(1, 10, NOON + 80_000, tab=1),  # shown again in the same request
+    row(1, 12, NOON + 200_000),  # after the gap
+    row(1, 13, NOON + 200_000, tab=4),  # another tab
+    row(2, 10, NOON),
+    row(3, 10, NOON - 12 * 3_600_000 - 60_000),  # a minute before midnight: also in the day before
+    row(3, 10, NOON - 12 * 3_600_000 - 60_000, day=BEFORE),
+    row(3, 11, NOON - 20 * 3_600_000, day=BEFORE),
+]
+USERS = [{**dict.fromkeys(user_columns(SCHEMA), 1), "user_id": u} for u in (1, 2)]
+VIDEOS = [
+    {"video_id": v, "author_id": 7, "video_type": "NORMAL", "upload_type": "Web", "music_type": 9.0, "tag": "39,68",
+     "video_duration": 10_000.0, "server_width": 720.0, "server_height": 1280.0}
+    for v in (10, 11, 12)
+]  # fmt: skip
+
+
+def write(folder: Path, official: bool) -> KuaiRand:
+    if official:
+        folder = folder / "data"
+    folder.mkdir(parents=True)
+    for name, rows in (("user_features_pure.csv", USERS), ("video_features_basic_pure.csv", VIDEOS)):
+        pa.csv.write_csv(pa.Table.from_pylist(rows), folder / name)
+    if official:
+        pa.csv.write_csv(pa.Table.from_pylist(LOG[:5]), folder / "log_standard_4_08_to_4_21_pure.csv")
+        pa.csv.write_csv(pa.Table.from_pylist(LOG[5:]), folder / "log_standard_4_22_to_5_08_pure.csv")
+        return KuaiRand(str(folder.parent), SCHEMA)
+    for day in (BEFORE, DS):
+        rows = [r for r in LOG if r["date"] == int(f"{day:%Y%m%d}")]
+        (folder / "daily" / f"date={day:%Y%m%d}").mkdir(parents=True)
+        table = pa.Table.from_pylist(rows).drop_columns("date")
+        pq.write_table(table, folder / "daily" / f"date={day:%Y%m%d}" / "part-0.parquet")
+    history = {"user_id": [1, 4], "last_time_ms": [NOON - 48 * 3_600_000] * 2, "watch_seq": [[10, 11, 10], [12]],
+               "long_watch_seq": [[11, 13], []], "like_seq": [[], [12]]}  # fmt: skip
+    pq.write_table(pa.table(history), folder / "user_history_to_20220502.parquet")
+    return KuaiRand(str(folder), SCHEMA)
+
+
+def by(frame: DataFrame, *key: str) -> dict[Any, Row]:
+    return {tuple(r[k] for k in key): r.asDict() for r in frame.collect()}
+
+
+@pytest.fixture(scope="module")
+def cut(tmp_path_factory: pytest.TempPathFactory) -> KuaiRand:
+    return write(tmp_path_factory.mktemp("kuairand") / "cut", official=False)
+
+
+def test_requests_are_runs_of_one_user_in_one_tab(spark: SparkSession, cut: KuaiRand) -> None:
+    found = by(cut.impressions(spark, DS), "request_id", "item_id")
+    assert set(found) == {
+        (f"1-1-{NOON}-0", 10),
+        (f"1-1-{NOON}-0", 11),
+        (f"1-1-{NOON}-1", 10),
+        (f"1-1-{NOON + 200_000}-0", 12),
+        (f"1-4-{NOON + 200_000}-0", 13),
+        (f"2-1-{NOON}-0", 10),
+    }, "the copy of the day before is not here a second time"
+    first, second = found[f"1-1-{NOON}-0", 10], found[f"1-1-{NOON}-0", 11]
+    assert (first["click"], first["conversion"], first["position"]) == (1, 1, 0)
+    assert (second["click"], second["conversion"], second["position"]) == (1, 0, 1), "the copy with the click is kept"
+
+
+def test_outcomes_are_known_when_a_play_has_ended(spark: SparkSession, cut: KuaiRand) -> None:
+    events = cut.behaviors(spark, DS)
+    found = by(events, "user_id", "item_id", "type", "ts")
+    noon = datetime.fromtimestamp(NOON / 1000)
+    watched, viewed = found[1, 10, "watch", noon], found[1, 10, "long_view", noon]
+    assert (watched["clicked"], watched["viewed_long"], watched["liked"], watched["play_ratio"]) == (1, 1, 0, 0.5)
+    assert (watched["available_at"] - noon).total_seconds() == 5
+    assert viewed["available_at"] == watched["available_at"]
+    assert {kind for _, _, kind, _ in found} == {"watch", "long_view"}
+
+
+def test_the_official_release_gives_the_same_rows(spark: SparkSession, cut: KuaiRand, tmp_path: Path) -> None:
+    official = write(tmp_path / "release", official=True)
+    for ds in (BEFORE, DS):
+        for mine, theirs in (
+            (cut.impressions(spark, ds), official.impressions(spark, ds)),
+            (cut.behaviors(spark, ds), official.behaviors(spark, ds)),
+        ):
+            assert sorted(map(str, mine.collect())) == sorted(map(str, theirs.collect()))
+    assert official.history(spark) is None
+
+
+def test_history_keeps_its_order_and_lies_before_the_log(spark: SparkSession, cut: KuaiRand) -> None:
+    history = cut.history(spark)
+    assert history is not None
+    rows = sorted((r.asDict() for r in history.where("user_id = 1").collect()), key=lambda r: (r["type"], r["ts"]))
+    assert [(r["type"], r["item_id"]) for r in rows] == [
+        ("long_view", 11), ("long_view", 13), ("watch", 10), ("watch", 11), ("watch", 10)
+    ]  # fmt: skip
+    assert len({r["ts"] for r in rows if r["type"] == "watch"}) == 3
+    assert max(r["ts"] for r in rows).timestamp() * 1000 == NOON - 48 * 3_600_000
+    assert [r["viewed_long"] for r in rows if r["type"] == "watch"] == [0, 1, 0]
+    assert all(r["clicked"] is None and r["available_at"] == r["ts"] for r in rows)
+
+
+def test_all_tables_are_built_by_the_bundled_schema(spark: SparkSession, cut: KuaiRand, tmp_path: Path) -> None:
+    settings = Settings(lake=LakeSettings(warehouse=str(tmp_path / "lake"), max_quarantine_share=0.0))
+    work = Workspace(settings, spark, Lake(settings.lake), SCHEMA, cut)
+    for job in (impressions, behaviors, user_features, item_features, behavior_sequences):
+        publish(work, job, BEFORE)
+    for job in (impressions, behaviors, user_features, item_features, behavior_sequences, training_requests):
+        publish(work, job, DS)
+    requests = {r["request_id"]: r for r in work.lake.read("training_requests", [DS]).to_pylist()}
+    first, later = requests[f"1-1-{NOON}-0"], requests[f"1-4-{NOON + 200_000}-0"]
+    assert [e["event_item"] for e in first["seq_watch"]] == [hash64("10"), hash64("11"), hash64("10")], "its history"
+    seen = [e["event_item"] for e in later["seq_watch"][3:]]
+    assert sorted(seen) == sorted([hash64("10"), hash64("11"), hash64("10")]), "what was shown before, not beside it"
+    (candidate,) = later["candidates"]
+    assert candidate["item"] == hash64("13")
+    assert candidate["author"] is None, "video 13 is in no video file"
+    assert first["candidates"][0]["tag"] == hash64("39")
+
+
+@pytest.mark.realdata
+def test_the_real_log_loses_nothing_but_copies(spark: SparkSession, tmp_path: Path) -> None:
+    if not (REAL / "daily").is_dir():
+        pytest.skip(f"there is no {REAL}/daily")
+    raw = pq.read_table(REAL / "daily" / "date=20220506" / "part-0.parquet").to_pandas()
+    settings = Settings(lake=LakeSettings(warehouse=str(tmp_path / "lake")))
+    work = Workspace(settings, spark, Lake(settings.lake), SCHEMA, KuaiRand(str(REAL), SCHEMA))
+    staged = impressions.build(work, date(2022, 5, 6))
+    once = raw.drop_duplicates(["user_id", "video_id", "time_ms"])
+    assert 0 <= len(once) - (staged.rows + staged.quarantined) <= 10, "a few more are in the day before"
+    assert staged.quarantined <= 2

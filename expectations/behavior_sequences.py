@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import great_expectations.expectations as gxe
 from great_expectations.expectations.expectation import Expectation
 
 from expectations import rules
@@ -29,6 +30,14 @@ def columns(schema: FeatureSchema) -> list[Column]:
 def expectations(day: AuditDay) -> list[Expectation]:
     """Declare the rules of the rows."""
     declared = [*rules.row_count(day), rules.only_this_day(day), rules.one_row_per(*KEY)]
+    if day.rows_the_day_before is not None:
+        declared.append(
+            gxe.ExpectTableRowCountToBeBetween(
+                min_value=day.rows_the_day_before,
+                severity=rules.CRITICAL,
+                description=f"no user of the day before is lost: at least {day.rows_the_day_before:,} rows",
+            )
+        )
     for sequence in day.schema.sequences:
         name = sequence.column
         declared += [

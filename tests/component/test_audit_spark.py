@@ -57,18 +57,18 @@ BREAKS = {
 }
 
 
-@pytest.mark.parametrize("table", FACTORIES)
+@pytest.mark.parametrize("table", BREAKS)
 def test_spark_says_what_memory_says(table: str, lake: Lake, spark: SparkSession) -> None:
     manifest: dict[str, Any] = {}
     if table == "training_requests":
         manifest["inputs"] = {"impressions": publish(lake, "impressions", valid_table("impressions"))}
     kinds, rows = FACTORIES[table]()
-    BREAKS.get(table, lambda _: None)(rows)
+    BREAKS[table](rows)
     stage(lake, table, pa.Table.from_pylist(rows, schema=kinds), **manifest)
     here = audit_staged(lake, audit_schema(), table, DS, settings=AuditSettings())
     there = audit_staged(lake, audit_schema(), table, DS, spark, AuditSettings(max_rows_in_memory=ROWS - 1))
     assert (here["engine"], there["engine"]) == ("pandas", "spark")
-    assert bool(here["findings"]) == (table in BREAKS)
+    assert len(here["findings"]) >= 3
     assert _comparable(there) == _comparable(here)
 
 

@@ -26,7 +26,7 @@ def day_param() -> Param:
         type=["null", "string"],
         format="date",
         title="Day",
-        description="Day to run. Empty: the day of the logical date, as in a schedule or a backfill.",
+        description="Day to run. Empty: the day of the logical date; leave it empty in a backfill.",
     )
 
 

@@ -261,7 +261,7 @@ def raise_for(title: str, ended: Ended) -> None:
             f"{title}: BAD CONFIGURATION. {ended.error} Airflow does not retry this: correct it, then clear this task."
         )
     if ended.code == EXIT_NOT_READY:
-        raise AirflowException(f"{title}: NOT READY. {ended.error} Airflow tries again later.")
+        raise AirflowException(f"{title}: NOT READY. {ended.error} It is tried again while tries are left.")
     if ended.code < 0:
         name = signal.Signals(-ended.code).name
         hint = " The system does this when memory runs out." if ended.code == -signal.SIGKILL else ""

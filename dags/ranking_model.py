@@ -66,7 +66,8 @@ with DAG(
     catchup=False,
     max_active_runs=1,  # Today's training goes on from yesterday's.
     dagrun_timeout=timedelta(hours=36),
-    default_args=DEFAULTS,
+    # Where workers are few, the model of a day goes before the tables of the days after it.
+    default_args={**DEFAULTS, "priority_weight": 10},
     params={
         "ds": day_param(),
         "preset": preset,

@@ -88,7 +88,7 @@ def _trimmed(column: str, length: int, settled_before: SparkColumn) -> SparkColu
             (event["ts"] == oldest["ts"]) & (event["event_id"] >= oldest["event_id"])
         )
 
-    return F.when((F.size(events) <= length) | (F.size(settled) <= length), events).otherwise(F.filter(events, recent))
+    return F.when((F.size(events) <= length) | (F.size(settled) < length), events).otherwise(F.filter(events, recent))
 
 
 def yesterdays_tails(work: Workspace, ds: date) -> DataFrame | None:

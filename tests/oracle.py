@@ -127,6 +127,10 @@ def _add_event(
 
 def _add_request(world: World, draw: random.Random, ds: date, user: str, request: str, items: int) -> None:
     start = day_start(ds) + draw.choice([timedelta(minutes=-30), *(timedelta(hours=2 * h) for h in range(12))])
+    own = [event["available_at"] or event["ts"] for event in world.behaviors[ds] if event["user_id"] == user]
+    instants = [ts for ts in own if timedelta(0) <= ts - day_start(ds) < timedelta(hours=22)]
+    if instants and draw.random() < 0.4:
+        start = draw.choice(instants)  # asks at the very instant at which an event becomes known
     device = draw.choice(["phone", "desktop", None])
     for position, item in enumerate(draw.sample(range(items), draw.choice([1, 2, 4]))):
         click = int(draw.random() < 0.5)

@@ -66,7 +66,7 @@ def kuairand(path: Path) -> Log:
     """Return the real log: days to 3 May 2022 as history, then 4, 5 and 6 May."""
     if not path.is_dir():
         raise BadConfigError(f"--data {path} is not a folder; give the folder of the KuaiRand release")
-    return Log("kuairand", path.resolve(), date(2022, 4, 25), _three_days(date(2022, 5, 4)), "small")
+    return Log("kuairand", path.resolve(), date(2022, 4, 25), _three_days(date(2022, 5, 4)), "tiny")
 
 
 def _three_days(first: date) -> tuple[date, ...]:
@@ -89,6 +89,7 @@ master = "local[{min(cores, 4)}]"
 
 [training]
 preset = "{log.preset}"
+batch_size = 256  # A pass over so small a log must still be many steps.
 runs = "{HOME / "runs"}"
 threads = {threads}
 

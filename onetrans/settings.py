@@ -113,8 +113,8 @@ class TrainingSettings:
     """Size of both models."""
     lookback_days: int = 14
     """Days read when there is no earlier checkpoint to continue from."""
-    batch_size: int = 2048
-    """Impressions per optimizer step, reached by packing whole requests."""
+    batch_size: int = 512
+    """Impressions per optimizer step, reached by packing whole requests; 2048 where a day has millions."""
     epochs: int = 1
     """Passes over the training days; the published recipe is one."""
     click_weight: float = 1.0

@@ -21,13 +21,13 @@ from datetime import UTC, date, datetime, timedelta
 import numpy as np
 import numpy.typing as npt
 
-from jobs.sources.simulated.truth import BOUGHT, CARTED, CLICKED, NOTHING, Truth, sigmoid
+from jobs.sources.simulated.truth import BOUGHT, CARTED, CLICKED, NOTHING, OFFERS, Truth
 from onetrans.errors import BadConfigError
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 
-SURFACES = ("feed", "search", "live", "mall")
+SURFACES = ("feed", "search")
 DEVICES = ("phone", "tablet", "desktop")
 EVENT_TYPES = ("click", "cart", "purchase")
 SEGMENTS = 8
@@ -40,6 +40,8 @@ NEVER = np.int64(-1)
 
 _HOURLY_VISITS = (2, 1, 1, 1, 1, 2, 4, 7, 8, 7, 7, 8, 10, 9, 7, 7, 8, 9, 11, 14, 16, 15, 10, 5)
 _PLACES = 12
+_STAYS = 0.2  # probability that a request is on the surface of the one before it, whatever the hour
+_CARTS = (0.4, 0.25, 0.55, 0.3)  # probability that a click leads to a cart, by what was done last on the surface
 _DRAWN_PER_REQUEST = 16  # more than are shown, because repeated items are dropped
 
 
@@ -58,7 +60,7 @@ class WorldConfig:
     history_days: int = 14
     """Days played before ``epoch``, of which only the behaviours are kept."""
     categories: int = 12
-    """Item categories; each has one complement."""
+    """Item categories."""
     brands: int = 30
     """Brands, spread over the categories."""
     requests_per_user: float = 0.85
@@ -103,8 +105,8 @@ class Catalog:
     """What an item itself adds to the click logit."""
     purchase_appeal_M: Floats
     """What an item itself adds to the purchase logit."""
-    complement_C: Integers
-    """The category that goes with each category."""
+    offer_M: Integers
+    """How each item is offered, an index into ``OFFERS``."""
     segment_U: Integers
     """Segment of each shopper; a segment shares tastes."""
     age_band_U: Integers
@@ -191,7 +193,7 @@ def build_catalog(config: WorldConfig) -> Catalog:
         popularity_M=weight_M / totals_C[category_M],
         click_appeal_M=items.normal(0.0, 0.4, M),
         purchase_appeal_M=items.normal(0.0, 0.3, M),
-        complement_C=_cycle(tastes.permutation(C)),
+        offer_M=items.choice(len(OFFERS), M, p=(0.1, 0.3, 0.3, 0.3)),
         segment_U=segment_U,
         age_band_U=age_band_U,
         activity_U=config.requests_per_user * activity_U,
@@ -226,13 +228,6 @@ class Memory:
         )
 
 
-def _cycle(order_C: Integers) -> Integers:
-    """Return for each category the next one in a round trip, so that none complements itself."""
-    complement_C = np.empty_like(order_C)
-    complement_C[order_C] = np.roll(order_C, -1)
-    return complement_C
-
-
 def play(config: WorldConfig, last: date) -> Iterator[Day]:
     """Yield every day from the world's first to ``last``.
 
@@ -257,7 +252,7 @@ def _play_day(config: WorldConfig, catalog: Catalog, memory: Memory, trend_C: Fl
     R = len(user_R)
     context = stream(config.seed, "context", ds)
     hour_R = (ts_R - microseconds(ds)) // HOUR
-    surface_R = _surfaces(context, hour_R)
+    surface_R = _surfaces(context, user_R, ts_R, hour_R)
     device_R = context.choice(len(DEVICES), R, p=(0.7, 0.1, 0.2))
     length_R = context.integers(8, _PLACES + 1, R)
     candidates = stream(config.seed, "candidates", ds)
@@ -291,7 +286,9 @@ def _play_day(config: WorldConfig, catalog: Catalog, memory: Memory, trend_C: Fl
         ctr, cvr = _probabilities(config, catalog, memory, trend_C, u, s, device_R[rows], shown)
         click = (click_draw_RK[rows] < ctr) & (shown >= 0)
         bought = click & (purchase_draw_RK[rows] < cvr)
-        carted = click & (cart_draw_RK[rows] < np.where(bought, 0.7, 0.35))
+        carted = click & (
+            cart_draw_RK[rows] < np.where(bought, 0.5, np.asarray(_CARTS)[memory.last_type_US[u, s]][:, None])
+        )
         shown_RK[rows], click_RK[rows], conversion_RK[rows] = shown, click, bought
         true_ctr_RK[rows], true_cvr_RK[rows] = ctr, cvr
 
@@ -356,11 +353,14 @@ def _arrivals(config: WorldConfig, catalog: Catalog, ds: date) -> tuple[Integers
     return user_R[kept], microseconds(ds) + offset_R[kept]
 
 
-def _surfaces(draw: np.random.Generator, hour_R: Integers) -> Integers:
-    """Return the surface of each request; live shows are an evening matter, search a daytime one."""
+def _surfaces(draw: np.random.Generator, user_R: Integers, ts_R: Integers, hour_R: Integers) -> Integers:
+    """Return the surface of each request: search by day, the feed in the evening, now and then the one before."""
     evening_R = (hour_R >= 18) | (hour_R < 2)
-    shares_R4 = np.where(evening_R[:, None], (0.25, 0.15, 0.35, 0.25), (0.3, 0.3, 0.15, 0.25))
-    return (draw.random(len(hour_R))[:, None] > np.cumsum(shares_R4, axis=1)[:, :-1]).sum(axis=1)
+    chosen_R = (draw.random(len(hour_R)) > np.where(evening_R, 0.6, 0.45)).astype(np.int64)
+    stays_R = draw.random(len(hour_R)) < _STAYS
+    follows_R = np.r_[False, (user_R[1:] == user_R[:-1]) & (np.diff(ts_R) < HOUR)][: len(hour_R)]
+    rows_R = np.arange(len(hour_R))
+    return chosen_R[np.maximum.accumulate(np.where(stays_R & follows_R, 0, rows_R))]
 
 
 def _candidates(
@@ -373,12 +373,12 @@ def _candidates(
     category_RK: Floats,
     item_RK: Floats,
 ) -> Integers:
-    """Return the list of each request, as a retrieval stage would make it: recent interests, complements, taste, hits.
+    """Return the list of each request, as a retrieval stage would make it: recent interests, taste, hits.
 
     It looks at the interests of all surfaces, so being retrieved says little about the surface of the request.
     """
     R, K = source_RK.shape
-    C = len(catalog.complement_C)
+    C = len(trend_C)
     surface = (surface_RK * len(SURFACES)).astype(np.int64)
     recent = memory.last_category_US[u[:, None], surface]
     known = memory.last_type_US[u[:, None], surface] != NOTHING
@@ -386,8 +386,7 @@ def _candidates(
     by_taste = _pick(np.cumsum(liking, axis=1), category_RK)
     by_trend = _pick(np.cumsum(np.exp(trend_C))[None, :].repeat(R, axis=0), category_RK)
     category = np.where(source_RK < 0.8, by_taste, by_trend)
-    category = np.where((source_RK < 0.36) & known, recent, category)
-    category = np.where((source_RK < 0.16) & known, catalog.complement_C[recent], category)
+    category = np.where((source_RK < 0.3) & known, recent, category)
     # Items of category c are c, c + C, c + 2C, ...; within a category the Zipf weights decide.
     ranks_C = [np.cumsum(catalog.popularity_M[c::C]) for c in range(C)]
     item = np.empty((R, K), dtype=np.int64)
@@ -422,19 +421,18 @@ def _probabilities(
     item = np.maximum(shown_RK, 0)
     category, user = catalog.category_M[item], u[:, None]
     did_last = memory.last_type_US[u, s]
-    errand = memory.last_category_US[u, s][:, None]
+    category_last = memory.last_category_US[u, s][:, None]
     wanted = (did_last != NOTHING)[:, None]
-    same = ((category == errand) & wanted).astype(np.float64)
-    complement = ((category == catalog.complement_C[errand]) & wanted).astype(np.float64)
+    same = ((category == category_last) & wanted).astype(np.float64)
     open_cart = (memory.carted_UC[user, category] > memory.bought_UC[user, category]).astype(np.float64)
-    surface_click = np.array([0.0, 0.25, -0.2, 0.05])[s][:, None]
+    surface_click = np.array([0.0, 0.2])[s][:, None]
     device_purchase = np.array([-0.1, 0.0, 0.25])[device_R][:, None]
     click_appeal = catalog.click_appeal_M[item] + catalog.taste_UC[user, category] + trend_C[category] + surface_click
     tier = catalog.price_tier_M[item] - (PRICE_TIERS - 1) / 2
     purchase_appeal = catalog.purchase_appeal_M[item] - catalog.thrift_U[user] * tier + device_purchase
-    truth = config.truth
-    ctr = sigmoid(truth.click_logit_RK(click_appeal, did_last, same, complement, open_cart))
-    cvr = sigmoid(truth.purchase_logit_RK(purchase_appeal, did_last, same, complement, open_cart))
+    offer, truth = catalog.offer_M[item], config.truth
+    ctr = truth.click_probability(click_appeal, did_last, offer, same, open_cart)
+    cvr = truth.purchase_probability(purchase_appeal, did_last, offer, open_cart)
     return ctr, cvr
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from jobs.sources.simulated.truth import OFFERS
 from jobs.sources.simulated.world import (
     CLICKED,
     DAY,
@@ -147,6 +148,7 @@ def items_table(catalog: Catalog) -> pa.Table:
             "item_id": _names("i", np.arange(len(catalog.category_M))),
             "category": _names("category-", catalog.category_M),
             "brand": _names("brand-", catalog.brand_M),
+            "offer": _labels(OFFERS, catalog.offer_M),
             "price": pa.array(catalog.price_M),
         }
     )

@@ -1,0 +1,163 @@
+"""The simulated shop: reproducible days, a log that obeys the input contract, and a truth that explains the labels."""
+
+from datetime import date, timedelta
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from jobs.sources.simulated.truth import OFFERS
+from jobs.sources.simulated.world import DEVICES, SEGMENTS, SURFACES, Day, WorldConfig, build_catalog, play
+from jobs.sources.simulated.write import SCHEMA_FILE, write_days
+from onetrans.errors import BadConfigError
+from onetrans.metrics import auc
+from onetrans.schema import FeatureSchema, hash64
+
+CONFIG = WorldConfig(users=400, items=120, history_days=4)
+FIRST = CONFIG.epoch
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("log")
+    write_days(CONFIG, str(out), FIRST, 3)
+    return out
+
+
+@pytest.fixture(scope="module")
+def days() -> list[Day]:
+    return list(play(CONFIG, FIRST + timedelta(days=2)))
+
+
+def _read(log: Path, *parts: str) -> pa.Table:
+    return pq.ParquetFile(log.joinpath(*parts, "part-0.parquet")).read()
+
+
+def test_a_day_is_the_same_whatever_range_is_asked_for(log: Path, tmp_path: Path) -> None:
+    write_days(CONFIG, str(tmp_path), FIRST + timedelta(days=1), 1)
+    for table in ("impressions", "behaviors"):
+        part = Path(table, f"ds={FIRST + timedelta(days=1)}", "part-0.parquet")
+        assert (tmp_path / part).read_bytes() == (log / part).read_bytes()
+
+
+def test_another_seed_is_another_world(log: Path, tmp_path: Path) -> None:
+    write_days(WorldConfig(users=400, items=120, history_days=4, seed=8), str(tmp_path), FIRST, 1)
+    part = Path("impressions", f"ds={FIRST}", "part-0.parquet")
+    assert (tmp_path / part).read_bytes() != (log / part).read_bytes()
+
+
+def test_the_next_day_continues_a_log_without_repeating_its_history(tmp_path: Path) -> None:
+    write_days(CONFIG, str(tmp_path), FIRST, 1)
+    history = tmp_path / "behaviors" / "history" / "part-0.parquet"
+    before = history.read_bytes()
+    write_days(CONFIG, str(tmp_path), FIRST + timedelta(days=1), 1)
+    assert history.read_bytes() == before
+    ids = [_read(tmp_path, "behaviors", f"ds={FIRST + timedelta(days=n)}")["event_id"].to_pylist() for n in (0, 1)]
+    assert not set(ids[0]) & set(ids[1])
+
+
+def test_impressions_obey_the_contract(log: Path) -> None:
+    rows = _read(log, "impressions", f"ds={FIRST}").to_pandas()
+    assert not rows.duplicated(["request_id", "item_id"]).any()
+    assert (rows.ts.dt.date == FIRST).all()
+    assert set(rows.click) == {0, 1}
+    assert not ((rows.conversion == 1) & (rows.click == 0)).any()
+    per_request = rows.groupby("request_id")
+    for column in ("user_id", "ts", "surface", "device"):
+        assert (per_request[column].nunique() == 1).all()
+    assert per_request.size().between(1, 12).all()
+
+
+def test_events_are_delivered_on_the_day_they_became_known(log: Path) -> None:
+    for ds in (FIRST, FIRST + timedelta(days=1)):
+        rows = _read(log, "behaviors", f"ds={ds}").to_pandas()
+        assert (rows.available_at.dt.date == ds).all()
+        assert (rows.available_at >= rows.ts).all()
+    history = _read(log, "behaviors", "history").to_pandas()
+    assert (history.available_at.dt.date < FIRST).all()
+
+
+def test_every_purchase_and_cart_follows_a_click_on_the_same_item(days: list[Day]) -> None:
+    for day in days:
+        at = list(zip(day.event_request_E, day.event_place_E, strict=True))
+        clicked = {key for key, kind in zip(at, day.event_type_E, strict=True) if kind == 1}
+        assert set(at) == clicked
+        assert len(clicked) == day.click_RK.sum()
+        assert (day.event_type_E == 3).sum() == day.conversion_RK.sum()
+
+
+def test_labels_are_drawn_from_the_true_probabilities(days: list[Day]) -> None:
+    shown = [day.item_RK >= 0 for day in days]
+    click = np.concatenate([d.click_RK[m] for d, m in zip(days, shown, strict=True)])
+    ctr = np.concatenate([d.true_ctr_RK[m] for d, m in zip(days, shown, strict=True)])
+    bought = np.concatenate([d.conversion_RK[m] for d, m in zip(days, shown, strict=True)])[click]
+    cvr = np.concatenate([d.true_cvr_RK[m] for d, m in zip(days, shown, strict=True)])[click]
+    for label, probability in ((click, ctr), (bought, cvr)):
+        error = np.sqrt((probability * (1 - probability)).sum()) / len(label)
+        assert abs(label.mean() - probability.mean()) < 4 * error
+        assert auc(label, probability) > 0.7
+
+
+def test_the_last_event_on_the_surface_decides_which_offer_is_clicked(days: list[Day]) -> None:
+    """Replays every event in order, apart from the world's own memory, and finds the mood in the labels."""
+    offer_M = build_catalog(CONFIG).offer_M
+    last: dict[tuple[int, int], int] = {}
+    clicks, shown = np.zeros((4, len(OFFERS))), np.zeros((4, len(OFFERS)))
+    for day in days:
+        events = iter(sorted(zip(day.event_ts_E, day.event_type_E, day.event_request_E, strict=True)))
+        event = next(events, None)
+        for r in range(len(day.user_R)):
+            while event is not None and event[0] < day.ts_R[r]:
+                last[day.user_R[event[2]], day.surface_R[event[2]]] = event[1]
+                event = next(events, None)
+            mood = last.get((day.user_R[r], day.surface_R[r]), 0)
+            real = day.item_RK[r] >= 0
+            np.add.at(shown, (mood, offer_M[day.item_RK[r][real]]), 1)
+            np.add.at(clicks, (mood, offer_M[day.item_RK[r][real]]), day.click_RK[r][real])
+        while event is not None:
+            last[day.user_R[event[2]], day.surface_R[event[2]]] = event[1]
+            event = next(events, None)
+    rate = clicks / shown
+    for mood in (1, 2, 3):
+        others = np.delete(rate[mood, 1:], mood - 1)
+        assert rate[mood, mood] > 2 * others.max()
+
+
+def test_activity_and_popularity_are_uneven(days: list[Day]) -> None:
+    requests = np.sort(np.bincount(np.concatenate([d.user_R for d in days]), minlength=CONFIG.users))[::-1]
+    assert requests[: CONFIG.users // 10].sum() > 0.3 * requests.sum()
+    items = np.concatenate([d.item_RK[d.item_RK >= 0] for d in days])
+    shown = np.sort(np.bincount(items, minlength=CONFIG.items))[::-1]
+    assert shown[: CONFIG.items // 10].sum() > 0.2 * shown.sum()
+
+
+def test_the_schema_reads_columns_that_are_written_and_no_small_vocabulary_collides(log: Path) -> None:
+    schema = FeatureSchema.load(SCHEMA_FILE)
+    written = {
+        "user": set(_read(log, "users").column_names),
+        "item": set(_read(log, "items").column_names),
+        "context": {*_read(log, "impressions", f"ds={FIRST}").column_names, "hour_of_day"},
+        "event": set(_read(log, "behaviors", f"ds={FIRST}").column_names),
+    }
+    for feature in schema.features:
+        assert feature.column in written[feature.side] or feature.column.endswith("_7d"), feature.name
+    small = {
+        "surface": SURFACES,
+        "device": DEVICES,
+        "offer": OFFERS,
+        "segment": [f"segment-{n}" for n in range(SEGMENTS)],
+        "category": [f"category-{n}" for n in range(CONFIG.categories)],
+    }
+    for name, texts in small.items():
+        assert len({hash64(text) % schema.feature(name).hash_size for text in texts}) == len(texts), name
+
+
+def test_days_before_the_world_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadConfigError, match="begins on 2026-01-01"):
+        write_days(CONFIG, str(tmp_path), date(2025, 12, 31), 1)
+    with pytest.raises(BadConfigError, match="must be at least 1"):
+        write_days(CONFIG, str(tmp_path), FIRST, 0)
+    with pytest.raises(BadConfigError, match="items = 10"):
+        WorldConfig(items=10)

@@ -36,7 +36,7 @@ fi
 echo "setup: installing into .venv with $("$python" --version) (a few minutes, once)"
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 .venv/bin/python -m pip install --quiet --upgrade pip
-.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+PYTHONWARNINGS=ignore .venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 # Spark starts in half the time from an archive of its loaded classes.
 .venv/bin/python -m jobs.spark
 printf '%s\n' "$wanted" >"$stamp"

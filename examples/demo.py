@@ -26,7 +26,7 @@ from typing import NoReturn
 from infra.local.airflow import REPOSITORY, LocalAirflow
 from infra.local.airflow_api import Run, Task
 from infra.local.memory import MemoryWatch
-from infra.local.processes import stop_remembered
+from infra.local.processes import stop_processes, stop_remembered
 from onetrans.errors import BadConfigError, PipelineError
 
 HOME = REPOSITORY / "var" / "demo"
@@ -222,10 +222,15 @@ def _process(environment: Mapping[str, str], module: str, *arguments: str, shown
         ) as process,
     ):
         assert process.stderr is not None
-        for line in process.stderr:
-            file.write(line)
-            if shown and shown in line:
-                say(f"   {line.split(' INFO ')[-1].rstrip()}")
+        try:
+            for line in process.stderr:
+                file.write(line)
+                if shown and shown in line:
+                    say(f"   {line.split(' INFO ')[-1].rstrip()}")
+        except BaseException:
+            # On Ctrl-C Popen does not end its process: it would go on writing to the lake.
+            stop_processes([process.pid], grace=5.0)
+            raise
     if process.returncode:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_LINES:]
         raise DemoError(

@@ -1,7 +1,9 @@
 """What each model learns of the simulated shop, beside the true probabilities: AUC and UAUC of both tasks.
 
 Both models of the tiny preset read the same requests in the same order, one pass
-over the days before the evaluation day, with the optimizers of that preset.  The
+over the days before the evaluation day, with the optimizers of that preset.  A third
+row shows the baseline with each event's rank among all sequences given to it: how
+much of OneTrans's lead is knowing which event came last, whatever its type.  The
 requests come straight from the generator, without Spark: sequences strictly
 before the request, rates of the seven days before its day.
 
@@ -13,7 +15,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date, timedelta
 
 import numpy as np
@@ -22,12 +24,11 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.common import Report, parser
-from jobs.sources.simulated.truth import OFFERS
+from jobs.sources.simulated.truth import OFFERS, SURFACES
 from jobs.sources.simulated.world import (
     DEVICES,
     HOUR,
     SEGMENTS,
-    SURFACES,
     Catalog,
     Day,
     WorldConfig,
@@ -38,7 +39,7 @@ from jobs.sources.simulated.world import (
 from jobs.sources.simulated.write import SCHEMA_FILE
 from onetrans.batch import RequestBatch
 from onetrans.metrics import auc, uauc
-from onetrans.models import RankingModel, build_model, preset
+from onetrans.models import DCNv2DINConfig, RankingModel, build_model, preset
 from onetrans.optim import build_optimizers
 from onetrans.optim_config import optimizer_preset
 from onetrans.schema import FeatureSchema, Side, hash64
@@ -293,19 +294,27 @@ def main(argv: list[str] | None = None) -> int:
     seeds = arguments.seeds or (1 if arguments.quick else 3)
     torch.set_num_threads(1)
     report = Report("learning", arguments)
-    schema, config = FeatureSchema.load(SCHEMA_FILE), WorldConfig()
-    packed = pack(config, schema, config.epoch + timedelta(days=training_days))
+    schema, world = FeatureSchema.load(SCHEMA_FILE), WorldConfig()
+    packed = pack(world, schema, world.epoch + timedelta(days=training_days))
     *before, day = packed.values()
     report.add("data", "training rows", sum(d.batch.num_candidates for d in before), "impressions")
     report.add("data", "evaluation rows", day.batch.num_candidates, "impressions")
     truth = figures(day, day.true_ctr_N, day.true_cvr_N)
     for figure, value in truth.items():
         report.add("truth", figure, value)
+    baseline = preset("dcnv2_din", "tiny")
+    assert isinstance(baseline, DCNv2DINConfig)
+    models = {
+        "dcnv2_din": baseline,
+        # What a merged order of events alone is worth, without a transformer over it.
+        "dcnv2_din, event_rank merged": replace(baseline, event_rank="merged"),
+        "onetrans": preset("onetrans", "tiny"),
+    }
     for seed in range(seeds):
         found: dict[str, dict[str, float]] = {}
-        for name in ("dcnv2_din", "onetrans"):
+        for name, config in models.items():
             torch.manual_seed(seed)
-            model = build_model(preset(name, "tiny"), schema)
+            model = build_model(config, schema)
             start = time.perf_counter()
             train(model, before, arguments.batch, seed)
             report.add(f"{name}, seed {seed}", "training time", time.perf_counter() - start, "s")

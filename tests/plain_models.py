@@ -178,9 +178,12 @@ def plain_dcnv2_din(model, batch):
         parts = [lookup(model, "user", batch.user_RU[r]), lookup(model, "context", batch.context_RK[r]), item]
         for sequence, pooling in enumerate(model.pooling):
             pooled = torch.zeros_like(t)
-            for rank, e_number in enumerate(reversed(events)):
+            own_rank = -1
+            for merged_rank, e_number in enumerate(reversed(events)):
                 if int(batch.event_sequence_E[e_number]) != sequence:
                     continue
+                own_rank += 1
+                rank = merged_rank if config.event_rank == "merged" else own_rank
                 age_s = int(batch.request_time_R[r] - batch.event_time_E[e_number]) / 1e6
                 recency = model.recency.age.weight[min(int(math.log2(age_s + 1) * 2), 63)]
                 recency = recency + model.recency.rank.weight[min(int(math.log2(rank + 1) * 2), 63)]

@@ -62,8 +62,11 @@ Baseline (DCNv2, arXiv 2008.13535; DIN, arXiv 1706.06978)
     where an event feature shares its table with an item feature, that item
     feature's embedding; otherwise a linear map of all the candidate's embeddings.
     *Recency*: every event carries a learned embedding of its age at the request
-    (log-scaled buckets) and of its rank from the latest, so that the baseline knows
-    what ``rotary_time`` tells OneTrans.
+    and of its rank from the latest of its sequence (log-scaled buckets), so that
+    the baseline knows what ``rotary_time`` tells OneTrans of one sequence.  With
+    ``event_rank = "merged"`` the rank is that among all sequences: the baseline
+    then knows the order that OneTrans reads off its merged sequence, and what is
+    left between the two is the transformer.
     *Weights* are not normalised over a sequence, as in DIN: the sum keeps the
     intensity of an interest.
     *Per-task heads* have the same shape as those of OneTrans.
@@ -88,6 +91,7 @@ FirstBlock = Literal["all", "pruned"]
 TopBlock = Literal["ns_only", "s_tail"]
 Position = Literal["rotary_time", "rotary", "learned", "none"]
 Normalization = Literal["batch", "layer", "none"]
+EventRank = Literal["own", "merged"]
 
 
 @dataclass(frozen=True)
@@ -198,6 +202,8 @@ class DCNv2DINConfig:
     """Layers of the MLP beside the cross layers."""
     head_hidden: int
     """Hidden layer of each task's head."""
+    event_rank: EventRank = "own"
+    """Among which events an event's rank from the latest is counted: its own sequence's or those of all."""
     normalization: Normalization = "batch"
     """Normalisation inside the MLP."""
     dropout: float = 0.0

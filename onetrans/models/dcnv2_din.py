@@ -6,6 +6,7 @@ in :mod:`onetrans.models.config`.
 Shape suffixes: those of :mod:`onetrans.batch` and :mod:`onetrans.models.ragged`, and
 
     Q  width of one event's (or target's) description     A  hidden width of the score MLP
+    M  events of one sequence
     F  width of the features given to the cross layers
 """
 
@@ -60,10 +61,10 @@ class Recency(nn.Module):
         for table in (self.age, self.rank):
             nn.init.normal_(table.weight, std=0.05)
 
-    def forward(self, batch: RequestBatch, layout: Layout) -> Tensor:
-        """Return (E, width)."""
-        age_E = (batch.request_time_R[layout.request_T] - batch.event_time_E).clamp(min=0).double() * 1e-6
-        return self.age(_log_bucket(age_E)) + self.rank(_log_bucket(layout.age_T.double()))
+    def forward(self, age_E: Tensor, rank_E: Tensor) -> Tensor:
+        """Return (E, width) of ages in microseconds and ranks, 0 for the latest."""
+        seconds_E = age_E.clamp(min=0).double() * 1e-6
+        return self.age(_log_bucket(seconds_E)) + self.rank(_log_bucket(rank_E.double()))
 
 
 def _log_bucket(x: Tensor) -> Tensor:
@@ -167,13 +168,16 @@ class DCNv2DIN(RankingModel):
         """Return one pooled sequence (N, Q) after another."""
         batch = latest_events(batch, self.config.max_seq_len)
         everything = Layout.of(batch.event_offsets_O[1:] - batch.event_offsets_O[:-1])
-        event_EQ = torch.cat((self.embeddings("event", batch.event_EV), self.recency(batch, everything)), dim=1)
+        event_EQ = self.embeddings("event", batch.event_EV)
+        age_E = batch.request_time_R[everything.request_T] - batch.event_time_E
         groups = Groups.of(batch.candidate_offsets_O, limit=batch.num_candidates)
         target_GCQ = groups.pad(self.target(item_NQ))
         pooled: list[Tensor] = []
         for sequence, pooling in enumerate(self.pooling):
             mine = (batch.event_sequence_E == sequence).nonzero().squeeze(1)
             layout = Layout.of(torch.bincount(everything.request_T[mine], minlength=batch.num_requests))
-            event_GLQ = groups.of_request(layout.pad(event_EQ.index_select(0, mine)))
+            rank_M = everything.age_T[mine] if self.config.event_rank == "merged" else layout.age_T
+            described_MQ = torch.cat((event_EQ.index_select(0, mine), self.recency(age_E[mine], rank_M)), dim=1)
+            event_GLQ = groups.of_request(layout.pad(described_MQ))
             pooled.append(groups.unpad(pooling(target_GCQ, event_GLQ, groups.of_request(layout.real_RL))))
         return pooled

@@ -46,6 +46,7 @@ def baseline_configs(draw):
     return replace(
         BASELINE,
         cross_rank=draw(st.sampled_from([0, 3])),
+        event_rank=draw(st.sampled_from(["own", "merged"])),
         normalization=draw(st.sampled_from(["batch", "layer", "none"])),
     )
 

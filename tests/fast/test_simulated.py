@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.sources.simulated.truth import OFFERS
-from jobs.sources.simulated.world import DEVICES, SEGMENTS, SURFACES, Day, WorldConfig, build_catalog, play
+from jobs.sources.simulated.truth import OFFERS, SURFACES
+from jobs.sources.simulated.world import DEVICES, SEGMENTS, Day, WorldConfig, build_catalog, play
 from jobs.sources.simulated.write import SCHEMA_FILE, write_days
 from onetrans.errors import BadConfigError
 from onetrans.metrics import auc
@@ -100,29 +100,32 @@ def test_labels_are_drawn_from_the_true_probabilities(days: list[Day]) -> None:
         assert auc(label, probability) > 0.7
 
 
-def test_the_last_event_on_the_surface_decides_which_offer_is_clicked(days: list[Day]) -> None:
-    """Replays every event in order, apart from the world's own memory, and finds the mood in the labels."""
+def test_the_last_event_and_the_surface_decide_which_offer_is_clicked(days: list[Day]) -> None:
+    """Replays every event in order, apart from the world's own memory, and finds the wanted offer in the labels."""
     offer_M = build_catalog(CONFIG).offer_M
-    last: dict[tuple[int, int], int] = {}
-    clicks, shown = np.zeros((4, len(OFFERS))), np.zeros((4, len(OFFERS)))
+    last: dict[int, int] = {}
+    shape = (len(SURFACES), 4, len(OFFERS))
+    clicks, shown = np.zeros(shape), np.zeros(shape)
     for day in days:
         events = iter(sorted(zip(day.event_ts_E, day.event_type_E, day.event_request_E, strict=True)))
         event = next(events, None)
         for r in range(len(day.user_R)):
             while event is not None and event[0] < day.ts_R[r]:
-                last[day.user_R[event[2]], day.surface_R[event[2]]] = event[1]
+                last[day.user_R[event[2]]] = event[1]
                 event = next(events, None)
-            mood = last.get((day.user_R[r], day.surface_R[r]), 0)
             real = day.item_RK[r] >= 0
-            np.add.at(shown, (mood, offer_M[day.item_RK[r][real]]), 1)
-            np.add.at(clicks, (mood, offer_M[day.item_RK[r][real]]), day.click_RK[r][real])
+            place = (day.surface_R[r], last.get(day.user_R[r], 0), offer_M[day.item_RK[r][real]])
+            np.add.at(shown, place, 1)
+            np.add.at(clicks, place, day.click_RK[r][real])
         while event is not None:
-            last[day.user_R[event[2]], day.surface_R[event[2]]] = event[1]
+            last[day.user_R[event[2]]] = event[1]
             event = next(events, None)
     rate = clicks / shown
-    for mood in (1, 2, 3):
-        others = np.delete(rate[mood, 1:], mood - 1)
-        assert rate[mood, mood] > 2 * others.max()
+    wanted = {"feed": ("new", "bargain", "add_on"), "search": ("bargain", "add_on", "new")}
+    for surface, offers in wanted.items():
+        for did_last, offer in enumerate(offers, start=1):
+            rates = dict(zip(OFFERS, rate[SURFACES.index(surface), did_last], strict=True))
+            assert rates[offer] > 2 * max(r for name, r in rates.items() if name not in (offer, "regular"))
 
 
 def test_activity_and_popularity_are_uneven(days: list[Day]) -> None:

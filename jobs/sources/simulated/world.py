@@ -21,13 +21,12 @@ from datetime import UTC, date, datetime, timedelta
 import numpy as np
 import numpy.typing as npt
 
-from jobs.sources.simulated.truth import BOUGHT, CARTED, CLICKED, NOTHING, OFFERS, Truth
+from jobs.sources.simulated.truth import BOUGHT, CARTED, CLICKED, NOTHING, OFFERS, WANTED, Truth
 from onetrans.errors import BadConfigError
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 
-SURFACES = ("feed", "search")
 DEVICES = ("phone", "tablet", "desktop")
 EVENT_TYPES = ("click", "cart", "purchase")
 SEGMENTS = 8
@@ -41,7 +40,7 @@ NEVER = np.int64(-1)
 _HOURLY_VISITS = (2, 1, 1, 1, 1, 2, 4, 7, 8, 7, 7, 8, 10, 9, 7, 7, 8, 9, 11, 14, 16, 15, 10, 5)
 _PLACES = 12
 _STAYS = 0.2  # probability that a request is on the surface of the one before it, whatever the hour
-_CARTS = (0.4, 0.25, 0.55, 0.3)  # probability that a click leads to a cart, by what was done last on the surface
+_CARTS = (0.4, 0.25, 0.55, 0.3)  # probability that a click leads to a cart, by what was done last
 _DRAWN_PER_REQUEST = 16  # more than are shown, because repeated items are dropped
 
 
@@ -207,9 +206,9 @@ def build_catalog(config: WorldConfig) -> Catalog:
 class Memory:
     """What shoppers did so far, as far as it decides what they do next."""
 
-    last_type_US: Integers
-    """What was done last on each surface."""
-    last_category_US: Integers
+    last_type_U: Integers
+    """What was done last."""
+    last_category_U: Integers
     """The category of that event."""
     carted_UC: Integers
     """Time of the last cart in each category, or ``NEVER``."""
@@ -219,10 +218,10 @@ class Memory:
     @classmethod
     def empty(cls, config: WorldConfig) -> Memory:
         """Return the memory of shoppers who never did anything."""
-        surfaces, categories = (config.users, len(SURFACES)), (config.users, config.categories)
+        categories = (config.users, config.categories)
         return cls(
-            last_type_US=np.full(surfaces, NOTHING, dtype=np.int64),
-            last_category_US=np.zeros(surfaces, dtype=np.int64),
+            last_type_U=np.full(config.users, NOTHING, dtype=np.int64),
+            last_category_U=np.zeros(config.users, dtype=np.int64),
             carted_UC=np.full(categories, NEVER),
             bought_UC=np.full(categories, NEVER),
         )
@@ -256,7 +255,7 @@ def _play_day(config: WorldConfig, catalog: Catalog, memory: Memory, trend_C: Fl
     device_R = context.choice(len(DEVICES), R, p=(0.7, 0.1, 0.2))
     length_R = context.integers(8, _PLACES + 1, R)
     candidates = stream(config.seed, "candidates", ds)
-    source_RK, surface_RK, category_RK, item_RK = (candidates.random((R, _DRAWN_PER_REQUEST)) for _ in range(4))
+    source_RK, category_RK, item_RK = (candidates.random((R, _DRAWN_PER_REQUEST)) for _ in range(3))
     outcomes = stream(config.seed, "outcomes", ds)
     click_draw_RK, purchase_draw_RK, cart_draw_RK = (outcomes.random((R, _PLACES)) for _ in range(3))
     timing = stream(config.seed, "timing", ds)
@@ -279,15 +278,13 @@ def _play_day(config: WorldConfig, catalog: Catalog, memory: Memory, trend_C: Fl
     for turn in range(int(round_R.max(initial=-1)) + 1):
         rows = np.flatnonzero(round_R == turn)
         u, s = user_R[rows], surface_R[rows]
-        shown = _candidates(
-            catalog, memory, trend_C, u, source_RK[rows], surface_RK[rows], category_RK[rows], item_RK[rows]
-        )
+        shown = _candidates(catalog, memory, trend_C, u, source_RK[rows], category_RK[rows], item_RK[rows])
         shown[np.arange(_PLACES)[None, :] >= length_R[rows][:, None]] = -1
         ctr, cvr = _probabilities(config, catalog, memory, trend_C, u, s, device_R[rows], shown)
         click = (click_draw_RK[rows] < ctr) & (shown >= 0)
         bought = click & (purchase_draw_RK[rows] < cvr)
         carted = click & (
-            cart_draw_RK[rows] < np.where(bought, 0.5, np.asarray(_CARTS)[memory.last_type_US[u, s]][:, None])
+            cart_draw_RK[rows] < np.where(bought, 0.5, np.asarray(_CARTS)[memory.last_type_U[u]][:, None])
         )
         shown_RK[rows], click_RK[rows], conversion_RK[rows] = shown, click, bought
         true_ctr_RK[rows], true_cvr_RK[rows] = ctr, cvr
@@ -369,19 +366,14 @@ def _candidates(
     trend_C: Floats,
     u: Integers,
     source_RK: Floats,
-    surface_RK: Floats,
     category_RK: Floats,
     item_RK: Floats,
 ) -> Integers:
-    """Return the list of each request, as a retrieval stage would make it: recent interests, taste, hits.
-
-    It looks at the interests of all surfaces, so being retrieved says little about the surface of the request.
-    """
+    """Return the list of each request, as a retrieval stage would make it: the last interest, taste, hits."""
     R, K = source_RK.shape
     C = len(trend_C)
-    surface = (surface_RK * len(SURFACES)).astype(np.int64)
-    recent = memory.last_category_US[u[:, None], surface]
-    known = memory.last_type_US[u[:, None], surface] != NOTHING
+    recent = memory.last_category_U[u][:, None]
+    known = memory.last_type_U[u][:, None] != NOTHING
     liking = np.exp(1.5 * catalog.taste_UC[u] + trend_C)
     by_taste = _pick(np.cumsum(liking, axis=1), category_RK)
     by_trend = _pick(np.cumsum(np.exp(trend_C))[None, :].repeat(R, axis=0), category_RK)
@@ -420,8 +412,8 @@ def _probabilities(
     """Return the probabilities of a click, and of a purchase once clicked, for every shown item."""
     item = np.maximum(shown_RK, 0)
     category, user = catalog.category_M[item], u[:, None]
-    did_last = memory.last_type_US[u, s]
-    category_last = memory.last_category_US[u, s][:, None]
+    did_last = memory.last_type_U[u]
+    category_last = memory.last_category_U[u][:, None]
     wanted = (did_last != NOTHING)[:, None]
     same = ((category == category_last) & wanted).astype(np.float64)
     open_cart = (memory.carted_UC[user, category] > memory.bought_UC[user, category]).astype(np.float64)
@@ -431,8 +423,9 @@ def _probabilities(
     tier = catalog.price_tier_M[item] - (PRICE_TIERS - 1) / 2
     purchase_appeal = catalog.purchase_appeal_M[item] - catalog.thrift_U[user] * tier + device_purchase
     offer, truth = catalog.offer_M[item], config.truth
-    ctr = truth.click_probability(click_appeal, did_last, offer, same, open_cart)
-    cvr = truth.purchase_probability(purchase_appeal, did_last, offer, open_cart)
+    offer_wanted = np.asarray(WANTED)[s, did_last]
+    ctr = truth.click_probability(click_appeal, offer_wanted, offer, same, open_cart)
+    cvr = truth.purchase_probability(purchase_appeal, offer_wanted, offer, open_cart)
     return ctr, cvr
 
 
@@ -450,8 +443,8 @@ def _remember(
     latest = flat.argmax(axis=1)
     active = np.flatnonzero(flat[np.arange(len(u)), latest] != NEVER)
     place, kind = latest[active] // 3, latest[active] % 3
-    memory.last_type_US[u[active], s[active]] = kind + CLICKED
-    memory.last_category_US[u[active], s[active]] = catalog.category_M[shown_RK[active, place]]
+    memory.last_type_U[u[active]] = kind + CLICKED
+    memory.last_category_U[u[active]] = catalog.category_M[shown_RK[active, place]]
     for kind_of, times_UC in ((CARTED, memory.carted_UC), (BOUGHT, memory.bought_UC)):
         r, k = np.nonzero(happened_RK3[:, :, kind_of - CLICKED])
         np.maximum.at(times_UC, (u[r], catalog.category_M[shown_RK[r, k]]), when_RK3[r, k, kind_of - CLICKED])

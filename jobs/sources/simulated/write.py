@@ -18,13 +18,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs.sources.simulated.truth import OFFERS
+from jobs.sources.simulated.truth import OFFERS, SURFACES
 from jobs.sources.simulated.world import (
     CLICKED,
     DAY,
     DEVICES,
     EVENT_TYPES,
-    SURFACES,
     Catalog,
     Day,
     Integers,

@@ -111,6 +111,10 @@ class Feature:
             raise BadConfigError(f"{where}: kind = {self.kind!r} is none of {', '.join(get_args(Kind))}")
         if not self.embedding:
             object.__setattr__(self, "embedding", self.name)
+        if not _NAME.fullmatch(self.embedding):
+            raise BadConfigError(
+                f"{where}: embedding = {self.embedding!r} must be lower-case letters, digits and '_', at most 63 of them"
+            )
 
     @property
     def rows(self) -> int:

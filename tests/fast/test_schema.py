@@ -76,6 +76,7 @@ def test_features_that_share_a_table_have_one_row_count() -> None:
     ("make", "words"),
     [
         (lambda: Feature("Bad", "user", "hashed", "c", hash_size=3), "lower-case"),
+        (lambda: Feature("a", "user", "hashed", "c", hash_size=3, embedding="x.y"), "embedding = 'x.y' must be lower"),
         (lambda: Feature("a", "user", "hashed", "c"), "hash_size = 0 must be at least 1"),
         (lambda: Feature("a", "user", "bucketized", "c"), "boundaries are missing"),
         (

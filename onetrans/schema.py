@@ -113,7 +113,7 @@ class Feature:
             object.__setattr__(self, "embedding", self.name)
         if not _NAME.fullmatch(self.embedding):
             raise BadConfigError(
-                f"{where}: embedding = {self.embedding!r} must be lower-case letters, digits and '_', at most 63 of them"
+                f"{where}: embedding = {self.embedding!r} must be lower-case letters, digits and '_', at most 63"
             )
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from jobs import behavior_sequences, behaviors, impressions, item_features, trai
 from jobs.contract import user_columns
 from jobs.sources.kuairand import KuaiRand
 from jobs.workspace import Workspace
+from onetrans.errors import BadConfigError
 from onetrans.lake import Lake
 from onetrans.schema import hash64, load_schema
 from onetrans.settings import LakeSettings, Settings, SourceSettings
@@ -43,7 +45,7 @@ LOG = [
     row(1, 11, NOON + 30_000, hourmin=1300, is_click=1),  # a copy with other feedback
     row(1, 10, NOON + 80_000, tab=1),  # shown again in the same request
     row(1, 12, NOON + 200_000),  # after the gap
-    row(1, 13, NOON + 200_000, tab=4),  # another tab
+    row(1, 13, NOON + 200_000, tab=4, is_click=1, is_like=1),  # another tab
     row(2, 10, NOON),
     row(3, 10, NOON - 12 * 3_600_000 - 60_000),  # a minute before midnight: also in the day before
     row(3, 10, NOON - 12 * 3_600_000 - 60_000, day=BEFORE),
@@ -102,6 +104,15 @@ def test_requests_are_runs_of_one_user_in_one_tab(spark: SparkSession, cut: Kuai
     assert (second["click"], second["conversion"], second["position"]) == (1, 0, 1), "the copy with the click is kept"
 
 
+def test_the_schema_says_which_feedback_is_a_conversion(spark: SparkSession, cut: KuaiRand) -> None:
+    likes = KuaiRand(cut.path, replace(SCHEMA, columns={"impressions": {"conversion": "is_like"}}))
+    found = by(likes.impressions(spark, DS), "request_id", "item_id")
+    assert [key for key, values in found.items() if values["conversion"]] == [(f"1-4-{NOON + 200_000}-0", 13)]
+    other = KuaiRand(cut.path, replace(SCHEMA, columns={"impressions": {"conversion": "is_hate"}}))
+    with pytest.raises(BadConfigError, match="conversion = 'is_hate' of "):
+        other.impressions(spark, DS)
+
+
 def test_outcomes_are_known_when_a_play_has_ended(spark: SparkSession, cut: KuaiRand) -> None:
     events = cut.behaviors(spark, DS)
     found = by(events, "user_id", "item_id", "type", "ts")
@@ -110,7 +121,7 @@ def test_outcomes_are_known_when_a_play_has_ended(spark: SparkSession, cut: Kuai
     assert (watched["clicked"], watched["viewed_long"], watched["liked"], watched["play_ratio"]) == (1, 1, 0, 0.5)
     assert (watched["available_at"] - noon).total_seconds() == 5
     assert viewed["available_at"] == watched["available_at"]
-    assert {kind for _, _, kind, _ in found} == {"watch", "long_view"}
+    assert {kind for _, _, kind, _ in found} == {"watch", "long_view", "like"}
 
 
 def test_the_official_release_gives_the_same_rows(spark: SparkSession, cut: KuaiRand, tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ Two layouts are read: the official release (``log_standard_*.csv``, ``user_featu
 (``daily/date=YYYYMMDD/*.parquet`` beside the same user and video files, with an optional
 ``user_history_to_*.parquet``).  What is decided here:
 
-* A click is ``is_click``; a conversion is a click with ``long_view``.
+* A click is ``is_click``; a conversion is a click with ``long_view``, or with the feedback column that the schema names
+  (``[columns.impressions] conversion = "is_like"``).
 * The log has some rows twice, differing at most in ``hourmin`` and feedback.  One row per (user, video, time) is
   kept, the one with the most feedback, and none that the day before has already; or a label would meet its twin.
 * A day is the log's own ``date``, in Shanghai's time; around midnight the two differ by up to an hour.
@@ -36,6 +37,12 @@ SESSION_GAP = timedelta(seconds=60)
 HISTORY_SPACING = timedelta(hours=1)
 """Time given to each watched video of the history file, which has an order but no times."""
 
+CONVERSION = "long_view"
+"""Feedback that makes a click a conversion, unless the schema says otherwise."""
+
+FEEDBACK = ("long_view", "is_like")
+"""Feedback a conversion can be."""
+
 _OUTCOMES = ("is_click", "long_view", "is_like", "play_time_ms")
 _LOG_COLUMNS = ("user_id", "video_id", "time_ms", "tab", "duration_ms", *_OUTCOMES)
 
@@ -50,7 +57,13 @@ class KuaiRand:
 
     def impressions(self, spark: SparkSession, ds: date) -> DataFrame:
         """Return the impressions of one day, grouped into requests."""
-        return as_impressions(self._log(spark, ds))
+        named = self.schema.columns.get("impressions", {}).get("conversion", CONVERSION)
+        if named not in FEEDBACK:
+            raise BadConfigError(
+                f"schema {self.schema.name!r}: conversion = {named!r} of [columns.impressions] is none of "
+                f"{', '.join(FEEDBACK)}"
+            )
+        return as_impressions(self._log(spark, ds), named)
 
     def behaviors(self, spark: SparkSession, ds: date) -> DataFrame:
         """Return the plays of one day as past events."""
@@ -150,7 +163,7 @@ def without_copies(rows: DataFrame) -> DataFrame:
     return best.select(*key, "best.*")
 
 
-def as_impressions(log: DataFrame) -> DataFrame:
+def as_impressions(log: DataFrame, conversion: str = CONVERSION) -> DataFrame:
     """Return impressions with the contract's columns; requests are runs of one user in one tab."""
     stream = Window.partitionBy("user_id", "tab").orderBy("time_ms", "video_id")
     pause = F.col("time_ms") - F.lag("time_ms").over(stream)
@@ -166,7 +179,7 @@ def as_impressions(log: DataFrame) -> DataFrame:
         F.timestamp_millis("time_ms").alias("ts"),
         (F.row_number().over(within) - 1).alias("position"),
         F.col("is_click").alias("click"),
-        (F.col("is_click") * F.col("long_view")).alias("conversion"),
+        (F.col("is_click") * F.col(conversion)).alias("conversion"),
         "tab",
     )
 

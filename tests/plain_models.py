@@ -106,6 +106,19 @@ def mixed(linear, x_TI, is_ns):
     return torch.stack(out)
 
 
+def bucket(x):
+    """0 for nothing, then two buckets per doubling, by logarithm."""
+    return 0 if x == 0 else 1 + math.floor(2 * math.log2(x))
+
+
+def relative_bias(tables, asks, index, time):
+    """Bias (H, A, T) by the tokens and the seconds between each asking token and each token."""
+    ranks, times = tables.rank_KH.shape[0], tables.time_KH.shape[0]
+    rank = [[min(bucket(abs(index[t] - i)), ranks - 1) for i in index] for t in asks]
+    apart = [[min(bucket(abs(time[t] - other) // 1_000_000), times - 1) for other in time] for t in asks]
+    return (tables.rank_KH[torch.tensor(rank)] + tables.time_KH[torch.tensor(apart)]).permute(2, 0, 1)
+
+
 def plain_onetrans(model, batch):
     """Return (ctr, cvr) of every candidate, each from its own copy of [S ; NS]."""
     config, norms = model.config, rms_norm
@@ -124,24 +137,32 @@ def plain_onetrans(model, batch):
             total = x_TM.shape[0]
             normed = norms(x_TM, block.norm_attention)
             kv = mixed(block.key_value, normed, is_ns)
-            k_THD = kv[:, : config.hidden_dim].unflatten(1, (config.num_heads, -1))
-            v_THD = kv[:, config.hidden_dim :].unflatten(1, (config.num_heads, -1))
+            kv_heads = config.num_kv_heads or config.num_heads
+            k_THD = kv[:, : kv_heads * config.head_dim].unflatten(1, (kv_heads, -1))
+            v_THD = kv[:, kv_heads * config.head_dim :].unflatten(1, (kv_heads, -1))
             asks = [t for t in range(total) if is_ns[t] or queries > 0]  # a block without S-queries lacks their weights
             q_AHD = mixed(block.query, normed[asks], [is_ns[t] for t in asks]).unflatten(1, (config.num_heads, -1))
             if config.qk_norm:
                 q_AHD, k_THD = norms(q_AHD, block.norm_query), norms(k_THD, block.norm_key)
             k_THD = torch.stack([turn(k_THD[t], config.position, index[t], time[t]) for t in range(total)])
             q_AHD = torch.stack([turn(q, config.position, index[t], time[t]) for q, t in zip(q_AHD, asks, strict=True)])
+            of_head = [h * kv_heads // config.num_heads for h in range(config.num_heads)]
+            k_THD, v_THD = k_THD[:, of_head], v_THD[:, of_head]
             seen_AT = torch.zeros(len(asks), total, dtype=torch.bool)
             for a, t in enumerate(asks):
                 for other in range(total):
                     earlier = other <= t if config.attention == "causal" else True
                     hidden = is_ns[other] and not is_ns[t]
-                    seen_AT[a, other] = (exists[other] and earlier and not hidden) or other == t
+                    far = config.sliding_window and not is_ns[t] and index[t] - index[other] >= config.sliding_window
+                    seen_AT[a, other] = (exists[other] and earlier and not hidden and not far) or other == t
             logits_HAT = torch.einsum("ahd,thd->hat", q_AHD, k_THD) / math.sqrt(config.head_dim)
+            if config.relative_bias:
+                logits_HAT = logits_HAT + relative_bias(block.bias, asks, index, time)
             weights_HAT = logits_HAT.masked_fill(~seen_AT, -math.inf).softmax(-1)
             attended = torch.einsum("hat,thd->ahd", weights_HAT, v_THD).flatten(1)
             asks_ns = [is_ns[t] for t in asks]
+            if config.gated_attention:
+                attended = attended * torch.sigmoid(mixed(block.gate, normed[asks], asks_ns))
             z = x_TM[asks] + mixed(block.out, attended, asks_ns)
             inner = F.gelu(mixed(block.ffn_in, norms(z, block.norm_ffn), asks_ns))
             out = z + mixed(block.ffn_out, inner, asks_ns)

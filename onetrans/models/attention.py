@@ -69,12 +69,13 @@ def _angles(position: Position, head_dim: int, index_X: Tensor, time_X: Tensor) 
     return angle_XA
 
 
-def sequence_mask(queries: Layout, keys: Layout, attention: Attention, dtype: torch.dtype) -> Tensor:
+def sequence_mask(queries: Layout, keys: Layout, attention: Attention, dtype: torch.dtype, window: int = 0) -> Tensor:
     """Return the additive mask (R, 1, Q, L) of stage I: 0 where a query sees a key, -inf elsewhere.
 
     Both rectangles end with the most recent token, so ages are compared, not slots: that is the bottom-right
     alignment a causal mask needs when fewer queries than keys are given.  An empty query slot sees the key slot
     of its own age, because a softmax over nothing is not a number; what it computes is dropped.
+    A query sees the ``window`` tokens that end with itself; 0 stands for all.
     """
     device = keys.lengths_R.device
     age_Q1 = torch.arange(queries.width - 1, -1, -1, device=device)[:, None]
@@ -82,6 +83,8 @@ def sequence_mask(queries: Layout, keys: Layout, attention: Attention, dtype: to
     seen_RQL = keys.real_RL[:, None, :]
     if attention == "causal":
         seen_RQL = seen_RQL & (age_L >= age_Q1)
+    if window:
+        seen_RQL = seen_RQL & (age_L < age_Q1 + window)
     return _additive(seen_RQL | (age_L == age_Q1), dtype)[:, None]
 
 
@@ -115,9 +118,16 @@ def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -math.inf)
 
 
-def attend(q_BQHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, mask_B1QL: Tensor) -> Tensor:
-    """Return softmax(q k / sqrt(D) + mask) v as (B, Q, H * D)."""
+def attend(q_BQHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, mask_BHQL: Tensor) -> Tensor:
+    """Return softmax(q k / sqrt(D) + mask) v as (B, Q, H * D).
+
+    Keys and values may have fewer heads, each for a run of neighbouring query heads; the mask may have one head.
+    """
     out_BHQD = F.scaled_dot_product_attention(
-        q_BQHD.transpose(1, 2), k_BLHD.transpose(1, 2), v_BLHD.transpose(1, 2), attn_mask=mask_B1QL
+        q_BQHD.transpose(1, 2),
+        k_BLHD.transpose(1, 2),
+        v_BLHD.transpose(1, 2),
+        attn_mask=mask_BHQL,
+        enable_gqa=k_BLHD.shape[2] != q_BQHD.shape[2],
     )
     return out_BHQD.transpose(1, 2).flatten(2)

@@ -38,8 +38,28 @@ Block (3.3)
     *Full attention* means: S-tokens see all S-tokens, NS-tokens all of S and NS.
     S never sees NS even then, otherwise nothing could be shared by the
     candidates of a request.
-    *QK-norm* (not in the paper) scales queries and keys of each head to unit mean
-    square, with one learned gain per channel, before rotation.
+
+Beyond the paper (each a field, off by default)
+    *QK-norm* scales queries and keys of each head to unit mean square, with one
+    learned gain per channel, before rotation.
+    *Gated attention* multiplies the heads' outputs by sigmoid(W x), x the block's
+    normed input, one gate per channel, before the output projection.  W is mixed as
+    the other projections are, and has no bias: gates start around one half.
+    *Grouped queries*: with ``num_kv_heads`` fewer keys and values are computed and
+    cached; neighbouring query heads share one.
+    *Sliding window* counts tokens of the block's input, [SEP] included.
+    *Relative bias*: a table per head and block over buckets, half a doubling wide, of
+    the events between query and key, and one of the seconds; the same tables in both
+    stages.  NS-tokens are one step from the latest event and none from each other.
+    It reads differences alone, so cached keys stay valid.  The table of seconds starts
+    at zero: how fast interest fades is the log's to tell.  The table of events starts at
+    -2^-h per bucket in head h, from the second latest event on: attention falls as
+    distance^(-2.9 / 2^h), steeply in the first head, hardly in the last, as in ALiBi
+    (arXiv 2108.12409).  From zero all events would start alike, and what the latest of
+    L events tells would reach the tokens, and the gradient of its weight, at one part in
+    L; so a head that looks at the latest is given, not searched for.  Slopes by head keep
+    others for the whole history.  The latest event and the NS-tokens start equal,
+    else the steepest head would see the NS-tokens alone.
 
 Pyramid (3.3)
     The number of S-queries falls linearly over the blocks from ``max_seq_len`` to
@@ -136,6 +156,14 @@ class OneTransConfig:
     """How a token knows its place and time."""
     qk_norm: bool = False
     """Whether queries and keys are normalised per head."""
+    gated_attention: bool = False
+    """Whether each channel of the attention output is scaled by a learned gate of the token."""
+    num_kv_heads: int = 0
+    """Heads of keys and values, each for as many neighbouring query heads; 0 means ``num_heads``."""
+    sliding_window: int = 0
+    """Most recent S-tokens, itself included, that an S-token sees; 0 means all. NS-tokens always see all."""
+    relative_bias: bool = False
+    """Whether scores get a learned bias by the number of events and of seconds between query and key."""
 
     def __post_init__(self) -> None:
         check = _Check("onetrans", self)
@@ -158,11 +186,24 @@ class OneTransConfig:
             check.refuse("separators", "needs merge = 'intent_ordered': in time order sequences have no border")
         if self.first_block == "pruned" and not self.pyramid:
             check.refuse("first_block", "needs pyramid = True: without it no block is pruned")
+        check.at_least("num_kv_heads", 0)
+        if self.num_kv_heads and self.num_heads % self.num_kv_heads:
+            check.refuse("num_kv_heads", f"must divide num_heads = {self.num_heads}, or be 0 for as many")
+        check.at_least("sliding_window", 0)
+        if self.sliding_window and self.attention != "causal":
+            check.refuse("sliding_window", "needs attention = 'causal': a window ends with the token that looks")
+        if self.sliding_window >= self.max_seq_len:
+            check.refuse("sliding_window", f"must be below max_seq_len = {self.max_seq_len}: it would hide nothing")
 
     @property
     def head_dim(self) -> int:
         """Width of one attention head."""
         return self.hidden_dim // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.num_kv_heads or self.num_heads
 
     def query_schedule(self) -> tuple[int, ...]:
         """Return the largest number of S-queries of each block, first to top (paper section 3.3).

@@ -7,7 +7,8 @@ equals running [S ; NS] once per candidate.
 
 Shape suffixes: those of :mod:`onetrans.batch` and :mod:`onetrans.models.ragged`, and
 
-    P  NS positions      H  heads      D  head width      M  token width (hidden_dim)
+    P  NS positions      H  heads (of keys and values: kv_heads)      D  head width
+    M  token width (hidden_dim)
     W  C * P, NS-tokens of one group of candidates        X  any rows
 """
 
@@ -25,6 +26,7 @@ from onetrans.models.attention import Rotation, attend, candidate_mask, sequence
 from onetrans.models.config import OneTransConfig
 from onetrans.models.ragged import Groups, Layout, latest_events
 from onetrans.models.ranking import Heads, RankingModel, Scores
+from onetrans.models.relative_bias import Distances, RelativeBias
 from onetrans.models.tokenizer import AutoSplit, GroupWise, SequenceTokenizer
 from onetrans.schema import FeatureSchema
 
@@ -71,6 +73,8 @@ class RequestState:
     """Keys and values of each block's input."""
     layouts: tuple[Layout, ...]
     """Where they stand."""
+    times: tuple[Tensor, ...]
+    """Time of each of them: int64, microseconds since 1970-01-01 UTC."""
     top_RM: Tensor | None
     """Mean of the S-states that leave the top block, zero without any; None where none leave it."""
 
@@ -84,11 +88,13 @@ class Block(nn.Module):
         inner = width * config.ffn_multiplier
         # Two residual branches per block: scaled so that the sum over all of them keeps its variance.
         residual = (2 * config.num_layers) ** -0.5
-        self.heads, self.head_dim = config.num_heads, config.head_dim
+        self.heads, self.kv_heads, self.head_dim = config.num_heads, config.kv_heads, config.head_dim
         self.norm_attention = nn.RMSNorm(width, eps=1e-6)
         self.norm_ffn = nn.RMSNorm(width, eps=1e-6)
         self.query = MixedLinear(config, width, width, for_s=s_queries)
-        self.key_value = MixedLinear(config, width, 2 * width, for_s=True)
+        self.key_value = MixedLinear(config, width, 2 * config.kv_heads * config.head_dim, for_s=True)
+        self.gate = MixedLinear(config, width, width, for_s=s_queries) if config.gated_attention else None
+        self.bias = RelativeBias(config.num_heads) if config.relative_bias else None
         self.out = MixedLinear(config, width, width, for_s=s_queries, gain=residual)
         self.ffn_in = MixedLinear(config, width, inner, for_s=s_queries)
         self.ffn_out = MixedLinear(config, inner, width, for_s=s_queries, gain=residual)
@@ -104,7 +110,7 @@ class Block(nn.Module):
 
     def _keys_values(self, kv_X2M: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
         k_XM, v_XM = kv_X2M.chunk(2, dim=-1)
-        k_XHD = k_XM.unflatten(-1, (self.heads, self.head_dim))
+        k_XHD = k_XM.unflatten(-1, (self.kv_heads, self.head_dim))
         if self.norm_key is not None:
             k_XHD = self.norm_key(k_XHD)
         return (rotation(k_XHD) if rotation is not None else k_XHD), v_XM
@@ -113,8 +119,8 @@ class Block(nn.Module):
         """Return the normalised S-tokens (T, M), and keys and values of all of them."""
         normed_TM = self.norm_attention(x_TM)
         k_THD, v_TM = self._keys_values(self.key_value.s(normed_TM), rotation)
-        k_RLHD = layout.pad(k_THD.flatten(1)).unflatten(-1, (self.heads, self.head_dim))
-        v_RLHD = layout.pad(v_TM).unflatten(-1, (self.heads, self.head_dim))
+        k_RLHD = layout.pad(k_THD.flatten(1)).unflatten(-1, (self.kv_heads, self.head_dim))
+        v_RLHD = layout.pad(v_TM).unflatten(-1, (self.kv_heads, self.head_dim))
         return normed_TM, BlockCache(k_RLHD, v_RLHD)
 
     def encode_s(
@@ -130,6 +136,8 @@ class Block(nn.Module):
         q_QHD = self._queries(self.query.s(normed_QM), rotation)
         q_RQHD = layout.pad(q_QHD.flatten(1)).unflatten(-1, (self.heads, self.head_dim))
         attended_QM = layout.unpad(attend(q_RQHD, cache.k_RLHD, cache.v_RLHD, mask))
+        if self.gate is not None:
+            attended_QM = attended_QM * self.gate.s(normed_QM).sigmoid()
         z_QM = x_QM + self.dropout(self.out.s(attended_QM))
         return z_QM + self.dropout(self.ffn_out.s(F.gelu(self.ffn_in.s(self.norm_ffn(z_QM)))))
 
@@ -140,20 +148,23 @@ class Block(nn.Module):
         normed_PNM = self.norm_attention(x_PNM)
         q_PNHD = self._queries(self.query.ns(normed_PNM), rotation)
         k_PNHD, v_PNM = self._keys_values(self.key_value.ns(normed_PNM), rotation)
-        q_GWHD = self._group(q_PNHD.flatten(2), groups)
-        k_GLHD = torch.cat((groups.of_request(cache.k_RLHD), self._group(k_PNHD.flatten(2), groups)), dim=1)
-        v_GLHD = torch.cat((groups.of_request(cache.v_RLHD), self._group(v_PNM, groups)), dim=1)
+        q_GWHD = self._group(q_PNHD.flatten(2), groups, self.heads)
+        k_GWHD, v_GWHD = (self._group(x, groups, self.kv_heads) for x in (k_PNHD.flatten(2), v_PNM))
+        k_GLHD = torch.cat((groups.of_request(cache.k_RLHD), k_GWHD), dim=1)
+        v_GLHD = torch.cat((groups.of_request(cache.v_RLHD), v_GWHD), dim=1)
         positions, _, width = x_PNM.shape
         attended_GWM = attend(q_GWHD, k_GLHD, v_GLHD, mask)
         attended_GCF = attended_GWM.reshape(groups.count, groups.size, positions * width)
-        attended_NPM = groups.unpad(attended_GCF).unflatten(1, (positions, width))
-        z_PNM = x_PNM + self.dropout(self.out.ns(attended_NPM.transpose(0, 1)))
+        attended_PNM = groups.unpad(attended_GCF).unflatten(1, (positions, width)).transpose(0, 1)
+        if self.gate is not None:
+            attended_PNM = attended_PNM * self.gate.ns(normed_PNM).sigmoid()
+        z_PNM = x_PNM + self.dropout(self.out.ns(attended_PNM))
         return z_PNM + self.dropout(self.ffn_out.ns(F.gelu(self.ffn_in.ns(self.norm_ffn(z_PNM)))))
 
-    def _group(self, x_PNM: Tensor, groups: Groups) -> Tensor:
+    def _group(self, x_PNM: Tensor, groups: Groups, heads: int) -> Tensor:
         """Put the NS-tokens of each group's candidates side by side: (G, W, H, D)."""
         x_GCF = groups.pad(x_PNM.transpose(0, 1).flatten(1))
-        return x_GCF.reshape(groups.count, groups.size * x_PNM.shape[0], self.heads, self.head_dim)
+        return x_GCF.reshape(groups.count, groups.size * x_PNM.shape[0], heads, self.head_dim)
 
 
 class OneTrans(RankingModel):
@@ -183,25 +194,32 @@ class OneTrans(RankingModel):
         rotation = self._rotation(layout.index_T, time_T)
         caches: list[BlockCache] = []
         layouts: list[Layout] = []
+        times: list[Tensor] = []
         mask: Tensor | None = None  # of the current layout, as long as nothing is pruned
+        distances: Distances | None = None  # likewise
         for block, queries in zip(self.blocks, self.schedule, strict=True):
             assert isinstance(block, Block)
             normed_TM, cache = block.encode_keys(x_TM, layout, rotation)
             caches.append(cache)
             layouts.append(layout)
+            times.append(time_T)
             if not queries:
                 break
             tail, kept = layout.tail(self._with_separators(queries))
             if kept is not None:
                 x_TM, normed_TM = x_TM.index_select(0, kept), normed_TM.index_select(0, kept)
                 rotation = rotation.select(kept) if rotation is not None else None
+                time_T = time_T[kept]
             if mask is None or kept is not None:
-                mask = sequence_mask(tail, layout, self.config.attention, x_TM.dtype)
+                mask = sequence_mask(tail, layout, self.config.attention, x_TM.dtype, self.config.sliding_window)
+                if self.config.relative_bias:
+                    distances = Distances.of_sequences(tail, layout, time_T, times[-1])
             if tail.width:
-                x_TM = block.encode_s(x_TM, normed_TM, cache, tail, mask, rotation)
+                biased = mask if block.bias is None or distances is None else mask + block.bias(distances)
+                x_TM = block.encode_s(x_TM, normed_TM, cache, tail, biased, rotation)
             layout, mask = tail, (mask if kept is None else None)
         top_RM = self._mean(self.norm(x_TM), layout) if self.schedule[-1] else None
-        return RequestState(tuple(caches), tuple(layouts), top_RM)
+        return RequestState(tuple(caches), tuple(layouts), tuple(times), top_RM)
 
     def score_candidates(self, batch: RequestBatch, state: RequestState) -> Scores:
         """Run stage II: the NS-tokens of every candidate against its request's state; events are not read."""
@@ -216,13 +234,18 @@ class OneTrans(RankingModel):
         # A wider group also computes scores between its candidates only to mask them: keep that below the S side.
         groups = Groups.of(batch.candidate_offsets_O, limit=max(first.width // config.num_ns_tokens, MIN_GROUP))
         rotation = self._rotation(first.lengths_R[request_N], batch.request_time_R[request_N])
-        mask, masked = None, None
-        for block, cache, layout in zip(self.blocks, state.blocks, state.layouts, strict=True):
+        mask, masked, distances = None, None, None
+        for block, cache, layout, time_T in zip(self.blocks, state.blocks, state.layouts, state.times, strict=True):
             assert isinstance(block, Block)
             if mask is None or masked is not layout:
                 mask = candidate_mask(layout, groups, config.num_ns_tokens, config.attention, x_PNM.dtype)
                 masked = layout
-            x_PNM = block.encode_ns(x_PNM, cache, groups, mask, rotation)
+                if config.relative_bias:
+                    distances = Distances.of_candidates(
+                        layout, groups, time_T, batch.request_time_R, config.num_ns_tokens
+                    )
+            biased = mask if block.bias is None or distances is None else mask + block.bias(distances)
+            x_PNM = block.encode_ns(x_PNM, cache, groups, biased, rotation)
         states_NF = self.norm(x_PNM).transpose(0, 1).flatten(1)
         if state.top_RM is not None:
             states_NF = torch.cat((states_NF, state.top_RM.index_select(0, request_N)), dim=1)

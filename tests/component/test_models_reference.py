@@ -25,19 +25,25 @@ BASELINE = DCNv2DINConfig(
 def onetrans_configs(draw):
     merge = draw(st.sampled_from(["time_ordered", "intent_ordered"]))
     pyramid = draw(st.booleans())
+    attention = draw(st.sampled_from(["causal", "full"]))
     return replace(
         ONETRANS,
         num_layers=draw(st.integers(1, 3)),
+        num_heads=4,
         tokenizer=draw(st.sampled_from(["auto_split", "group_wise"])),
         merge=merge,
         separators=merge == "intent_ordered" and draw(st.booleans()),
         ns_parameters=draw(st.sampled_from(["own", "shared"])),
-        attention=draw(st.sampled_from(["causal", "full"])),
+        attention=attention,
         pyramid=pyramid,
         first_block=draw(st.sampled_from(["all", "pruned"])) if pyramid else "all",
         top_block=draw(st.sampled_from(["ns_only", "s_tail"])),
         position=draw(st.sampled_from(["rotary_time", "rotary", "learned", "none"])),
         qk_norm=draw(st.booleans()),
+        gated_attention=draw(st.booleans()),
+        num_kv_heads=draw(st.sampled_from([0, 1, 2])),
+        sliding_window=draw(st.sampled_from([0, 1, 3])) if attention == "causal" else 0,
+        relative_bias=draw(st.booleans()),
     )
 
 
@@ -82,6 +88,9 @@ def larger_embeddings(model):
     with torch.no_grad():
         for table in model.embedding_parameters().values():
             table.mul_(20.0)
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias.time_KH"):
+                parameter.normal_()  # starts at zero
     return model
 
 

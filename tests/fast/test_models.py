@@ -1,5 +1,7 @@
 """What both models promise whatever their weights: independence, masks, parameters per position, and learning."""
 
+import bisect
+import math
 from dataclasses import replace
 
 import pytest
@@ -10,17 +12,28 @@ from onetrans.models import DCNv2DINConfig, OneTransConfig, build_model, preset
 from onetrans.models.attention import Rotation
 from onetrans.models.onetrans import MixedLinear
 from onetrans.models.ragged import Groups, Layout, latest_events
+from onetrans.models.relative_bias import (
+    RANK_BUCKETS,
+    TIME_BUCKETS,
+    Distances,
+    RelativeBias,
+    bucket_starts,
+)
 from onetrans.optim import build_optimizers
 from onetrans.optim_config import optimizer_preset
 from tests.batches import model_schema, random_batch, select_requests
 
 SCHEMA = model_schema()
 ONETRANS = replace(preset("onetrans", "tiny"), max_seq_len=12, pyramid_multiple=4, num_layers=3)
+BEYOND = replace(
+    ONETRANS, position="none", relative_bias=True, gated_attention=True, num_kv_heads=1, sliding_window=3
+)  # fmt: skip
 BASELINE = preset("dcnv2_din", "tiny")
 CONFIGS = [
     pytest.param(ONETRANS, id="onetrans"),
     pytest.param(replace(ONETRANS, merge="intent_ordered", separators=True, top_block="s_tail"), id="onetrans-intent"),
     pytest.param(replace(ONETRANS, tokenizer="group_wise", attention="full", position="learned"), id="onetrans-full"),
+    pytest.param(BEYOND, id="onetrans-beyond"),
     pytest.param(BASELINE, id="dcnv2_din"),
 ]
 
@@ -32,6 +45,9 @@ def trained_like(config, seed=0):
     with torch.no_grad():
         for table in model.embedding_parameters().values():
             table.mul_(20.0)
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias.time_KH"):
+                parameter.normal_()  # starts at zero
     return model
 
 
@@ -100,7 +116,7 @@ def test_rare_shapes_give_finite_scores_and_gradients(config, candidates, events
             assert torch.isfinite(parameter.grad.to_dense()).all(), name
 
 
-@pytest.mark.parametrize("config", CONFIGS[:3])
+@pytest.mark.parametrize("config", CONFIGS[:4])
 def test_s_never_sees_ns(config):
     """Stage I is bitwise the same whatever user, context and candidates are, and stage II reads no events."""
     model, batch = trained_like(config), random_batch(SCHEMA, [3, 2], [9, 4], seed=5)
@@ -120,17 +136,19 @@ def test_s_never_sees_ns(config):
     assert torch.equal(torch.stack(model.score_candidates(no_events, state)), torch.stack(model(batch)))
 
 
-def test_later_events_do_not_change_earlier_keys():
-    """Append-stable: the first block's keys of a request's first events stay when more events follow."""
-    model, batch = trained_like(ONETRANS), random_batch(SCHEMA, [1], [9], seed=7)
+@pytest.mark.parametrize("config", [ONETRANS, BEYOND, replace(ONETRANS, relative_bias=True)])
+def test_later_events_do_not_change_earlier_keys(config):
+    """Append-stable: all blocks' keys of a request's first events stay when more events follow, unless pruned."""
+    config = replace(config, pyramid=False)
+    model, batch = trained_like(config), random_batch(SCHEMA, [1], [9], seed=7)
     shorter = replace(
         batch, event_EV=batch.event_EV[:6], event_sequence_E=batch.event_sequence_E[:6],
         event_time_E=batch.event_time_E[:6], event_offsets_O=torch.tensor([0, 6]),
         request_time_R=batch.request_time_R - 3_600_000_000,
     )  # fmt: skip
-    long, short = model.encode_requests(batch).blocks[0], model.encode_requests(shorter).blocks[0]
-    torch.testing.assert_close(long.k_RLHD[:, :6], short.k_RLHD, rtol=0, atol=1e-6)
-    torch.testing.assert_close(long.v_RLHD[:, :6], short.v_RLHD, rtol=0, atol=1e-6)
+    for long, short in zip(model.encode_requests(batch).blocks, model.encode_requests(shorter).blocks, strict=True):
+        torch.testing.assert_close(long.k_RLHD[:, :6], short.k_RLHD, rtol=0, atol=1e-5)
+        torch.testing.assert_close(long.v_RLHD[:, :6], short.v_RLHD, rtol=0, atol=1e-5)
 
 
 def test_causal_s_tokens_do_not_see_later_ones():
@@ -199,6 +217,51 @@ def test_rotation_depends_on_distance_alone_also_at_epoch_seconds():
     base = score(0, 0)
     torch.testing.assert_close(score(500, 1_650_000_000_000_000), base, rtol=0, atol=1e-5)
     assert (score(0, 0) - (q * k).sum(-1)).abs().min() > 1e-2
+
+
+def test_relative_bias_buckets_are_half_doublings():
+    for buckets in (RANK_BUCKETS, TIME_BUCKETS):
+        starts = bucket_starts(buckets)
+        assert len(starts) == buckets - 1
+        for x in (1, 2, 3, 4, 5, 6, 7, 8, 100, 8192, 86_400, 10**9):
+            expected = min(1 + math.floor(2 * math.log2(x)), buckets - 1)
+            assert bisect.bisect_right(starts, x) == expected
+
+
+def test_relative_bias_starts_as_a_power_of_the_distance():
+    """The latest event weighs what the NS-tokens do; each doubling of the distance costs head h 2 * 2^-h."""
+    bias = RelativeBias(heads=3)
+    layout, groups = Layout.of(torch.tensor([8])), Groups.of(torch.tensor([0, 1]), limit=8)
+    time_T = torch.arange(8) * 60_000_000
+    start_HY = bias(Distances.of_candidates(layout, groups, time_T, torch.tensor([10**12]), positions=2))[0, :, 0]
+    for head, slope in enumerate((1.0, 0.5, 0.25)):
+        at = {steps: start_HY[head, 8 - steps].item() / slope for steps in (1, 2, 4, 8)}
+        assert at == {1: 0.0, 2: -2.0, 4: -4.0, 8: -6.0}
+        assert start_HY[head, 8:].tolist() == [0.0, 0.0]
+
+
+def test_sliding_window_hides_what_is_further_back_from_s_tokens():
+    config = replace(ONETRANS, pyramid=False, num_layers=2, sliding_window=3)
+    model, batch = trained_like(config), random_batch(SCHEMA, [1], [9], seed=8)
+    event_EV = batch.event_EV.clone()
+    event_EV[2] = (event_EV[2] + 1) % 3
+    before, after = (model.encode_requests(b).blocks[-1] for b in (batch, replace(batch, event_EV=event_EV)))
+    changed = (before.k_RLHD - after.k_RLHD).abs().amax((0, 2, 3)) > 1e-6
+    assert changed.tolist() == [False, False, True, True, True, False, False, False, False]
+
+
+def test_grouped_queries_compute_and_keep_fewer_keys():
+    model = trained_like(replace(ONETRANS, num_kv_heads=1))
+    state = model.encode_requests(random_batch(SCHEMA, [1], [9]))
+    assert {cache.k_RLHD.shape[2] for cache in state.blocks} == {cache.v_RLHD.shape[2] for cache in state.blocks} == {1}
+    assert model.blocks[0].key_value.weight_s.shape == (2 * 16, 32)
+    assert model.blocks[0].key_value.weight_ns.shape == (4, 32, 2 * 16)
+
+
+def test_each_ns_position_has_its_own_gate():
+    gate = build_model(replace(ONETRANS, gated_attention=True), SCHEMA).blocks[0].gate
+    assert gate.weight_s.shape == (32, 32)
+    assert gate.weight_ns.shape == (4, 32, 32)
 
 
 def test_truncation_keeps_the_latest_events_of_all_sequences_together():

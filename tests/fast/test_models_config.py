@@ -39,6 +39,14 @@ def test_both_models_of_a_size_read_the_same_events_and_embeddings(size):
         ({"pyramid": False, "first_block": "pruned"}, "onetrans.first_block = 'pruned' needs pyramid = True"),
         ({"pyramid": 1}, "onetrans.pyramid = 1 must be of type bool"),
         ({"max_seq_len": 1.5}, "onetrans.max_seq_len = 1.5 must be of type int"),
+        ({"num_kv_heads": -1}, "onetrans.num_kv_heads = -1 must be at least 0"),
+        ({"num_kv_heads": 3}, "onetrans.num_kv_heads = 3 must divide num_heads = 2, or be 0"),
+        ({"num_kv_heads": 4}, "onetrans.num_kv_heads = 4 must divide num_heads = 2, or be 0"),
+        ({"sliding_window": -1}, "onetrans.sliding_window = -1 must be at least 0"),
+        ({"sliding_window": 8, "attention": "full"}, "onetrans.sliding_window = 8 needs attention = 'causal'"),
+        ({"sliding_window": 64}, "onetrans.sliding_window = 64 must be below max_seq_len = 64: it would hide nothing"),
+        ({"gated_attention": 1}, "onetrans.gated_attention = 1 must be of type bool"),
+        ({"relative_bias": "hstu"}, "onetrans.relative_bias = 'hstu' must be of type bool"),
     ],
 )
 def test_onetrans_refusals(change, words):

@@ -148,19 +148,21 @@ def plain_onetrans(model, batch):
             q_AHD = torch.stack([turn(q, config.position, index[t], time[t]) for q, t in zip(q_AHD, asks, strict=True)])
             of_head = [h * kv_heads // config.num_heads for h in range(config.num_heads)]
             k_THD, v_THD = k_THD[:, of_head], v_THD[:, of_head]
-            seen_AT = torch.zeros(len(asks), total, dtype=torch.bool)
-            for a, t in enumerate(asks):
-                for other in range(total):
-                    earlier = other <= t if config.attention == "causal" else True
-                    hidden = is_ns[other] and not is_ns[t]
-                    far = config.sliding_window and not is_ns[t] and index[t] - index[other] >= config.sliding_window
-                    seen_AT[a, other] = (exists[other] and earlier and not hidden and not far) or other == t
+            asks_ns = [is_ns[t] for t in asks]
+            asking_A1, asking_ns_A1 = torch.tensor(asks)[:, None], torch.tensor(asks_ns)[:, None]
+            other_T = torch.arange(total)
+            seen_AT = torch.tensor(exists) & ~(torch.tensor(is_ns) & ~asking_ns_A1)
+            if config.attention == "causal":
+                seen_AT = seen_AT & (other_T <= asking_A1)
+            if config.sliding_window:
+                far_AT = torch.tensor(index)[asking_A1] - torch.tensor(index) >= config.sliding_window
+                seen_AT = seen_AT & (asking_ns_A1 | ~far_AT)
+            seen_AT = seen_AT | (other_T == asking_A1)
             logits_HAT = torch.einsum("ahd,thd->hat", q_AHD, k_THD) / math.sqrt(config.head_dim)
             if config.relative_bias:
                 logits_HAT = logits_HAT + relative_bias(block.bias, asks, index, time)
             weights_HAT = logits_HAT.masked_fill(~seen_AT, -math.inf).softmax(-1)
             attended = torch.einsum("hat,thd->ahd", weights_HAT, v_THD).flatten(1)
-            asks_ns = [is_ns[t] for t in asks]
             if config.gated_attention:
                 attended = attended * torch.sigmoid(mixed(block.gate, normed[asks], asks_ns))
             z = x_TM[asks] + mixed(block.out, attended, asks_ns)
@@ -170,7 +172,8 @@ def plain_onetrans(model, batch):
             separators = len(model.schema.sequences) - 1 if config.separators and queries == config.max_seq_len else 0
             last_s = sum(not ns_token for ns_token in is_ns)
             kept = [t for t in asks if is_ns[t] or t >= last_s - queries - separators]
-            x_TM = out[[asks.index(t) for t in kept]]
+            row = {t: a for a, t in enumerate(asks)}
+            x_TM = out[[row[t] for t in kept]]
             exists, is_ns, index, time = ([values[t] for t in kept] for values in (exists, is_ns, index, time))
         x_TM = norms(x_TM, model.norm)
         state = [x_TM[t] for t in range(len(is_ns)) if is_ns[t]]

@@ -63,8 +63,8 @@ Beyond the paper (each a field, off by default)
 
 Pyramid (3.3)
     The number of S-queries falls linearly over the blocks from ``max_seq_len`` to
-    ``num_ns_tokens``, each rounded to the nearest multiple of ``pyramid_multiple``,
-    and is absolute: a request with fewer tokens loses none until the schedule falls
+    ``num_ns_tokens``, each rounded to the nearest multiple of ``pyramid_multiple`` but
+    never below the last, and is absolute: a request with fewer tokens loses none until the schedule falls
     below its own length.  ``first_block`` and ``top_block`` hold the two readings of
     either end.  With ``s_tail`` the S-states left at the top would be read by
     nobody; their mean joins the NS-states in the heads.
@@ -215,8 +215,9 @@ class OneTransConfig:
             queries = [full] * blocks
         else:
             steps, offset = (blocks, 1) if self.first_block == "pruned" else (max(blocks - 1, 1), 0)
+            least = min(top, full)
             queries = [
-                min(full, _round(full + (top - full) * (block + offset) / steps, self.pyramid_multiple))
+                min(full, max(least, _round(full + (top - full) * (block + offset) / steps, self.pyramid_multiple)))
                 for block in range(blocks)
             ]
             if offset == 0:

@@ -1,6 +1,7 @@
 """What both models promise whatever their weights: independence, masks, parameters per position, and learning."""
 
 import bisect
+import itertools
 import math
 from dataclasses import replace
 
@@ -262,6 +263,35 @@ def test_each_ns_position_has_its_own_gate():
     gate = build_model(replace(ONETRANS, gated_attention=True), SCHEMA).blocks[0].gate
     assert gate.weight_s.shape == (32, 32)
     assert gate.weight_ns.shape == (4, 32, 32)
+
+
+SWITCHES = {
+    "tokenizer": {"tokenizer": "group_wise"},
+    "merge": {"merge": "intent_ordered"},
+    "[SEP]": {"merge": "intent_ordered", "separators": True},
+    "parameters": {"ns_parameters": "shared"},
+    "attention": {"attention": "full"},
+    "no pyramid": {"pyramid": False},
+    "first block": {"first_block": "pruned"},
+    "top block": {"top_block": "s_tail"},
+    "rotary": {"position": "rotary"},
+    "learned": {"position": "learned"},
+    "none": {"position": "none"},
+    "qk_norm": {"qk_norm": False},
+    "gate": {"gated_attention": True},
+    "grouped queries": {"num_kv_heads": 1},
+    "window": {"sliding_window": 3},
+    "bias": {"relative_bias": True},
+}
+
+
+def test_every_switch_gives_another_model():
+    """No field is read and ignored: from one seed, scores differ for every switch, and between any two."""
+    batch = random_batch(SCHEMA, [3, 2], [12, 9], seed=12)
+    found = {name: scores(trained_like(replace(ONETRANS, **change)), batch) for name, change in SWITCHES.items()}
+    found["default"] = scores(trained_like(ONETRANS), batch)
+    for one, other in itertools.combinations(found, 2):
+        assert (found[one] - found[other]).abs().max() > 1e-4, (one, other)
 
 
 def test_truncation_keeps_the_latest_events_of_all_sequences_together():

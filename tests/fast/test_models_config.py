@@ -108,10 +108,14 @@ def test_schedule_readings_of_first_and_top_block():
     assert replace(base, num_layers=1).query_schedule() == (0,)
 
 
-def test_schedule_never_grows():
-    for multiple in (1, 8, 32, 500):
-        schedule = replace(preset("onetrans", "large"), pyramid_multiple=multiple).query_schedule()
-        assert list(schedule) == sorted(schedule, reverse=True)
+def test_schedule_never_grows_nor_ends_before_the_top_block():
+    for multiple in (1, 8, 32, 500, 5000):
+        for layers in (1, 2, 8, 30):
+            config = replace(preset("onetrans", "large"), pyramid_multiple=multiple, num_layers=layers)
+            *below, top = config.query_schedule()
+            assert below == sorted(below, reverse=True)
+            assert min(below, default=16) >= 16
+            assert top == 0
 
 
 def test_groups_cover_every_feature_once_and_never_cross_sides():

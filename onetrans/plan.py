@@ -356,13 +356,22 @@ def _difference(
     for name, record in records.items():
         if record["schema_fingerprint"] != schema.fingerprint:
             return "another feature schema"
+        before = _decided(record)
         for part, now in models[name].decides().items():
-            then = record[part]
+            then = before[part]
             changed = sorted(field for field in {*now, *then} if now.get(field) != then.get(field))
             if changed:
                 field = changed[0]
                 return f"{name} {part}: {field} = {then.get(field)!r}, now {now.get(field)!r}"
     return None
+
+
+def _decided(record: Mapping[str, Any]) -> Mapping[str, dict[str, Any]]:
+    """Return what an earlier training decided, fields that did not exist then at their defaults."""
+    try:
+        return ModelPlan.from_dict({**record, "warm_start": None}).decides()
+    except (BadConfigError, TypeError):
+        return record  # It had a field or value that is gone: the comparison names it.
 
 
 def git_revision() -> str:

@@ -147,6 +147,25 @@ def test_a_changed_model_sends_both_back_to_the_look_back_window(settings, days)
     )
 
 
+def test_an_upgrade_that_adds_an_option_at_its_default_keeps_the_chain(settings, days):
+    plan = finish(plan_for(settings, days[3]))
+    for name, option in (("onetrans", "gated_attention"), ("dcnv2_din", "event_rank")):
+        file = storage.join(plan.model_path(name), FINISHED_FILE)
+        record = storage.read_json(file)
+        del record["config"][option]
+        storage.write_json(file, record)
+    assert plan_for(settings, days[4]).warm_start_ds == days[3]
+
+
+def test_an_option_that_is_gone_breaks_the_chain(settings, days):
+    plan = finish(plan_for(settings, days[3]))
+    file = storage.join(plan.model_path("onetrans"), FINISHED_FILE)
+    record = storage.read_json(file)
+    record["config"]["spiral"] = 3
+    storage.write_json(file, record)
+    assert "had onetrans config: spiral = 3, now None" in plan_for(settings, days[4]).decision
+
+
 def test_a_changed_optimizer_or_schema_breaks_the_chain_too(settings, days):
     finish(plan_for(settings, days[3]))
     models = preset_models("tiny")

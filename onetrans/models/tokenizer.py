@@ -142,6 +142,11 @@ class SequenceTokenizer(nn.Module):
         without_bias(self)
         self.type_SD = nn.Parameter(torch.randn(sequences, config.hidden_dim) * 0.02)
         if config.separators:
+            if sequences < 2:
+                raise BadConfigError(
+                    "onetrans.separators = True needs two behaviour sequences at least: "
+                    f"schema {embeddings.schema.name!r} has {sequences}"
+                )
             self.separator_D = nn.Parameter(torch.randn(config.hidden_dim) * 0.02)
         if config.position == "learned":
             longest = config.max_seq_len + (max(sequences - 1, 0) if config.separators else 0)

@@ -134,6 +134,13 @@ def test_group_wise_refuses_too_few_and_too_many_tokens(count):
         build_model(config, model_schema())
 
 
+def test_separators_need_two_sequences():
+    config = replace(preset("onetrans", "tiny"), merge="intent_ordered", separators=True)
+    schema = replace(model_schema(), sequences=model_schema().sequences[:1])
+    with pytest.raises(BadConfigError, match=r"onetrans.separators = True needs two behaviour sequences .* has 1"):
+        build_model(config, schema)
+
+
 def industrial_schema() -> FeatureSchema:
     """As many features as an industrial ranker has: with 64-wide embeddings the NS input is 6,400 wide."""
     sides = [("user", 50), ("context", 10), ("item", 40), ("event", 4)]

@@ -82,8 +82,10 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 class Report:
     """Collects figures, then prints them as a table and writes them as JSON."""
 
-    def __init__(self, name: str, arguments: argparse.Namespace) -> None:
+    def __init__(self, name: str, arguments: argparse.Namespace, *, line_per_case: bool = False) -> None:
+        """Start an empty report; ``line_per_case`` prints a column per figure in place of a line per figure."""
         self.name = name
+        self.line_per_case = line_per_case
         self.quick: bool = arguments.quick
         self.json: Path | None = arguments.json
         self.rows: list[Row] = []
@@ -118,19 +120,41 @@ class Report:
         return 1 if missed else 0
 
     def _table(self) -> str:
-        cells = [("case", "figure", "value", "unit", "expected", "ok")] + [
-            (r.case, r.figure, _number(r.value), r.unit, r.expected, ("yes" if r.ok else "NO") if r.expected else "")
-            for r in self.rows
+        return _aligned(self._cases(), left=(0,)) if self.line_per_case else _aligned(self._figures(), (0, 1, 3, 4, 5))
+
+    def _cases(self) -> list[tuple[str, ...]]:
+        figures = list(dict.fromkeys((row.figure, row.unit) for row in self.rows))
+        values = {(row.case, row.figure, row.unit): row for row in self.rows}
+        lines: list[tuple[str, ...]] = [
+            ("case", *(f"{figure}, {unit}" if unit else figure for figure, unit in figures))
         ]
-        widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
-        lines = [
-            "  ".join(
-                cell.rjust(width) if column == 2 else cell.ljust(width)
-                for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in cells
-        ]
-        return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+        for case in dict.fromkeys(row.case for row in self.rows):
+            found = [values.get((case, *figure)) for figure in figures]
+            lines.append((case, *("" if row is None else _promise(row) for row in found)))
+        return lines
+
+    def _figures(self) -> list[tuple[str, ...]]:
+        lines: list[tuple[str, ...]] = [("case", "figure", "value", "unit", "expected", "ok")]
+        for r in self.rows:
+            ok = ("yes" if r.ok else "NO") if r.expected else ""
+            lines.append((r.case, r.figure, _number(r.value), r.unit, r.expected, ok))
+        return lines
+
+
+def _aligned(cells: list[tuple[str, ...]], left: tuple[int, ...]) -> str:
+    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if column in left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in cells
+    ]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def _promise(row: Row) -> str:
+    return f"{_number(row.value)} ({row.expected}{'' if row.ok else ' MISSED'})" if row.expected else _number(row.value)
 
 
 def _number(value: float) -> str:

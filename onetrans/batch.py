@@ -78,6 +78,24 @@ class RequestBatch:
         moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)}
         return RequestBatch(**moved)
 
+    def select(self, requests: Tensor) -> RequestBatch:
+        """Return a batch of some requests, each whole, in the order given (int64 numbers of requests)."""
+        candidate, candidate_offsets_O = _rows(self.candidate_offsets_O, requests)
+        event, event_offsets_O = _rows(self.event_offsets_O, requests)
+        return RequestBatch(
+            user_RU=self.user_RU[requests],
+            context_RK=self.context_RK[requests],
+            item_NI=self.item_NI[candidate],
+            candidate_offsets_O=candidate_offsets_O,
+            event_EV=self.event_EV[event],
+            event_sequence_E=self.event_sequence_E[event],
+            event_time_E=self.event_time_E[event],
+            event_offsets_O=event_offsets_O,
+            request_time_R=self.request_time_R[requests],
+            click_N=self.click_N[candidate],
+            conversion_N=self.conversion_N[candidate],
+        )
+
     def check(self) -> None:
         """Refuse a batch whose parts do not fit together.
 
@@ -104,3 +122,13 @@ class RequestBatch:
 def _owners(offsets_O: Tensor, total: int) -> Tensor:
     lengths = offsets_O[1:] - offsets_O[:-1]
     return torch.repeat_interleave(torch.arange(lengths.shape[0], device=offsets_O.device), lengths, output_size=total)
+
+
+def _rows(offsets_O: Tensor, requests: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the packed rows of some requests, in their order, and the offsets among these rows."""
+    lengths = (offsets_O[1:] - offsets_O[:-1])[requests]
+    ends = lengths.cumsum(0)
+    chosen = torch.cat((ends.new_zeros(1), ends))
+    total = int(chosen[-1])
+    shift = torch.repeat_interleave(offsets_O[:-1][requests] - chosen[:-1], lengths, output_size=total)
+    return torch.arange(total, device=offsets_O.device) + shift, chosen

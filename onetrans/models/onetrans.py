@@ -14,12 +14,14 @@ Shape suffixes: those of :mod:`onetrans.batch` and :mod:`onetrans.models.ragged`
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from onetrans.batch import RequestBatch
 from onetrans.models.attention import Rotation, attend, candidate_mask, sequence_mask
@@ -199,7 +201,7 @@ class OneTrans(RankingModel):
         distances: Distances | None = None  # likewise
         for block, queries in zip(self.blocks, self.schedule, strict=True):
             assert isinstance(block, Block)
-            normed_TM, cache = block.encode_keys(x_TM, layout, rotation)
+            normed_TM, cache = self._run(block.encode_keys, x_TM, layout, rotation)
             caches.append(cache)
             layouts.append(layout)
             times.append(time_T)
@@ -216,7 +218,7 @@ class OneTrans(RankingModel):
                     distances = Distances.of_sequences(tail, layout, time_T, times[-1])
             if tail.width:
                 biased = mask if block.bias is None or distances is None else mask + block.bias(distances)
-                x_TM = block.encode_s(x_TM, normed_TM, cache, tail, biased, rotation)
+                x_TM = self._run(block.encode_s, x_TM, normed_TM, cache, tail, biased, rotation)
             layout, mask = tail, (mask if kept is None else None)
         top_RM = self._mean(self.norm(x_TM), layout) if self.schedule[-1] else None
         return RequestState(tuple(caches), tuple(layouts), tuple(times), top_RM)
@@ -245,11 +247,17 @@ class OneTrans(RankingModel):
                         layout, groups, time_T, batch.request_time_R, config.num_ns_tokens
                     )
             biased = mask if block.bias is None or distances is None else mask + block.bias(distances)
-            x_PNM = block.encode_ns(x_PNM, cache, groups, biased, rotation)
+            x_PNM = self._run(block.encode_ns, x_PNM, cache, groups, biased, rotation)
         states_NF = self.norm(x_PNM).transpose(0, 1).flatten(1)
         if state.top_RM is not None:
             states_NF = torch.cat((states_NF, state.top_RM.index_select(0, request_N)), dim=1)
         return self.heads(states_NF)
+
+    def _run(self, part: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a part of a block, keeping only what it is given if the rest is to be computed again."""
+        if self.compute.recompute and torch.is_grad_enabled():
+            return checkpoint(part, *arguments, use_reentrant=False)
+        return part(*arguments)
 
     def _with_separators(self, queries: int) -> int:
         """Return a number of S-queries with the [SEP] tokens added where all S-tokens are meant."""

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from onetrans.batch import RequestBatch
+from onetrans.models.compute import Compute
 from onetrans.models.config import ModelConfig
 from onetrans.models.embeddings import Embeddings
 from onetrans.schema import FeatureSchema
@@ -35,6 +36,7 @@ class RankingModel(nn.Module):
         super().__init__()
         self.config = config
         self.schema = schema
+        self.compute = Compute()
         self.embeddings = Embeddings(schema, config.embedding_dim)
 
     def forward(self, batch: RequestBatch) -> Scores:

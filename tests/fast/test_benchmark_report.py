@@ -54,3 +54,20 @@ def test_nothing_missed_is_success() -> None:
     report = Report("example", argparse.Namespace(quick=False, json=None))
     report.add("case", "speed-up", 9.0, expected=">= 8")
     assert report.finish() == 0
+
+
+def test_a_line_per_case_has_a_column_per_figure(capsys) -> None:
+    report = Report("example", argparse.Namespace(quick=False, json=None), line_per_case=True)
+    report.add("slow", "step", 20.0, "ms")
+    report.add("fast", "step", 2.0, "ms")
+    report.add("fast", "times as fast", 10.0, expected=">= 8")
+    assert report.finish() == 0
+    assert [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()[1:]] == [
+        "case",
+        "----",
+        "slow",
+        "fast",
+    ]
+    report.add("slow", "times as fast", 1.0, expected=">= 8")
+    assert report.finish() == 1
+    assert "1 (>= 8 MISSED)" in capsys.readouterr().out

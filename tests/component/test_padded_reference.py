@@ -1,0 +1,168 @@
+"""OneTrans against its padded reference at every step of the way: outputs and gradients, in both precisions."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from onetrans.models import OneTransConfig, build_model
+from onetrans.models.compute import Compute
+from tests.batches import model_schema, random_batch, select_requests, shapes
+from tests.padded_onetrans import PaddedOneTrans
+
+SCHEMA = model_schema()
+BASE = OneTransConfig(
+    embedding_dim=4, hidden_dim=16, num_layers=3, num_heads=2, num_ns_tokens=3, max_seq_len=10, pyramid_multiple=2
+)
+STEPS = [
+    pytest.param({}, id="reference"),
+    pytest.param({"shared_user_side": True}, id="shared"),
+    pytest.param({"shared_user_side": True, "kept_queries_only": True}, id="pyramid"),
+]
+
+
+@st.composite
+def configs(draw):
+    attention = draw(st.sampled_from(["causal", "full"]))
+    merge = draw(st.sampled_from(["time_ordered", "intent_ordered"]))
+    return replace(
+        BASE,
+        num_layers=draw(st.integers(1, 3)),
+        tokenizer=draw(st.sampled_from(["auto_split", "group_wise"])),
+        merge=merge,
+        separators=merge == "intent_ordered" and draw(st.booleans()),
+        ns_parameters=draw(st.sampled_from(["own", "shared"])),
+        attention=attention,
+        pyramid=(pyramid := draw(st.booleans())),
+        first_block=draw(st.sampled_from(["all", "pruned"])) if pyramid else "all",
+        top_block=draw(st.sampled_from(["ns_only", "s_tail"])),
+        position=draw(st.sampled_from(["rotary_time", "rotary", "learned", "none"])),
+        qk_norm=draw(st.booleans()),
+        gated_attention=draw(st.booleans()),
+        num_kv_heads=draw(st.sampled_from([0, 1])),
+        sliding_window=draw(st.sampled_from([0, 1, 4])) if attention == "causal" else 0,
+        relative_bias=draw(st.booleans()),
+    )
+
+
+def lively(config, seed=0):
+    """A model whose tables are as large as a trained model's, so that scores depend on the inputs."""
+    torch.manual_seed(seed)
+    model = build_model(config, SCHEMA)
+    with torch.no_grad():
+        for table in model.embedding_parameters().values():
+            table.mul_(20.0)
+    return model
+
+
+def gradients(model, scores):
+    """Gradients of a loss that weighs every score differently."""
+    ctr, cvr = scores
+    weights = torch.linspace(0.5, 1.5, ctr.shape[0], dtype=ctr.dtype)
+    loss = (ctr * weights).sum() + (cvr.square() * weights.flip(0)).sum()
+    found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    return {
+        name: torch.zeros_like(parameter) if gradient is None else gradient.to_dense()
+        for (name, parameter), gradient in zip(model.named_parameters(), found, strict=True)
+    }
+
+
+def assert_agrees(model, reference, batch, relative):
+    """Each score and each parameter's gradient differs by no more than rounding of what it is a sum of."""
+    expected, got = reference(batch), model(batch)
+    for task, a, b in zip(("ctr", "cvr"), got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=relative, atol=relative, msg=lambda m, t=task: f"{t} scores: {m}")
+    mine, theirs = gradients(model, got), gradients(model, expected)
+    largest = max(float(gradient.abs().max()) for gradient in theirs.values())
+    for name, gradient in theirs.items():
+        # A bias at the end is a sum of terms of both signs, as large as the largest gradient is.
+        allowed = relative * (float(gradient.abs().max()) + 0.1 * largest)
+        difference = float((mine[name] - gradient).abs().max())
+        assert difference <= allowed, f"gradient of {name} differs by {difference:.2e}, allowed are {allowed:.2e}"
+
+
+@pytest.mark.parametrize("flags", STEPS)
+@settings(max_examples=15, deadline=None)
+@given(shape=shapes(), config=configs())
+def test_every_step_computes_the_same(flags, shape, config):
+    candidates, events, seed = shape
+    if not sum(candidates):
+        return
+    model = lively(config, seed).double()
+    assert_agrees(model, PaddedOneTrans(model, **flags), random_batch(SCHEMA, candidates, events, seed), 1e-9)
+
+
+@settings(max_examples=25, deadline=None)
+@given(shape=shapes(), config=configs())
+def test_float32_agrees_to_1e_5(shape, config):
+    candidates, events, seed = shape
+    if not sum(candidates):
+        return
+    model = lively(config, seed)
+    assert_agrees(model, PaddedOneTrans(model), random_batch(SCHEMA, candidates, events, seed), 1e-5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(shape=shapes(), config=configs())
+def test_bfloat16_agrees_within_its_rounding(shape, config):
+    """Model and reference in BF16 err by rounding alone: the model no more than the reference, within a margin."""
+    candidates, events, seed = shape
+    if not sum(candidates):
+        return
+    model, batch = lively(config, seed), random_batch(SCHEMA, candidates, events, seed)
+    exact = everything(model, model(batch))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores, plain_scores = model(batch), PaddedOneTrans(model)(batch)
+    for got, plain, true in zip(everything(model, scores), everything(model, plain_scores), exact, strict=True):
+        rounding = 2.0**-8 * true.norm()
+        assert (got - true).norm() <= max(2 * (plain - true).norm(), 8 * rounding)
+        assert (plain - true).norm() <= 32 * rounding
+
+
+def everything(model, scores):
+    """All scores, and all gradients, each as one vector."""
+    found = gradients(model, scores).values()
+    return torch.stack(scores).detach().flatten(), torch.cat([gradient.flatten() for gradient in found])
+
+
+@settings(max_examples=10, deadline=None)
+@given(shape=shapes(), config=configs())
+def test_recomputation_changes_nothing(shape, config):
+    candidates, events, seed = shape
+    if not sum(candidates):
+        return
+    model, batch = lively(config, seed), random_batch(SCHEMA, candidates, events, seed)
+    kept, kept_gradients = model(batch), gradients(model, model(batch))
+    model.compute = Compute(recompute=True)
+    assert torch.equal(torch.stack(model(batch)), torch.stack(kept))
+    for name, gradient in gradients(model, model(batch)).items():
+        assert torch.equal(gradient, kept_gradients[name]), name
+
+
+@settings(max_examples=15, deadline=None)
+@given(shape=shapes(), config=configs())
+def test_a_score_depends_on_nothing_beside_it(shape, config):
+    """Alone with its request, each candidate scores as it does among other candidates and requests."""
+    candidates, events, seed = shape
+    if not sum(candidates):
+        return
+    model, batch = lively(config, seed).double(), random_batch(SCHEMA, candidates, events, seed)
+    with torch.no_grad():
+        together = torch.stack(model(batch))
+        for n, request in enumerate(batch.candidate_request_N.tolist()):
+            first = int(batch.candidate_offsets_O[request])
+            alone = only_candidate(select_requests(batch, [request]), n - first)
+            torch.testing.assert_close(torch.stack(model(alone))[:, 0], together[:, n], rtol=1e-9, atol=1e-9)
+
+
+def only_candidate(batch, n):
+    """The one request of a batch, with its n-th candidate alone."""
+    return replace(
+        batch,
+        item_NI=batch.item_NI[n : n + 1],
+        candidate_offsets_O=torch.tensor([0, 1]),
+        click_N=batch.click_N[n : n + 1],
+        conversion_N=batch.conversion_N[n : n + 1],
+    )

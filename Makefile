@@ -35,7 +35,7 @@ format: env ## rewrite files in the project's style
 	$(PY) -m ruff format .
 
 bench: env ## run the quick benchmarks
-	@set -e; for name in $$(ls benchmarks/*.py | xargs -n1 basename | sed 's/\.py//' | grep -vE '^(__init__|common)$$'); do \
+	@set -e; for name in $$(ls benchmarks/*.py | xargs -n1 basename | sed 's/\.py//' | grep -vE '^(__init__|common|fitting)$$'); do \
 		echo "== benchmarks.$$name --quick"; $(PY) -m benchmarks.$$name --quick; done
 
 clean: ## remove everything a run wrote (var/) and the environment

@@ -1,32 +1,43 @@
-"""Accuracy of a day's finished training, with and without the events of that very day.
+"""Accuracy of both models on the last days of a lake, over seeds, with paired intervals.
 
-    python -m benchmarks.accuracy --plan FOLDER
+Each model is trained as the pipeline does it: one pass over the days before the
+first scored day, then each scored day is scored first and trained on afterwards.
+Both models read the same batches in the same order.  The lake is the one in force
+(``onetrans config``); without a published day nothing is measured.
 
-FOLDER is what ``onetrans plan`` printed, once both models are trained.  Each
-model scores the day twice: as it ranks in production, with every event known
-before a request, and with events up to the day's beginning only.  The second
-shows how much of a UAUC is the metric's own: UAUC compares a user's impressions
-of one day with each other, and what was clicked earlier that day is then evidence
-about what remains.
+Every day is scored twice: as in production, with every event known before a
+request, and with events up to the day's beginning only.  The second shows how much
+of a UAUC is the metric's own: UAUC compares a user's impressions of one day with
+each other, and what was clicked earlier that day is then evidence about what
+remains.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from datetime import date
 
+import numpy as np
 import torch
 from torch import nn
 
 from benchmarks.common import Report, parser
+from benchmarks.fitting import LabelledDay, PublishedDays, figures, probabilities, train_pass
 from onetrans.batch import RequestBatch
-from onetrans.days import day_bounds
-from onetrans.evaluate import compute_metrics, load_trained, score_day
+from onetrans.bootstrap import Lift, ResampledAuc, paired_lifts
+from onetrans.days import day_bounds, day_range, parse_day
+from onetrans.errors import NotReadyError
+from onetrans.models import build_model, preset
 from onetrans.models.ranking import RankingModel, Scores
-from onetrans.plan import Plan
-from onetrans.settings import load_settings
+from onetrans.optim import build_optimizers
+from onetrans.optim_config import optimizer_preset
 
+MODELS = ("onetrans", "dcnv2_din")
 FIGURES = ("ctr_auc", "ctr_uauc", "cvr_auc", "cvr_uauc")
+ALL, EARLIER = "all events", "events before the day"
 REFERENCE = {
     ("kuairand", date(2022, 5, 6)): {"ctr_auc": ">= 0.740", "ctr_uauc": ">= 0.625", "cvr_auc": ">= 0.654"},
 }
@@ -59,33 +70,109 @@ class UpTo(nn.Module):
         )
 
 
+@dataclass(frozen=True)
+class Scored:
+    """Both probabilities of a day's impressions under one view."""
+
+    ds: date
+    view: str
+    ctr_N: np.ndarray
+    cvr_N: np.ndarray
+
+
+def chain(model_name: str, lake: PublishedDays, days: list[date], scored: dict[date, LabelledDay], seed: int,
+          preset_name: str) -> Iterator[Scored]:  # fmt: skip
+    """Train through the days, yielding each scored day's probabilities before it is trained on."""
+    torch.manual_seed(seed)
+    model = build_model(preset(model_name, preset_name), lake.schema)
+    optimizers = build_optimizers(model, optimizer_preset(preset_name))
+    train_pass(model, optimizers, lake.training(lake.before(days[0]), seed))
+    for ds in days:
+        midnight_us = int(day_bounds(ds, lake.schema.timezone)[0].timestamp()) * 1_000_000
+        for view, scorer in ((ALL, model), (EARLIER, UpTo(model, midnight_us))):
+            yield Scored(ds, view, *probabilities(scorer, scored[ds].batches))
+        if ds != days[-1]:
+            train_pass(model, optimizers, lake.training([ds], seed))
+
+
+def pooled_lifts(scored: dict[date, LabelledDay], candidate: list[Scored], baseline: list[Scored]) -> dict[str, Lift]:
+    """Return the paired lift of both tasks over all scored days together, drawn by user."""
+    days = [entry.ds for entry in candidate]
+    users = np.concatenate([scored[ds].user_N for ds in days])
+    found, user_N = np.unique(users, return_inverse=True)
+    click_N = np.concatenate([scored[ds].click_N for ds in days])
+    conversion_N = np.concatenate([scored[ds].conversion_N for ds in days])
+    clicked = click_N > 0
+
+    def prepared(entries: list[Scored]) -> tuple[ResampledAuc, ResampledAuc]:
+        ctr_N, cvr_N = (np.concatenate([getattr(e, task) for e in entries]) for task in ("ctr_N", "cvr_N"))
+        return (
+            ResampledAuc(click_N, ctr_N, user_N),
+            ResampledAuc(conversion_N[clicked], cvr_N[clicked], user_N[clicked]),
+        )
+
+    (ctr, cvr), (ctr_0, cvr_0) = prepared(candidate), prepared(baseline)
+    return paired_lifts({"CTR": (ctr, ctr_0), "CVR": (cvr, cvr_0)}, len(found), 1000, 0.9, seed=0)
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Measure one plan, print the table, and return 1 if a figure missed what is expected of it."""
+    """Measure, print the table, and return 1 if a figure missed what is expected of it."""
     options = parser(__doc__)
-    options.add_argument("--plan", metavar="FOLDER", help="folder printed by `onetrans plan`, both models trained")
+    options.add_argument("--from", dest="first", type=parse_day, help="first scored day (default: the last but two)")
+    options.add_argument("--to", dest="last", type=parse_day, help="last scored day (default: the last published)")
+    options.add_argument("--seeds", type=int, default=3, help="seeds (default: %(default)s)")
+    options.add_argument("--batch", type=int, default=256, help="impressions of a batch (default: %(default)s)")
+    options.add_argument("--preset", default="tiny", help="size of both models (default: %(default)s)")
+    options.add_argument("--threads", type=int, default=1, help="threads (default: %(default)s)")
     arguments = options.parse_args(argv)
-    if not arguments.plan:
-        print("benchmarks.accuracy: nothing measured; give --plan FOLDER of a day whose models are trained")
-        return 0
-    settings = load_settings()
-    plan = Plan.load(arguments.plan)
-    midnight_us = int(day_bounds(plan.ds, plan.schema.timezone)[0].timestamp()) * 1_000_000
-    models = {name: load_trained(plan, name) for name in plan.models}
-    expected = REFERENCE.get((plan.schema.name, plan.ds), {})
+    torch.set_num_threads(arguments.threads)
+    longest = max(preset(name, arguments.preset).max_seq_len for name in MODELS)
     report = Report("accuracy", arguments)
-    views: dict[str, dict[str, nn.Module]] = {
-        "all events": dict(models),
-        "events before the day": {name: UpTo(model, midnight_us) for name, model in models.items()},
-    }
-    for view, scored in views.items():
-        like_for_like = view == "events before the day"
-        metrics = compute_metrics(score_day(plan, scored, settings), list(models))  # type: ignore[arg-type]
-        for name in models:
-            for figure in FIGURES:
-                value = getattr(metrics[name], figure)
-                if value is not None:
-                    wanted = expected.get(figure, "") if like_for_like or not figure.endswith("_uauc") else ""
-                    report.add(f"{name}, {view}", figure, value, "", expected=wanted)
+    try:
+        lake = PublishedDays(arguments.batch, longest)
+    except NotReadyError as error:
+        print(f"benchmarks.accuracy: nothing measured; {error}")
+        return 0
+    if arguments.quick:
+        print("benchmarks.accuracy: nothing measured; it has no quick form, a lake's last days take minutes")
+        return 0
+    last = arguments.last or lake.days[-1]
+    first = arguments.first or lake.days[max(len(lake.days) - 3, 1)]
+    days = day_range(first, last)
+    scored = {ds: lake.labelled(ds) for ds in days}
+    values: dict[tuple[str, str, date, str], list[float]] = {}
+    lifts: dict[str, list[Lift]] = {}
+    seconds: dict[str, list[float]] = {}
+    for seed in range(arguments.seeds):
+        runs: dict[str, list[Scored]] = {}
+        for name in MODELS:
+            begun = time.process_time()
+            runs[name] = list(chain(name, lake, days, scored, seed, arguments.preset))
+            seconds.setdefault(name, []).append(time.process_time() - begun)
+            for entry in runs[name]:
+                metrics = figures(scored[entry.ds], entry.ctr_N, entry.cvr_N)
+                for figure in FIGURES:
+                    if (value := getattr(metrics, figure)) is not None:
+                        values.setdefault((name, entry.view, entry.ds, figure), []).append(value)
+            print(f"seed {seed + 1} of {arguments.seeds}: {name} in {seconds[name][-1]:.0f} s", file=sys.stderr)
+        produced = [[e for e in runs[name] if e.view == ALL] for name in MODELS]
+        for task, lift in pooled_lifts(scored, *produced).items():
+            lifts.setdefault(task, []).append(lift)
+    for (name, view, ds, figure), found in values.items():
+        like_for_like = view == EARLIER or not figure.endswith("_uauc")
+        expected = REFERENCE.get((lake.schema.name, ds), {}).get(figure, "") if like_for_like else ""
+        case = f"{name}, {ds}, {view}"
+        report.add(case, f"{figure}, mean of seeds", float(np.mean(found)), "", expected)
+        if len(found) > 1:
+            report.add(case, f"{figure}, standard deviation", float(np.std(found, ddof=1)))
+    for task, per_seed in lifts.items():
+        for seed, lift in enumerate(per_seed):
+            case = f"lift, {first} to {last} pooled, seed {seed}"
+            report.add(case, f"{task} AUC", lift.lift)
+            report.add(case, f"{task} AUC, lower end at 90 %", lift.low)
+            report.add(case, f"{task} AUC, upper end at 90 %", lift.high)
+    for name, found in seconds.items():
+        report.add(name, "training and scoring, processor time per seed", float(np.mean(found)), "s")
     return report.finish()
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import random
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from datetime import date, timedelta
 from typing import Any
@@ -23,22 +23,17 @@ import numpy as np
 import torch
 
 from benchmarks.common import Report, parser
+from benchmarks.fitting import LabelledDay, PublishedDays, figures, probabilities, train_pass
 from benchmarks.learning import pack
 from jobs.sources.simulated.world import WorldConfig
 from jobs.sources.simulated.write import SCHEMA_FILE
 from onetrans.batch import RequestBatch
-from onetrans.days import days_before, parse_day
-from onetrans.errors import NotReadyError
-from onetrans.lake import Lake
-from onetrans.loader import LoaderConfig, RequestData
+from onetrans.days import parse_day
 from onetrans.metrics import Metrics
-from onetrans.models import ModelConfig, RankingModel, build_model, preset
+from onetrans.models import ModelConfig, build_model, preset
 from onetrans.optim import build_optimizers
 from onetrans.optim_config import OptimizerConfig, optimizer_preset
-from onetrans.plan import TABLE, Recipe
-from onetrans.schema import FeatureSchema, load_schema
-from onetrans.settings import load_settings
-from onetrans.train import compute_losses
+from onetrans.schema import FeatureSchema
 
 Choices = Mapping[str, tuple[Any, ...]]
 
@@ -81,10 +76,8 @@ class Data:
     """Their schema."""
     training: list[RequestBatch]
     """In the order of training."""
-    validation: list[RequestBatch]
-    """One day."""
-    user_N: np.ndarray
-    """User of each impression of that day, as numbers."""
+    validation: LabelledDay
+    """The day after them."""
 
 
 def simulated(days: int, batch_size: int) -> Data:
@@ -99,33 +92,14 @@ def simulated(days: int, batch_size: int) -> Data:
         order = rng.permutation(requests)
         training += [packed.take(order[at : at + per_batch]) for at in range(0, requests, per_batch)]
     whole = np.arange(day.batch.num_requests)
-    return Data(schema, training, [day.take(whole[at : at + 256]) for at in range(0, len(whole), 256)], day.user_N)
+    batches = [day.take(whole[at : at + 256]) for at in range(0, len(whole), 256)]
+    return Data(schema, training, LabelledDay(batches, day.user_N))
 
 
-def published(ds: date, batch_size: int, longest: int) -> Data:
-    """Return the published days before ``ds`` within the look-back window, and ``ds``.
-
-    Raises:
-        NotReadyError: if ``ds`` or every day before it is unpublished.
-    """
-    settings = load_settings()
-    schema, lake = load_schema(settings.source), Lake(settings.lake)
-    snapshot_id = lake.snapshot_id(TABLE)
-    there = set(lake.days(TABLE, snapshot_id)) if snapshot_id is not None else set()
-    days = [day for day in days_before(ds, settings.training.lookback_days) if day in there]
-    if ds not in there or not days:
-        raise NotReadyError(f"table {TABLE}: {ds} and a day before it must be published; published are {len(there)}")
-    config = LoaderConfig(batch_size, longest)
-    training = RequestData(lake.files(TABLE, days, snapshot_id), schema, config)
-    validation = RequestData(lake.files(TABLE, [ds], snapshot_id), schema, config, with_keys=True)
-    loaded = list(validation.batches(shuffle_seed=None))
-    users = np.concatenate([part.keys["user_id"].to_numpy(zero_copy_only=False) for part in loaded if part.keys])
-    return Data(
-        schema,
-        [part.batch for part in training.batches(shuffle_seed=0)],
-        [part.batch for part in loaded],
-        np.unique(users, return_inverse=True)[1],
-    )
+def published(ds: date, batch_size: int) -> Data:
+    """Return the published days before ``ds``, and ``ds``."""
+    lake = PublishedDays(batch_size, max(preset(name, "tiny").max_seq_len for name in SPACES))
+    return Data(lake.schema, lake.training(lake.before(ds), 0), lake.labelled(ds))
 
 
 def trials(model_name: str, count: int, seed: int) -> Iterator[tuple[dict[str, Any], ModelConfig, OptimizerConfig]]:
@@ -146,32 +120,6 @@ def trials(model_name: str, count: int, seed: int) -> Iterator[tuple[dict[str, A
         yield changed, *drawn
 
 
-def fit(model: RankingModel, batches: Iterable[RequestBatch], optimizer: OptimizerConfig) -> None:
-    """Train one pass, with the losses of ``onetrans train``."""
-    recipe = Recipe(batch_size=0, epochs=1, seed=0, click_weight=1.0, conversion_weight=1.0)
-    optimizers = build_optimizers(model, optimizer)
-    model.train()
-    for batch in batches:
-        optimizers.zero_grad()
-        compute_losses(model(batch), batch, recipe).total.backward()
-        optimizers.step()
-
-
-@torch.no_grad()
-def measure(model: RankingModel, data: Data) -> Metrics:
-    """Return the figures on the validation day."""
-    model.eval()
-    scores = [model(batch) for batch in data.validation]
-    ctr_N, cvr_N = (torch.sigmoid(torch.cat([s[task] for s in scores]).double()).numpy() for task in (0, 1))
-    return Metrics.compute(
-        click_N=torch.cat([batch.click_N for batch in data.validation]).numpy(),
-        conversion_N=torch.cat([batch.conversion_N for batch in data.validation]).numpy(),
-        ctr_N=ctr_N,
-        cvr_N=cvr_N,
-        user_N=data.user_N,
-    )
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the search, print each trial as it ends and all of them best first."""
     options = parser(__doc__)
@@ -184,8 +132,7 @@ def main(argv: list[str] | None = None) -> int:
     count = arguments.trials or (2 if arguments.quick else 16)
     torch.set_num_threads(1)
     if arguments.ds:
-        longest = max(preset(name, "tiny").max_seq_len for name in SPACES)
-        data = published(arguments.ds, arguments.batch, longest)
+        data = published(arguments.ds, arguments.batch)
     else:
         data = simulated(2 if arguments.quick else 8, arguments.batch)
     report = Report("search", arguments)
@@ -195,9 +142,9 @@ def main(argv: list[str] | None = None) -> int:
             torch.manual_seed(arguments.seed)
             model = build_model(config, data.schema)
             start = time.process_time()
-            fit(model, data.training, optimizer)
+            train_pass(model, build_optimizers(model, optimizer), data.training)
             seconds = time.process_time() - start
-            metrics = measure(model, data)
+            metrics = figures(data.validation, *probabilities(model, data.validation.batches))
             both = ((metrics.ctr_auc or 0.0) + (metrics.cvr_auc or 0.0)) / 2
             case = f"{name} {', '.join(f'{key}={value}' for key, value in changed.items()) or 'preset'}"
             print(f"trial {number + 1} of {count}: mean AUC {both:.4f}, {seconds:.0f} s  {case}", file=sys.stderr)

@@ -1,0 +1,118 @@
+"""What the benchmarks that train share: published days as batches, one pass of training, the scores of a day."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import date
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from onetrans.batch import RequestBatch
+from onetrans.days import describe_days
+from onetrans.errors import NotReadyError
+from onetrans.lake import Lake
+from onetrans.loader import LoaderConfig, RequestData
+from onetrans.metrics import Metrics
+from onetrans.models import RankingModel
+from onetrans.optim import Optimizers
+from onetrans.plan import TABLE
+from onetrans.schema import FeatureSchema, load_schema
+from onetrans.settings import load_settings
+
+
+@dataclass(frozen=True)
+class LabelledDay:
+    """A day to score: its batches in stored order, and who saw each impression."""
+
+    batches: list[RequestBatch]
+    """Whole requests."""
+    user_N: npt.NDArray[Any]
+    """User of each impression."""
+
+    @property
+    def click_N(self) -> npt.NDArray[np.float32]:
+        """Click of each impression."""
+        return torch.cat([batch.click_N for batch in self.batches]).numpy()
+
+    @property
+    def conversion_N(self) -> npt.NDArray[np.float32]:
+        """Conversion of each impression."""
+        return torch.cat([batch.conversion_N for batch in self.batches]).numpy()
+
+
+class PublishedDays:
+    """The published days of ``training_requests`` in the lake in force."""
+
+    def __init__(self, batch_size: int, max_seq_len: int) -> None:
+        """Open the lake.
+
+        Raises:
+            NotReadyError: if nothing is published.
+        """
+        settings = load_settings()
+        self.schema: FeatureSchema = load_schema(settings.source)
+        self._lake = Lake(settings.lake)
+        self._config = LoaderConfig(batch_size, max_seq_len)
+        self._snapshot_id = self._lake.snapshot_id(TABLE)
+        if self._snapshot_id is None:
+            raise NotReadyError(f"table {TABLE} has no published day; build some (python -m jobs.backfill)")
+        self.days = self._lake.days(TABLE, self._snapshot_id)
+
+    def before(self, ds: date) -> list[date]:
+        """Return the published days before ``ds``.
+
+        Raises:
+            NotReadyError: if there is none, or ``ds`` itself is not published.
+        """
+        days = [day for day in self.days if day < ds]
+        if not days or ds not in self.days:
+            raise NotReadyError(
+                f"table {TABLE}: {ds} and a day before it are needed, published are {describe_days(self.days)}"
+            )
+        return days
+
+    def training(self, days: list[date], seed: int) -> list[RequestBatch]:
+        """Return some days as batches, shuffled as ``onetrans train`` does, in memory."""
+        data = RequestData(self._lake.files(TABLE, days, self._snapshot_id), self.schema, self._config)
+        return [loaded.batch for loaded in data.batches(shuffle_seed=seed)]
+
+    def labelled(self, ds: date) -> LabelledDay:
+        """Return a day to score, in memory."""
+        files = self._lake.files(TABLE, [ds], self._snapshot_id)
+        loaded = list(RequestData(files, self.schema, self._config, with_keys=True).batches(shuffle_seed=None))
+        users = np.concatenate([part.keys["user_id"].to_numpy() for part in loaded if part.keys is not None])
+        return LabelledDay([part.batch for part in loaded], users)
+
+
+def train_pass(model: RankingModel, optimizers: Optimizers, batches: Iterable[RequestBatch]) -> None:
+    """Train one pass with the losses of ``onetrans train``, both tasks with weight 1."""
+    model.train()
+    for batch in batches:
+        optimizers.zero_grad()
+        scores = model(batch)
+        click = F.binary_cross_entropy_with_logits(scores.ctr_logit_N, batch.click_N)
+        per_row_N = F.binary_cross_entropy_with_logits(scores.cvr_logit_N, batch.conversion_N, reduction="none")
+        conversion = (per_row_N * batch.click_N).sum() / batch.click_N.sum().clamp(min=1.0)
+        (click + conversion).backward()
+        optimizers.step()
+
+
+@torch.no_grad()
+def probabilities(model: nn.Module, batches: Iterable[RequestBatch]) -> tuple[npt.NDArray[np.float64], ...]:
+    """Return CTR and CVR of every impression."""
+    model.eval()
+    scores = [model(batch) for batch in batches]
+    return tuple(torch.sigmoid(torch.cat([s[task] for s in scores]).double()).numpy() for task in (0, 1))
+
+
+def figures(day: LabelledDay, ctr_N: npt.NDArray[np.float64], cvr_N: npt.NDArray[np.float64]) -> Metrics:
+    """Return the figures of a day's scores."""
+    return Metrics.compute(
+        click_N=day.click_N, conversion_N=day.conversion_N, ctr_N=ctr_N, cvr_N=cvr_N, user_N=day.user_N
+    )

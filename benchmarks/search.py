@@ -55,6 +55,8 @@ SPACES: dict[str, Choices] = {
         "max_seq_len": (16, 32, 64),
         "dropout": (0.0, 0.1, 0.2),
         "qk_norm": (True, False),
+        "gated_attention": (True, False),
+        "relative_bias": (True, False),
     },
 }
 """Model fields a trial draws."""

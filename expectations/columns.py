@@ -1,7 +1,8 @@
 """What a column must be: its type, how much of it may be missing, and the range of its values.
 
 A nested column is named by its path: ``candidates.click`` is the field ``click``
-of the structs listed in ``candidates``.  Types are named as in
+of the structs listed in ``candidates``.  A list of numbers has two columns of its
+own: ``image.element`` are its numbers, ``image.length`` is how many.  Types are named as in
 ``docs/architecture.md``.
 """
 
@@ -15,9 +16,10 @@ import pyarrow as pa
 from onetrans.schema import Aggregates, Feature, FeatureSchema, Kind, Side
 
 LIST_OF_STRUCT = "list of struct"
+VECTOR = "list of float"
 
-_STORED: dict[Kind, str] = {"hashed": "text", "bucketized": "double"}
-_ENCODED: dict[Kind, str] = {"hashed": "bigint", "bucketized": "double"}
+_STORED: dict[Kind, str] = {"hashed": "text", "bucketized": "double", "vector": VECTOR}
+_ENCODED: dict[Kind, str] = {"hashed": "bigint", "bucketized": "double", "vector": VECTOR}
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Column:
     name: str
     """Column, or path of a nested one."""
     type: str
-    """``text``, ``int``, ``bigint``, ``double``, ``timestamp``, ``date`` or ``list of struct``."""
+    """``text``, ``int``, ``bigint``, ``double``, ``timestamp``, ``date``, ``list of struct`` or ``list of float``."""
     required: bool = False
     """No value may be missing or, where it is text, empty; else the day fails."""
     smallest: float | None = None
@@ -60,12 +62,34 @@ def truth(prefix: str = "") -> list[Column]:
 
 def stored(schema: FeatureSchema, side: Side) -> list[Column]:
     """Declare the source columns of one side's features as the base tables hold them: text, or a raw number."""
-    return [Column(name, _STORED[kind]) for name, kind in schema.source_columns(side).items()]
+    dims = schema.vector_columns(side)
+    return [
+        column
+        for name, kind in schema.source_columns(side).items()
+        for column in (_vector(name, dims[name]) if name in dims else [Column(name, _STORED[kind])])
+    ]
 
 
 def encoded(features: Iterable[Feature], prefix: str = "") -> list[Column]:
-    """Declare features as ``training_requests`` holds them: a 64-bit hash, or a raw number."""
-    return [Column(f"{prefix}{feature.name}", _ENCODED[feature.kind]) for feature in features]
+    """Declare features as ``training_requests`` holds them: a 64-bit hash, a raw number, or a vector."""
+    return [
+        column
+        for feature in features
+        for column in (
+            _vector(f"{prefix}{feature.name}", feature.dim)
+            if feature.kind == "vector"
+            else [Column(f"{prefix}{feature.name}", _ENCODED[feature.kind])]
+        )
+    ]
+
+
+def _vector(name: str, dim: int) -> list[Column]:
+    """Declare a vector: where it is not missing, it has exactly so many numbers, all of them finite."""
+    return [
+        Column(name, VECTOR),
+        Column(f"{name}.element", "float", required=True),
+        Column(f"{name}.length", "int", smallest=dim, largest=dim),
+    ]
 
 
 def aggregates(declared: Aggregates, prefix: str) -> list[Column]:
@@ -98,16 +122,29 @@ def type_name(kind: pa.DataType) -> str:
         return "timestamp"
     if pa.types.is_list(kind) and pa.types.is_struct(kind.value_type):
         return LIST_OF_STRUCT
+    if is_vector(kind):
+        return VECTOR
     return str(kind)
+
+
+def is_vector(kind: pa.DataType) -> bool:
+    """Tell whether a column holds lists of 32-bit numbers."""
+    return pa.types.is_list(kind) and pa.types.is_float32(kind.value_type)
 
 
 def found_types(schema: pa.Schema) -> dict[str, str]:
     """Return the type name of every column and nested field of a file, by path."""
     found: dict[str, str] = {}
+
+    def add(path: str, kind: pa.DataType) -> None:
+        found[path] = type_name(kind)
+        if found[path] == LIST_OF_STRUCT:
+            for index in range(kind.value_type.num_fields):
+                field = kind.value_type.field(index)
+                add(f"{path}.{field.name}", field.type)
+        elif found[path] == VECTOR:
+            found.update({f"{path}.element": "float", f"{path}.length": "int"})
+
     for column in schema:
-        found[column.name] = type_name(column.type)
-        if found[column.name] == LIST_OF_STRUCT:
-            struct = column.type.value_type
-            for index in range(struct.num_fields):
-                found[f"{column.name}.{struct.field(index).name}"] = type_name(struct.field(index).type)
+        add(column.name, column.type)
     return found

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from expectations.columns import is_vector
+
 
 @dataclass(frozen=True)
 class Profile:
@@ -55,13 +57,20 @@ def merge_profiles(parts: Iterable[dict[str, Profile]]) -> dict[str, Profile]:
 
 
 def leaves(batch: pa.RecordBatch) -> Iterator[tuple[str, pa.Array]]:
-    """Yield every column and, of a list of structs, every field of its elements, by path."""
+    """Yield every column, every field of a list of structs, and numbers and lengths of lists of numbers, by path."""
     for name, array in zip(batch.schema.names, batch.columns, strict=True):
-        yield name, array
-        if pa.types.is_list(array.type) and pa.types.is_struct(array.type.value_type):
-            elements = array.flatten()
-            for index, child in enumerate(elements.flatten()):
-                yield f"{name}.{elements.type.field(index).name}", child
+        yield from _parts(name, array)
+
+
+def _parts(path: str, array: pa.Array) -> Iterator[tuple[str, pa.Array]]:
+    yield path, array
+    if is_vector(array.type):
+        yield f"{path}.element", array.flatten()
+        yield f"{path}.length", array.value_lengths().drop_null()
+    elif pa.types.is_list(array.type) and pa.types.is_struct(array.type.value_type):
+        elements = array.flatten()
+        for index, child in enumerate(elements.flatten()):
+            yield from _parts(f"{path}.{elements.type.field(index).name}", child)
 
 
 def _profile(array: pa.Array) -> Profile:

@@ -121,7 +121,7 @@ def columns_as_declared() -> Sequence[Expectation]:
             column="missing",
             value_set=[0],
             severity=CRITICAL,
-            description="keys, times and labels are never missing or empty",
+            description="keys, times, labels and the numbers of a list are never missing or empty",
             row_condition=Column("use") == "required",
         ),
         gxe.ExpectColumnPairValuesAToBeGreaterThanB(

@@ -33,7 +33,8 @@ _LAST_SECOND = 253_402_300_799  # the end of the year 9999
 def typed(raw: DataFrame, columns: Sequence[Column], schema: FeatureSchema) -> DataFrame:
     """Return a checked frame of a contract's columns; an optional column that is not in ``raw`` is left out.
 
-    Ids and categories become text, numbers double (NaN is missing), labels and positions int, times timestamps.
+    Ids and categories become text, numbers double (NaN is missing), vectors lists of float, labels and positions
+    int, times timestamps.  A vector that is text is read as a JSON array.
     A time without an offset is in the schema's time zone.
     """
     kinds = {field.name: field.dataType for field in raw.schema}
@@ -46,7 +47,10 @@ def typed(raw: DataFrame, columns: Sequence[Column], schema: FeatureSchema) -> D
     for column in present:
         empty = _is_empty(F.col("raw")[column.name], kinds[column.name])
         unread = values[column.name].isNull() & ~empty
-        problems.append(F.when(unread, F.lit(f"{column.name}: {_EXPECTED[column.kind]}")))
+        if column.kind == "vector":
+            problems.append(_vector_problem(values[column.name], unread, column))
+        else:
+            problems.append(F.when(unread, F.lit(f"{column.name}: {_EXPECTED[column.kind]}")))
         if not column.nullable:
             problems.append(F.when(empty, F.lit(f"{column.name}: missing")))
     return frame.select(
@@ -116,6 +120,25 @@ def _is_empty(value: SparkColumn, kind: T.DataType) -> SparkColumn:
     return value.isNull()
 
 
+def _vector_problem(vector: SparkColumn, unread: SparkColumn, column: Column) -> SparkColumn:
+    """Return what is wrong with a vector, with the numbers expected and found; null if nothing is."""
+
+    def reason(text: str) -> SparkColumn:
+        return F.lit(f"{column.name}: {text}")
+
+    needed = f"expected {column.dim} finite numbers"
+    infinite = F.exists(vector, lambda x: F.isnan(x) | (F.abs(x) == float("inf")))
+    return (
+        F.when(unread, reason(f"not a list of numbers, {needed}"))
+        .when(
+            F.size(vector) != column.dim,
+            F.concat(reason(""), F.size(vector).cast("string"), F.lit(f" numbers, {needed}")),
+        )
+        .when(F.exists(vector, lambda x: x.isNull()), reason(f"{column.dim} numbers with an empty one, {needed}"))
+        .when(infinite, reason(f"{column.dim} numbers with NaN or an infinite one, {needed}"))
+    )
+
+
 def _value(value: SparkColumn, kind: T.DataType, column: Column, schema: FeatureSchema) -> SparkColumn:
     text = isinstance(kind, T.StringType)
     if column.kind in ("id", "category"):
@@ -123,6 +146,8 @@ def _value(value: SparkColumn, kind: T.DataType, column: Column, schema: Feature
     if column.kind == "number":
         number = value.try_cast("double")
         return F.when(~F.isnan(number), number)
+    if column.kind == "vector":
+        return (F.from_json(value, "array<double>") if text else value).cast("array<float>")
     if column.kind == "label":
         number = value.cast("int").try_cast("double") if isinstance(kind, T.BooleanType) else value.try_cast("double")
         return F.when(number.isin(0.0, 1.0), number.cast("int"))

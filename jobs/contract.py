@@ -13,7 +13,9 @@ from typing import Literal
 from onetrans.errors import BadConfigError
 from onetrans.schema import CONTEXT_FROM_CLOCK, Feature, FeatureSchema, InputTable, Kind, Side
 
-ValueKind = Literal["id", "category", "number", "time", "label", "position"]
+ValueKind = Literal["id", "category", "number", "vector", "time", "label", "position"]
+
+_KINDS: dict[Kind, ValueKind] = {"hashed": "category", "bucketized": "number", "vector": "vector"}
 
 EVENT_OWN = ("item_id", "type")
 """Columns every behaviour has, whatever the source."""
@@ -31,6 +33,8 @@ class Column:
     """Whether the files must have the column."""
     nullable: bool = False
     """Whether a row may leave it empty."""
+    dim: int = 0
+    """Numbers of a vector."""
 
 
 def contract(schema: FeatureSchema, table: InputTable) -> tuple[Column, ...]:
@@ -52,7 +56,10 @@ def contract(schema: FeatureSchema, table: InputTable) -> tuple[Column, ...]:
             Column("position", "position", required=False, nullable=True),
             Column("click", "label"),
             Column("conversion", "label"),
-            *_declared({c: k for c, k in schema.source_columns("context").items() if c not in clock}),
+            *_declared(
+                {c: k for c, k in schema.source_columns("context").items() if c not in clock},
+                schema.vector_columns("context"),
+            ),
             Column("true_ctr", "number", required=False, nullable=True),
             Column("true_cvr", "number", required=False, nullable=True),
         )
@@ -64,11 +71,11 @@ def contract(schema: FeatureSchema, table: InputTable) -> tuple[Column, ...]:
             Column("ts", "time"),
             Column("available_at", "time", required=False, nullable=True),
             Column("event_id", "id", required=False, nullable=True),
-            *_declared(event_columns(schema), required=False),
+            *_declared(event_columns(schema), {}, required=False),
         )
     if table == "users":
-        return (Column("user_id", "id"), *_declared(user_columns(schema)))
-    return (Column("item_id", "id"), *_declared(item_columns(schema)))
+        return (Column("user_id", "id"), *_declared(user_columns(schema), schema.vector_columns("user")))
+    return (Column("item_id", "id"), *_declared(item_columns(schema), schema.vector_columns("item")))
 
 
 def user_columns(schema: FeatureSchema) -> dict[str, Kind]:
@@ -108,14 +115,16 @@ def check_schema(schema: FeatureSchema) -> None:
         ids = {"user": ("user_id",), "item": ("item_id", *schema.aggregates.item_keys), "event": EVENT_OWN}
         if feature.column in ids.get(feature.side, ()) and feature.kind != "hashed":
             raise _wrong_kind(feature, "an id", "hashed")
+        if feature.side == "context" and feature.column in CONTEXT_FROM_CLOCK and feature.kind == "vector":
+            raise _wrong_kind(feature, "computed from the clock", "hashed")
 
 
 def _wrong_kind(feature: Feature, what: str, kind: Kind) -> BadConfigError:
     return BadConfigError(f"feature {feature.name!r}: column {feature.column!r} is {what}; its kind must be {kind!r}")
 
 
-def _declared(columns: dict[str, Kind], required: bool = True) -> tuple[Column, ...]:
+def _declared(columns: dict[str, Kind], dims: dict[str, int], required: bool = True) -> tuple[Column, ...]:
     return tuple(
-        Column(name, "category" if kind == "hashed" else "number", required=required, nullable=True)
+        Column(name, _KINDS[kind], required=required, nullable=True, dim=dims.get(name, 0))
         for name, kind in columns.items()
     )

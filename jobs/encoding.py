@@ -1,4 +1,4 @@
-"""How a feature is stored: a 64-bit hash of the value's text, or the raw number; null when missing."""
+"""How a feature is stored: a 64-bit hash of the value's text, the raw number, or the list; null when missing."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ def stored(feature: Feature, value: SparkColumn) -> SparkColumn:
     if feature.kind == "hashed":
         text = value.cast("string")
         return F.when(text.isNotNull(), F.xxhash64(text)).alias(feature.name)
+    if feature.kind == "vector":
+        return value.cast("array<float>").alias(feature.name)
     return value.cast("double").alias(feature.name)
 
 

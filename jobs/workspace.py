@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 _ROWS_PER_FILE = 2_000_000
 _ROW_GROUP_BYTES = 16 << 20
+_EXAMPLE_CHARACTERS = 2_000
 
 
 @dataclass(frozen=True)
@@ -202,5 +203,11 @@ def _reasons(files: list[str]) -> str:
             for batch in pq.ParquetFile(opened).iter_batches(columns=["reason", "raw"]):
                 counts.update(batch["reason"].to_pylist())
                 for reason, raw in zip(batch["reason"].to_pylist(), batch["raw"].to_pylist(), strict=True):
-                    examples.setdefault(reason, raw)
+                    examples.setdefault(reason, _shortened(raw))
     return "; ".join(f"{n:,} x '{reason}', for example {examples[reason]}" for reason, n in counts.most_common())
+
+
+def _shortened(raw: str) -> str:
+    """Cut a row that holds long lists, so that a message stays readable."""
+    cut = len(raw) - _EXAMPLE_CHARACTERS
+    return raw if cut <= 0 else f"{raw[:_EXAMPLE_CHARACTERS]}... ({cut:,} more characters)"

@@ -5,17 +5,21 @@ Shape suffixes used here and in every module that takes a batch:
     R  requests            N  candidates of all requests     E  events of all requests
     U  user features       K  context features               I  item features
     V  event features      O  R + 1 offsets
+    X  numbers of all vector features of that side, end to end in schema order
 
 A request's rows are ``offsets[r] : offsets[r + 1]``.  Feature values are rows of
 embedding tables (row 0 is "missing"), in the order of the schema's features of
-that side.  Events of all behaviour sequences are merged, oldest first, ordered
-by (time, position of the sequence in the schema); the last event of a request
-is its most recent one.
+that side.  A vector feature's row says whether it is there; its numbers lie in a
+tensor of their own, scaled to a mean square of 1, zeros where it is missing.
+Events of all behaviour sequences are merged, oldest first, ordered by (time,
+position of the sequence in the schema); the last event of a request is its most
+recent one.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,6 +51,12 @@ class RequestBatch:
     """float32, 0 or 1."""
     conversion_N: Tensor
     """float32, 0 or 1; counted only where clicked."""
+    user_vector_RX: Tensor | None = None
+    """float32, vector features of the user; None if the schema has none."""
+    context_vector_RX: Tensor | None = None
+    """float32, vector features of the context; None if the schema has none."""
+    item_vector_NX: Tensor | None = None
+    """float32, vector features of the candidate; None if the schema has none."""
 
     @property
     def num_requests(self) -> int:
@@ -75,7 +85,10 @@ class RequestBatch:
 
     def to(self, device: torch.device | str) -> RequestBatch:
         """Return the batch on another device."""
-        moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)}
+        moved: dict[str, Any] = {}
+        for name in (f.name for f in fields(self)):
+            tensor = getattr(self, name)
+            moved[name] = None if tensor is None else tensor.to(device, non_blocking=True)
         return RequestBatch(**moved)
 
     def select(self, requests: Tensor) -> RequestBatch:
@@ -114,6 +127,14 @@ class RequestBatch:
             "last candidate offset": (int(self.candidate_offsets_O[-1]), self.num_candidates),
             "last event offset": (int(self.event_offsets_O[-1]), self.num_events),
         }
+        for name, rows in (
+            ("user_vector_RX", self.num_requests),
+            ("context_vector_RX", self.num_requests),
+            ("item_vector_NX", self.num_candidates),
+        ):
+            vectors = getattr(self, name)
+            if vectors is not None:
+                sizes[name] = (vectors.shape[0], rows)
         for name, (got, expected) in sizes.items():
             if got != expected:
                 raise ValueError(f"batch: {name} is {got}, expected {expected}")

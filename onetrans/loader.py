@@ -11,12 +11,12 @@ A *cursor* names the next batch: pass, window, batch.  A window's shuffle depend
 on the seed, the pass and the window alone, so reading from a cursor gives exactly
 the batches that an unbroken run would have given.
 
-Values never become Python objects: nested columns are flattened by their
-offsets, and the behaviour sequences of a request are merged by
+Values never become Python objects: nested columns, lists of numbers included, are
+flattened by their offsets, and the behaviour sequences of a request are merged by
 (time, position of the sequence in the schema) with one stable sort.
 
 Shape suffixes beyond those of :mod:`onetrans.batch`: F features of one side,
-S sequences, G row groups, W windows + 1.
+S sequences, G row groups, W windows + 1, C rows of one side.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from onetrans.errors import BadConfigError, BadDataError
 from onetrans.schema import Feature, FeatureSchema
 
 Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
 T = TypeVar("T")
 
 TRUTH_COLUMNS = ("true_ctr", "true_cvr")
@@ -49,6 +50,7 @@ _CANDIDATES = "candidates"
 _LABELS = ("click", "conversion")
 _CHUNK_BYTES = 8 << 20
 _INT_BYTES = 8
+_FLOAT_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -152,8 +154,11 @@ class _Rows:
     event_time_E: Ints
     event_offsets_O: Ints
     request_time_R: Ints
-    click_N: npt.NDArray[np.float32]
-    conversion_N: npt.NDArray[np.float32]
+    click_N: Floats
+    conversion_N: Floats
+    user_vector_RX: Floats | None
+    context_vector_RX: Floats | None
+    item_vector_NX: Floats | None
     keys: pa.Table | None = field(default=None)
 
 
@@ -215,7 +220,9 @@ class RequestData:
             + group.impressions * (sides["item"] + 2)
             + group.events * (sides["event"] + 2)
         )
-        return total * _INT_BYTES / group.requests
+        numbers = {side: sum(f.dim for f in self.schema.vectors(side)) for side in ("user", "context", "item")}
+        vectors = group.requests * (numbers["user"] + numbers["context"]) + group.impressions * numbers["item"]
+        return (total * _INT_BYTES + vectors * _FLOAT_BYTES) / group.requests
 
     def _lay_out_windows(self) -> Ints:
         """Cut the requests so that every window costs about the same, and none more than the limits allow."""
@@ -395,7 +402,7 @@ def _open(file: str) -> pq.ParquetFile:
 
 def _wanted(schema: FeatureSchema, with_keys: bool) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
     """Return the columns to read, plain and nested, each with the type it must have."""
-    types = {"hashed": "bigint", "bucketized": "double"}
+    types = {"hashed": "bigint", "bucketized": "double", "vector": "list of float"}
     plain = {f.name: types[f.kind] for f in (*schema.of_side("user"), *schema.of_side("context"))}
     events = {"ts": "timestamp", **{f.name: types[f.kind] for f in schema.of_side("event")}}
     candidates = {**{f.name: types[f.kind] for f in schema.of_side("item")}, **dict.fromkeys(_LABELS, "int")}
@@ -412,6 +419,7 @@ _FITS = {
     "double": lambda kind: kind == pa.float64(),
     "int": pa.types.is_integer,
     "text": lambda kind: pa.types.is_string(kind) or pa.types.is_large_string(kind),
+    "list of float": lambda kind: pa.types.is_list(kind) and kind.value_type == pa.float32(),
     "timestamp": lambda kind: pa.types.is_timestamp(kind) and kind.unit == "us",
 }
 
@@ -442,12 +450,14 @@ def _leaves(parquet: pq.ParquetFile, schema: FeatureSchema, with_keys: bool) -> 
     plain, nested = _wanted(schema, with_keys)
     if with_keys:
         nested = {**nested, _CANDIDATES: {**nested[_CANDIDATES], **dict.fromkeys(TRUTH_COLUMNS, "double")}}
-    paths = [parquet.schema.column(column).path for column in range(len(parquet.schema))]
-    return [
-        path
-        for path in paths
-        if path in plain or ("." in path and path.split(".")[-1] in nested.get(path.split(".")[0], ()))
-    ]
+    leaves = []
+    for column in map(parquet.schema.column, range(len(parquet.schema))):
+        top, *inner = column.path.split(".")
+        # A list within a list has two more levels: its path ends with the member, "list" and "element".
+        member = inner[-3 if column.max_repetition_level > 1 else -1] if inner else ""
+        if top in plain or member in nested.get(top, ()):
+            leaves.append(column.path)
+    return leaves
 
 
 # Arrow to embedding rows
@@ -488,6 +498,9 @@ def _encode(chunk: pa.RecordBatch, schema: FeatureSchema, max_seq_len: int, with
         user_RU=_embed(schema.of_side("user"), chunk.column, count),
         context_RK=_embed(schema.of_side("context"), chunk.column, count),
         item_NI=_embed(schema.of_side("item"), members.__getitem__, int(offsets_O[-1])),
+        user_vector_RX=_vectors(schema.vectors("user"), chunk.column, count, where),
+        context_vector_RX=_vectors(schema.vectors("context"), chunk.column, count, where),
+        item_vector_NX=_vectors(schema.vectors("item"), members.__getitem__, int(offsets_O[-1]), where),
         candidate_offsets_O=offsets_O,
         event_EV=event_EV,
         event_sequence_E=event_sequence_E,
@@ -558,10 +571,46 @@ def _embed(features: tuple[Feature, ...], column: Any, count: int) -> Ints:
     for number, feature in enumerate(features):
         stored = column(feature.name)
         missing = stored.is_null().to_numpy(zero_copy_only=False) if stored.null_count else None
+        if feature.kind == "vector":
+            rows_FC[number] = 1 if missing is None else ~missing
+            continue
         if missing is not None:
             stored = pc.fill_null(stored, 0)
         rows_FC[number] = feature.encode(stored.to_numpy(zero_copy_only=False), missing)
     return np.ascontiguousarray(rows_FC.T)
+
+
+def _vectors(features: tuple[Feature, ...], column: Any, count: int, where: Place) -> Floats | None:
+    """Return the numbers of some vector features, shape (count, X), scaled; zeros where one is missing."""
+    if not features:
+        return None
+    numbers_CX = np.zeros((count, sum(f.dim for f in features)), dtype=np.float32)
+    start = 0
+    for feature in features:
+        stored = column(feature.name)
+        lengths = pc.list_value_length(stored).drop_null().to_numpy(zero_copy_only=False)
+        if (lengths != feature.dim).any():
+            found = lengths[np.argmax(lengths != feature.dim)]
+            raise _bad_vector(feature, f"hold {found} numbers", (lengths != feature.dim).sum(), where)
+        given_CD = stored.flatten().to_numpy(zero_copy_only=False).reshape(-1, feature.dim)  # a null number is NaN here
+        scaled_CD = feature.normalize(given_CD)
+        bad_C = np.isnan(scaled_CD[:, 0])
+        if bad_C.any():
+            raise _bad_vector(feature, "hold a number that is null, NaN or infinite", bad_C.sum(), where)
+        place = slice(start, start + feature.dim)
+        if stored.null_count:
+            numbers_CX[stored.is_valid().to_numpy(zero_copy_only=False), place] = scaled_CD
+        else:
+            numbers_CX[:, place] = scaled_CD
+        start += feature.dim
+    return numbers_CX
+
+
+def _bad_vector(feature: Feature, what: str, count: int, where: Place) -> BadDataError:
+    return BadDataError(
+        f"training_requests: {where.file}, row group {where.row_group}, from row {where.row}: {count} values of "
+        f"{feature.name} {what}, needed are {feature.dim} finite ones; build the day again"
+    )
 
 
 def _int64(times: pa.Array, name: str, where: Place) -> Ints:
@@ -573,7 +622,7 @@ def _int64(times: pa.Array, name: str, where: Place) -> Ints:
     return times.view(pa.int64()).to_numpy(zero_copy_only=False)
 
 
-def _label(values: pa.Array, name: str, where: Place) -> npt.NDArray[np.float32]:
+def _label(values: pa.Array, name: str, where: Place) -> Floats:
     numbers = pc.fill_null(pc.cast(values, pa.float32()), float("nan")).to_numpy(zero_copy_only=False)
     bad = (numbers != 0) & (numbers != 1)
     if bad.any():
@@ -592,7 +641,8 @@ def _concatenate(pieces: list[_Rows]) -> _Rows:
         return pieces[0]
 
     def joined(name: str) -> Any:
-        return np.concatenate([getattr(piece, name) for piece in pieces])
+        parts = [getattr(piece, name) for piece in pieces]
+        return None if parts[0] is None else np.concatenate(parts)
 
     def joined_offsets(name: str) -> Ints:
         return _offsets(np.concatenate([np.diff(getattr(piece, name)) for piece in pieces]))
@@ -612,6 +662,10 @@ def _take(rows: _Rows, order_R: Ints) -> _Rows:
     lengths_R = np.diff(rows.event_offsets_O)[order_R]
     of_N = _ranges(rows.candidate_offsets_O[order_R], sizes_R)
     of_E = _ranges(rows.event_offsets_O[order_R], lengths_R)
+
+    def taken(vectors: Floats | None, order: Ints) -> Floats | None:
+        return None if vectors is None else vectors[order]
+
     return _Rows(
         user_RU=rows.user_RU[order_R],
         context_RK=rows.context_RK[order_R],
@@ -624,13 +678,20 @@ def _take(rows: _Rows, order_R: Ints) -> _Rows:
         request_time_R=rows.request_time_R[order_R],
         click_N=rows.click_N[of_N],
         conversion_N=rows.conversion_N[of_N],
+        user_vector_RX=taken(rows.user_vector_RX, order_R),
+        context_vector_RX=taken(rows.context_vector_RX, order_R),
+        item_vector_NX=taken(rows.item_vector_NX, of_N),
         keys=None if rows.keys is None else rows.keys.take(pa.array(of_N)),
     )
 
 
 def _tensors(rows: _Rows) -> RequestBatch:
-    values = {name: getattr(rows, name) for name in _Rows.__dataclass_fields__ if name != "keys"}
-    return RequestBatch(**{name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in values.items()})
+    tensors: dict[str, Any] = {}
+    for name in _Rows.__dataclass_fields__:
+        value = getattr(rows, name)
+        if name != "keys" and value is not None:
+            tensors[name] = torch.from_numpy(np.ascontiguousarray(value))
+    return RequestBatch(**tensors)
 
 
 def _offsets(lengths_R: Ints) -> Ints:

@@ -10,7 +10,8 @@ A request is JSON-able::
 
 Times are microseconds since 1970-01-01 UTC.  The value of a hashed feature is
 text, which is hashed here, or a whole number, which is a stored hash
-(:func:`onetrans.schema.hash64`); the value of a bucketized feature is a number.
+(:func:`onetrans.schema.hash64`); the value of a bucketized feature is a number,
+that of a vector feature a list of ``dim`` finite numbers.
 None stands for "missing" and has to be written: a feature that is merely left
 out is refused, since a forgotten one would cost quality and never be noticed.
 
@@ -25,6 +26,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import torch
 
@@ -32,11 +34,16 @@ from onetrans.batch import RequestBatch
 from onetrans.errors import BadDataError
 from onetrans.loader import batch_of
 from onetrans.models.ranking import RankingModel
-from onetrans.schema import Feature, FeatureSchema, hash64
+from onetrans.schema import Feature, FeatureSchema, Kind, hash64
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _TIME = pa.timestamp("us", tz="UTC")
 _SHORTEST_INT64, _LONGEST_INT64 = -(2**63), 2**63 - 1
+_STORED: dict[Kind, pa.DataType] = {
+    "hashed": pa.int64(),
+    "bucketized": pa.float64(),
+    "vector": pa.list_(pa.float32()),
+}
 
 
 def request_columns(schema: FeatureSchema) -> pa.Schema:
@@ -173,12 +180,14 @@ def _values(
     return {feature.name: _value(given, feature, where) for feature in features}
 
 
-def _value(given: Mapping[str, Any], feature: Feature, where: str) -> int | float | None:
+def _value(given: Mapping[str, Any], feature: Feature, where: str) -> int | float | npt.NDArray[np.float32] | None:
     if feature.name not in given:
         raise BadDataError(f"{where}: feature {feature.name!r} is absent; write null where its value is not known")
     value = given[feature.name]
     if value is None:
         return None
+    if feature.kind == "vector":
+        return _vector(value, feature, where)
     whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     if feature.kind == "hashed":
         if isinstance(value, str):
@@ -189,6 +198,24 @@ def _value(given: Mapping[str, Any], feature: Feature, where: str) -> int | floa
     if whole or isinstance(value, (float, np.floating)):
         return float(value)
     raise BadDataError(f"{where}: feature {feature.name!r} is {value!r}, needed is a number")
+
+
+def _vector(value: Any, feature: Feature, where: str) -> npt.NDArray[np.float32]:
+    needed = f"needed is a list of {feature.dim} finite numbers"
+    if not isinstance(value, (list, tuple, np.ndarray)):
+        raise BadDataError(f"{where}: feature {feature.name!r} is {value!r}, {needed}")
+    if len(value) != feature.dim:
+        raise BadDataError(f"{where}: feature {feature.name!r} has {len(value)} numbers, {needed}")
+    for number in value:
+        if not isinstance(number, (int, float, np.number)) or isinstance(number, bool):
+            raise BadDataError(f"{where}: feature {feature.name!r} holds {number!r}, {needed}")
+    with np.errstate(over="ignore"):  # beyond float32 is infinite, and refused as such
+        numbers = np.asarray(value, dtype=np.float64).astype(np.float32)
+    if not np.isfinite(numbers).all():
+        raise BadDataError(
+            f"{where}: feature {feature.name!r} holds {value[np.argmin(np.isfinite(numbers))]!r}, {needed}"
+        )
+    return numbers
 
 
 def _time(value: Any, where: str) -> int:
@@ -219,7 +246,7 @@ def _refuse_unknown(given: Mapping[str, Any], known: Iterable[str], where: str) 
 
 
 def _columns(features: tuple[Feature, ...]) -> list[pa.Field]:
-    return [pa.field(f.name, pa.int64() if f.kind == "hashed" else pa.float64()) for f in features]
+    return [pa.field(f.name, _STORED[f.kind]) for f in features]
 
 
 def _microseconds(value: datetime) -> int:

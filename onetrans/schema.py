@@ -1,9 +1,9 @@
 """The feature schema: one file that names every feature, read by jobs, models, artifacts and serving.
 
 A schema file (TOML) declares user, item, context and event features, and the
-behaviour sequences built from events.  Two kinds exist, both of which end as a
-row of an embedding table (paper section 3.2, "bucketized or one-hot encoded,
-then embedded"):
+behaviour sequences built from events.  Three kinds exist.  The first two end as
+a row of an embedding table (paper section 3.2, "bucketized or one-hot encoded,
+then embedded"), the third takes the place of one:
 
 ``hashed``
     an id or category.  Jobs store its 64-bit hash (:func:`hash64`); the modulo
@@ -11,6 +11,12 @@ then embedded"):
 ``bucketized``
     a number.  Jobs store the raw value; it is cut at ``boundaries`` when a
     batch is built.
+``vector``
+    a list of ``dim`` numbers, as an encoder of images or text gives it.  Jobs store
+    it as it is; it is scaled to a mean square of 1 when a batch is built
+    (:meth:`Feature.normalize`), and the models map it linearly to the width of
+    the embeddings.  Its table has two rows: "missing", and "there", which is added
+    to the map as its bias.
 
 Row 0 of every table stands for "missing".  ``docs/input.md`` describes the file
 for its authors.
@@ -38,11 +44,12 @@ from onetrans.errors import BadConfigError
 from onetrans.settings import SourceSettings
 
 Side = Literal["user", "item", "context", "event"]
-Kind = Literal["hashed", "bucketized"]
+Kind = Literal["hashed", "bucketized", "vector"]
 InputTable = Literal["impressions", "behaviors", "users", "items"]
 
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,62}")
 _HASH_SEED = 42  # Spark's xxhash64 starts from this seed, so Spark and Python agree on every id.
+_SMALLEST_SQUARE, _LARGEST_SQUARE = 1e-30, 1e30  # Between them a sum of squares is exact enough in float32.
 
 CONTEXT_FROM_CLOCK = ("hour_of_day", "day_of_week")
 """Context columns every log has: they are computed from a request's time in the log's time zone."""
@@ -75,7 +82,7 @@ class Feature:
     side: Side
     """What it describes: the user, the candidate item, the request's context, or a past event."""
     kind: Kind
-    """``hashed`` for ids and categories, ``bucketized`` for numbers."""
+    """``hashed`` for ids and categories, ``bucketized`` for numbers, ``vector`` for lists of numbers."""
     column: str
     """Source column; for an event feature a column of ``behaviors`` (its own or its item's)."""
     hash_size: int = 0
@@ -84,6 +91,8 @@ class Feature:
     """Increasing cut points of a bucketized feature; a value equal to one falls above it."""
     embedding: str = ""
     """Embedding table to use; features that name the same table share it.  Default: ``name``."""
+    dim: int = 0
+    """Numbers of a vector feature's value."""
 
     def __post_init__(self) -> None:
         where = f"feature {self.name!r}"
@@ -98,6 +107,7 @@ class Feature:
                 raise BadConfigError(f"{where}: hash_size = {self.hash_size} must be at least 1")
             if self.boundaries:
                 raise BadConfigError(f"{where}: boundaries belong to a bucketized feature, this one is hashed")
+            self._refuse_dim(where)
         elif self.kind == "bucketized":
             if not self.boundaries:
                 raise BadConfigError(f"{where}: boundaries are missing")
@@ -107,6 +117,24 @@ class Feature:
                 raise BadConfigError(f"{where}: boundaries = {list(self.boundaries)} must be finite and increasing")
             if self.hash_size:
                 raise BadConfigError(f"{where}: hash_size belongs to a hashed feature, this one is bucketized")
+            self._refuse_dim(where)
+        elif self.kind == "vector":
+            if not isinstance(self.dim, int) or self.dim < 1:
+                raise BadConfigError(f"{where}: dim = {self.dim!r} must be a whole number, at least 1")
+            for name, given in (
+                ("hash_size", self.hash_size),
+                ("boundaries", self.boundaries),
+                ("embedding", self.embedding not in ("", self.name)),
+            ):
+                if given:
+                    raise BadConfigError(
+                        f"{where}: {name} does not belong to a vector, which has a dim and nothing else"
+                    )
+            if self.side == "event":
+                raise BadConfigError(
+                    f"{where}: side = 'event' cannot hold a vector: every request would carry it once per past event. "
+                    f"Let the event read its item's id and share the item's embedding instead"
+                )
         else:
             raise BadConfigError(f"{where}: kind = {self.kind!r} is none of {', '.join(get_args(Kind))}")
         if not self.embedding:
@@ -116,17 +144,25 @@ class Feature:
                 f"{where}: embedding = {self.embedding!r} must be lower-case letters, digits and '_', at most 63"
             )
 
+    def _refuse_dim(self, where: str) -> None:
+        if self.dim:
+            raise BadConfigError(f"{where}: dim belongs to a vector feature, this one is {self.kind}")
+
     @property
     def rows(self) -> int:
         """Rows of this feature's embedding table, row 0 ("missing") included."""
+        if self.kind == "vector":
+            return 2
         return self.hash_size + 1 if self.kind == "hashed" else len(self.boundaries) + 2
 
     def encode(self, values: npt.NDArray[Any], missing: npt.NDArray[np.bool_] | None = None) -> npt.NDArray[np.int64]:
-        """Return embedding rows for stored values: 64-bit hashes, or raw numbers; any shape.
+        """Return embedding rows for stored values: 64-bit hashes, raw numbers, or vectors (..., dim); any shape.
 
-        ``missing`` marks nulls; a NaN counts as missing too.
+        ``missing`` marks nulls; a NaN counts as missing too, but not in a vector.
         """
-        if self.kind == "hashed":
+        if self.kind == "vector":
+            rows = np.ones(values.shape[:-1], dtype=np.int64)
+        elif self.kind == "hashed":
             rows = np.mod(values.astype(np.int64, copy=False), self.hash_size) + 1
         else:
             numbers = values.astype(np.float64, copy=False)
@@ -135,6 +171,24 @@ class Feature:
         if missing is not None:
             rows = np.where(missing, 0, rows)
         return rows.astype(np.int64, copy=False)
+
+    @staticmethod
+    def normalize(vectors_XD: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Return vectors (X, dim) scaled to a mean square of 1; a vector of zeros stays one.
+
+        Encoders differ in the length of their vectors and mean the direction.  A vector that holds NaN or an infinite
+        number becomes one of NaN.
+        """
+        squares_X = np.einsum("xd,xd->x", vectors_XD, vectors_XD)
+        safe_X = (squares_X > _SMALLEST_SQUARE) & (squares_X < _LARGEST_SQUARE)
+        scaled_XD = (
+            vectors_XD / np.sqrt(np.where(safe_X, squares_X, 1) / vectors_XD.shape[1], dtype=np.float32)[:, None]
+        )
+        if not safe_X.all():
+            exact_XD = vectors_XD[~safe_X].astype(np.float64)  # the square of a float32 fits
+            size_X = np.sqrt(np.square(exact_XD).mean(axis=1, keepdims=True))
+            scaled_XD[~safe_X] = exact_XD / np.where(np.isfinite(size_X), np.where(size_X == 0, 1, size_X), np.nan)
+        return scaled_XD
 
 
 @dataclass(frozen=True)
@@ -244,6 +298,13 @@ class FeatureSchema:
         for table in self.columns:
             if table not in get_args(InputTable):
                 raise BadConfigError(f"schema {self.name!r}: [columns.{table}] is none of {get_args(InputTable)}")
+        vectors = {c: side for side in ("item", "context") for c in self.vector_columns(side)}
+        for feature in self.of_side("event"):
+            if feature.column in vectors:
+                raise BadConfigError(
+                    f"feature {feature.name!r}: column {feature.column!r} is a vector of side "
+                    f"{vectors[feature.column]!r}; an event cannot read one"
+                )
         for feature in self.features:
             if feature.name in RESERVED_NAMES or feature.name.startswith("seq_"):
                 raise BadConfigError(
@@ -278,6 +339,11 @@ class FeatureSchema:
         tables: dict[str, Feature] = {}
         for feature in self.features:
             first = tables.setdefault(feature.embedding, feature)
+            if "vector" in (first.kind, feature.kind) and first is not feature:
+                raise BadConfigError(
+                    f"features {first.name!r} and {feature.name!r} share embedding {feature.embedding!r}, "
+                    f"but a vector has an embedding of its own; rename one"
+                )
             if (first.kind, first.rows, first.boundaries) != (feature.kind, feature.rows, feature.boundaries):
                 raise BadConfigError(
                     f"features {first.name!r} and {feature.name!r} share embedding {feature.embedding!r} "
@@ -294,12 +360,35 @@ class FeatureSchema:
         kinds: dict[str, Kind] = {}
         for feature in self.of_side(side):
             if kinds.setdefault(feature.column, feature.kind) != feature.kind:
-                raise BadConfigError(f"column {feature.column!r} is read both as hashed and as bucketized")
+                both = " and as ".join((kinds[feature.column], feature.kind))
+                raise BadConfigError(f"column {feature.column!r} is read both as {both}")
         return kinds
+
+    def vectors(self, side: Side) -> tuple[Feature, ...]:
+        """Return the vector features of one side, in schema order: the order of a batch's numbers."""
+        return tuple(f for f in self.of_side(side) if f.kind == "vector")
+
+    def vector_columns(self, side: Side) -> dict[str, int]:
+        """Return the columns that vector features of ``side`` read, each with the numbers of a value.
+
+        Raises:
+            BadConfigError: if one column is read with two lengths.
+        """
+        dims: dict[str, int] = {}
+        for feature in self.vectors(side):
+            if dims.setdefault(feature.column, feature.dim) != feature.dim:
+                raise BadConfigError(
+                    f"column {feature.column!r} is read with dim = {dims[feature.column]} and with dim = {feature.dim}"
+                )
+        return dims
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data that :meth:`from_dict` reads back; keys are those of the schema file."""
-        return json.loads(json.dumps(asdict(self)))
+        data = json.loads(json.dumps(asdict(self)))
+        for feature in data["features"]:
+            if feature["kind"] != "vector":
+                del feature["dim"]  # What a schema without vectors says, and its fingerprint, stay as they were.
+        return data
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> FeatureSchema:

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from onetrans import __version__, storage
 from onetrans.errors import BadConfigError, BadDataError, PipelineError
 from onetrans.plan import Plan
-from onetrans.schema import Feature, FeatureSchema
+from onetrans.schema import Feature, FeatureSchema, Kind
 from onetrans.settings import MlflowSettings, Settings
 
 if TYPE_CHECKING:
@@ -440,15 +440,16 @@ def compare_scores(model_uri: str, requests: Sequence[Mapping[str, Any]], scores
 def signature(schema: FeatureSchema) -> ModelSignature:
     """Return the model's signature: a request as :mod:`onetrans.requests` describes it, and its scores.
 
-    A hashed value is declared ``any``: it may be text, or the whole number it hashes to.
+    A hashed value is declared ``any``: it may be text, or the whole number it hashes to.  So are a vector's numbers:
+    MLflow refuses whole numbers where it is told ``double``, and JSON writes 3.0 as 3.
     """
     from mlflow.models import ModelSignature
     from mlflow.types.schema import AnyType, Array, ColSpec, DataType, Object, Property, Schema, TensorSpec
 
+    kinds: dict[Kind, Any] = {"hashed": AnyType(), "bucketized": DataType.double, "vector": Array(AnyType())}
+
     def properties(features: tuple[Feature, ...]) -> list[Property]:
-        return [
-            Property(f.name, AnyType() if f.kind == "hashed" else DataType.double, required=False) for f in features
-        ]
+        return [Property(f.name, kinds[f.kind], required=False) for f in features]
 
     event = Object([Property("ts", DataType.long), *properties(schema.of_side("event"))])
     candidate = Object([Property("item_id", DataType.string), *properties(schema.of_side("item"))])

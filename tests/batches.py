@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from hypothesis import strategies as st
@@ -30,6 +32,23 @@ def model_schema() -> FeatureSchema:
     )
 
 
+def vector_schema() -> FeatureSchema:
+    """The same with vectors on every side that may have them, two of them on one, between the other features."""
+    plain = model_schema()
+    first, *others = plain.features
+    return replace(
+        plain,
+        features=(
+            first,
+            Feature("image", "item", "vector", "image", dim=5),
+            Feature("taste", "user", "vector", "taste", dim=3),
+            *others,
+            Feature("scene", "context", "vector", "scene", dim=1),
+            Feature("title", "item", "vector", "title", dim=2),
+        ),
+    )
+
+
 def random_batch(schema: FeatureSchema, candidates: list[int], events: list[int], seed: int = 0) -> RequestBatch:
     """Return a batch with these numbers of candidates and events per request; event times tie now and then."""
     rng = np.random.default_rng(seed)
@@ -38,6 +57,15 @@ def random_batch(schema: FeatureSchema, candidates: list[int], events: list[int]
     def rows(side, count):
         columns = [rng.integers(0, f.rows, count) for f in schema.of_side(side)]
         return torch.from_numpy(np.stack(columns, axis=1)) if columns else torch.zeros(count, 0, dtype=torch.int64)
+
+    def vectors(side, rows_MF):
+        features = schema.of_side(side)
+        parts = [
+            torch.from_numpy(f.normalize(rng.normal(0, 2, (rows_MF.shape[0], f.dim)).astype(np.float32)))
+            * rows_MF[:, [features.index(f)]]
+            for f in schema.vectors(side)
+        ]
+        return torch.cat(parts, dim=1) if parts else None
 
     def offsets(counts):
         return torch.tensor([0, *np.cumsum(counts)], dtype=torch.int64)
@@ -51,10 +79,11 @@ def random_batch(schema: FeatureSchema, candidates: list[int], events: list[int]
         times.append(time_s[order])
         sequences.append(sequence[order])
     total = sum(candidates)
+    user_RU, context_RK, item_NI = rows("user", requests), rows("context", requests), rows("item", total)
     batch = RequestBatch(
-        user_RU=rows("user", requests),
-        context_RK=rows("context", requests),
-        item_NI=rows("item", total),
+        user_RU=user_RU,
+        context_RK=context_RK,
+        item_NI=item_NI,
         candidate_offsets_O=offsets(candidates),
         event_EV=rows("event", sum(events)),
         event_sequence_E=torch.from_numpy(np.concatenate([*sequences, np.zeros(0, np.int64)])),
@@ -63,6 +92,9 @@ def random_batch(schema: FeatureSchema, candidates: list[int], events: list[int]
         request_time_R=torch.from_numpy(request_s * 1_000_000),
         click_N=torch.from_numpy(rng.integers(0, 2, total)).float(),
         conversion_N=torch.from_numpy(rng.integers(0, 2, total)).float(),
+        user_vector_RX=vectors("user", user_RU),
+        context_vector_RX=vectors("context", context_RK),
+        item_vector_NX=vectors("item", item_NI),
     )
     batch.check()
     return batch
@@ -91,6 +123,9 @@ def select_requests(batch: RequestBatch, requests: list[int]) -> RequestBatch:
         request_time_R=batch.request_time_R[requests],
         click_N=batch.click_N[kept_N],
         conversion_N=batch.conversion_N[kept_N],
+        user_vector_RX=None if batch.user_vector_RX is None else batch.user_vector_RX[requests],
+        context_vector_RX=None if batch.context_vector_RX is None else batch.context_vector_RX[requests],
+        item_vector_NX=None if batch.item_vector_NX is None else batch.item_vector_NX[kept_N],
     )
 
 

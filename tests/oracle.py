@@ -26,6 +26,7 @@ SCHEMA = FeatureSchema(
     features=(
         Feature("user", "user", "hashed", "user_id", hash_size=50),
         Feature("age", "user", "bucketized", "age", boundaries=(20.0, 40.0)),
+        Feature("taste", "user", "vector", "taste", dim=2),
         Feature("user_ctr", "user", "bucketized", "user_ctr_2d", boundaries=(0.1, 0.5)),
         Feature("hour", "context", "bucketized", "hour_of_day", boundaries=(6.0, 12.0, 18.0)),
         Feature("weekday", "context", "hashed", "day_of_week", hash_size=10),
@@ -33,6 +34,7 @@ SCHEMA = FeatureSchema(
         Feature("item", "item", "hashed", "item_id", hash_size=50),
         Feature("brand", "item", "hashed", "brand", hash_size=10),
         Feature("price", "item", "bucketized", "price", boundaries=(1.0, 10.0)),
+        Feature("picture", "item", "vector", "image", dim=3),
         Feature("brand_cvr", "item", "bucketized", "brand_cvr_1d", boundaries=(0.1, 0.5)),
         Feature("event_item", "event", "hashed", "item_id", hash_size=50, embedding="item"),
         Feature("event_price", "event", "bucketized", "price", boundaries=(1.0, 10.0), embedding="price"),
@@ -70,10 +72,17 @@ def random_world(seed: int, days: int = 3, users: int = 60, items: int = 12) -> 
     draw = random.Random(seed)
     world = World()
     world.users = [
-        {"user_id": f"u{u}", "age": draw.choice([None, draw.uniform(10, 60)])} for u in range(users) if u % 5
+        {"user_id": f"u{u}", "age": draw.choice([None, draw.uniform(10, 60)]), "taste": [0.5, -u] if u % 3 else None}
+        for u in range(users)
+        if u % 5
     ]
     world.items = [
-        {"item_id": f"i{i}", "brand": draw.choice(["a", "b", None]), "price": draw.choice([None, draw.uniform(0, 20)])}
+        {
+            "item_id": f"i{i}",
+            "brand": draw.choice(["a", "b", None]),
+            "price": draw.choice([None, draw.uniform(0, 20)]),
+            "image": [0.25, i, -1.5] if i % 4 else None,
+        }
         for i in range(items)
         if i % 6
     ]
@@ -238,7 +247,12 @@ def user_features(world: World, ds: date) -> dict[str, Row]:
     everyone = set(known) | {row["user_id"] for row in _window_rows(world, ds)}
     computed = figures(world, ds, {user: user for user in everyone}, "user")
     return {
-        user: {"age": known.get(user, {}).get("age"), **_all_figures("user"), **computed.get(user, {})}
+        user: {
+            "age": known.get(user, {}).get("age"),
+            "taste": known.get(user, {}).get("taste"),
+            **_all_figures("user"),
+            **computed.get(user, {}),
+        }
         for user in everyone
     }
 
@@ -254,6 +268,7 @@ def item_features(world: World, ds: date) -> dict[str, Row]:
         item: {
             "brand": brand_of[item],
             "price": known.get(item, {}).get("price"),
+            "image": known.get(item, {}).get("image"),
             **_all_figures("item"),
             **own.get(item, {}),
             **_all_figures("brand"),
@@ -273,6 +288,7 @@ def training_requests(world: World, ds: date) -> dict[str, Row]:
         row |= {
             "user": hash64(shown["user_id"]),
             "age": user.get("age"),
+            "taste": user.get("taste"),
             "user_ctr": user.get("user_ctr_2d"),
             "hour": shown["hour_of_day"],
             "weekday": hash64(shown["day_of_week"]),
@@ -284,6 +300,7 @@ def training_requests(world: World, ds: date) -> dict[str, Row]:
             "item": hash64(shown["item_id"]),
             "brand": _hashed(item.get("brand")),
             "price": item.get("price"),
+            "picture": item.get("image"),
             "brand_cvr": item.get("brand_cvr_1d"),
             "click": shown["click"],
             "conversion": shown["conversion"],

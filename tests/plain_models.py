@@ -16,11 +16,30 @@ import torch.nn.functional as F
 SHORTEST_S, LONGEST_S = 60.0, 365 * 86_400.0
 
 
-def lookup(model, side, rows):
-    """Embeddings of one row of feature values."""
-    features = model.schema.of_side(side)
-    tables = [model.embeddings.table(f.embedding) for f in features]
-    return torch.cat([table[row] for table, row in zip(tables, rows.tolist(), strict=True)])
+def lookup(model, side, rows, numbers=None):
+    """Embeddings of one row of feature values; ``numbers`` are those of its vectors, end to end."""
+    slots, start = [], 0
+    for feature, row in zip(model.schema.of_side(side), rows.tolist(), strict=True):
+        slot = model.embeddings.table(feature.embedding)[row]
+        if feature.kind == "vector" and row:
+            matrix = model.embeddings.map(feature.embedding)
+            slot = slot + (matrix * numbers[start : start + feature.dim].to(matrix.dtype)).sum(1)
+        slots.append(slot)
+        start += feature.dim
+    return torch.cat(slots)
+
+
+def request_and_item(model, batch, r, n):
+    """Embeddings of user, context and item of one candidate."""
+
+    def of(vectors, row):
+        return None if vectors is None else vectors[row]
+
+    return [
+        lookup(model, "user", batch.user_RU[r], of(batch.user_vector_RX, r)),
+        lookup(model, "context", batch.context_RK[r], of(batch.context_vector_RX, r)),
+        lookup(model, "item", batch.item_NI[n], of(batch.item_vector_NX, n)),
+    ]
 
 
 def candidates_of(batch):
@@ -33,8 +52,7 @@ def candidates_of(batch):
 
 
 def ns_tokens(model, batch, r, n):
-    sides = [lookup(model, "user", batch.user_RU[r]), lookup(model, "context", batch.context_RK[r])]
-    sides.append(lookup(model, "item", batch.item_NI[n]))
+    sides = request_and_item(model, batch, r, n)
     tokenizer = model.ns_tokenizer
     if model.config.tokenizer == "auto_split":
         hidden = F.gelu(tokenizer.hidden.linear(torch.cat(sides)))
@@ -192,14 +210,14 @@ def plain_dcnv2_din(model, batch):
     rows = []
     for r, n, events in candidates_of(batch):
         events = events[max(0, len(events) - config.max_seq_len) :]
-        item = lookup(model, "item", batch.item_NI[n])
+        user, context, item = request_and_item(model, batch, r, n)
         mapped = list(model.target.mapped(item).split(width))
         target = []
         for table in [*(f.embedding for f in schema.of_side("event")), None]:
             place = items.index(table) if table in items else None
             target.append(mapped.pop(0) if place is None else item[place * width : (place + 1) * width])
         t = torch.cat(target)
-        parts = [lookup(model, "user", batch.user_RU[r]), lookup(model, "context", batch.context_RK[r]), item]
+        parts = [user, context, item]
         for sequence, pooling in enumerate(model.pooling):
             pooled = torch.zeros_like(t)
             own_rank = -1

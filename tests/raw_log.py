@@ -30,6 +30,9 @@ TYPES = {
     "conversion": pa.int32(),
     "age": pa.float64(),
     "price": pa.float64(),
+    "image": pa.list_(pa.float32()),
+    "taste": pa.list_(pa.float64()),
+    "scene": pa.list_(pa.float64()),
 }
 """Types of the contract's columns where they are not text."""
 

@@ -25,6 +25,8 @@ from onetrans.tracking import log_evaluation, start_model
 GATE = GateSettings(replicates=50, min_rows=50, min_positives=5, min_users=10, max_uauc_loss=1.0,
                     max_log_loss_increase=9.0, max_calibration_error=9.0)  # fmt: skip
 
+SCHEMA = small_schema(vectors=True)
+
 
 @dataclass(frozen=True)
 class Shop:
@@ -37,12 +39,12 @@ class Shop:
     def open(cls, folder: Path, days: int = 5) -> Shop:
         """Publish the first days of the world in ``folder``."""
         settings = replace(settings_in(folder), gate=GATE)
-        return cls(settings, publish_days(Lake(settings.lake), days, small_schema(), World(requests=80)))
+        return cls(settings, publish_days(Lake(settings.lake), days, SCHEMA, World(requests=80)))
 
     def plan(self, ds: date, *, track: bool = True, seed: int = 17) -> Plan:
         """Plan a day; another seed makes another plan of the same day."""
         settings = replace(self.settings, training=replace(self.settings.training, seed=seed))
-        return make_plan(settings, ds, small_schema(), from_scratch=True, track=track)
+        return make_plan(settings, ds, SCHEMA, from_scratch=True, track=track)
 
     def save_models(self, plan: Plan, *, seed: int = 0) -> dict[str, RankingModel]:
         """Save both models with fresh weights and record them in MLflow as a training would."""

@@ -25,11 +25,20 @@ FIRST_DAY = date(2024, 2, 26)  # a leap year's February, so that day arithmetic 
 MICROSECOND = pa.timestamp("us", tz="UTC")
 
 
-def small_schema(hash_size: int = 97, max_length: int = 12) -> FeatureSchema:
-    """A schema with every kind of feature, a shared table and two sequences."""
+VECTORS = (
+    Feature("taste", "user", "vector", "taste", dim=3),
+    Feature("scene", "context", "vector", "scene", dim=2),
+    Feature("image", "item", "vector", "image", dim=4),
+    Feature("title", "item", "vector", "title", dim=1),
+)
+
+
+def small_schema(hash_size: int = 97, max_length: int = 12, vectors: bool = False) -> FeatureSchema:
+    """A schema with ids, categories and numbers, a shared table and two sequences; with vectors if wanted."""
     return FeatureSchema(
         name="small",
         features=(
+            *(VECTORS if vectors else ()),
             Feature("user", "user", "hashed", "user_id", hash_size=hash_size),
             Feature("user_ctr", "user", "bucketized", "user_ctr_7d", boundaries=(0.1, 0.2, 0.4)),
             Feature("hour", "context", "hashed", "hour_of_day", hash_size=24),
@@ -107,7 +116,7 @@ def write_requests(
         "hour_of_day": np.array([hash64(str(h)) for h in range(24)])[hours],
     }
     for feature in (*schema.of_side("user"), *schema.of_side("context")):
-        columns[feature.name] = _with_nulls(sources[feature.column], feature, rng, world)
+        columns[feature.name] = _with_nulls(sources.get(feature.column), feature, requests, rng, world)
     for sequence in schema.sequences:
         columns[sequence.column] = _events(schema, world, rng, user_angle[user], item_angle, request_ts)
 
@@ -115,7 +124,7 @@ def write_requests(
     fields: dict[str, pa.Array] = {"item_id": pa.array([f"i{i}" for i in item])}
     fields["position"] = pa.array(np.concatenate([np.arange(n) for n in sizes]).astype(np.int32))
     for feature in schema.of_side("item"):
-        fields[feature.name] = _with_nulls(item_sources[feature.column], feature, rng, world)
+        fields[feature.name] = _with_nulls(item_sources.get(feature.column), feature, item.shape[0], rng, world)
     fields["click"] = pa.array(click)
     fields["conversion"] = pa.array(conversion)
     if world.truth:
@@ -184,9 +193,15 @@ def _item_sources(item: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def _with_nulls(values: np.ndarray, feature: Feature, rng: np.random.Generator, world: World) -> pa.Array:
+def _with_nulls(
+    values: np.ndarray | None, feature: Feature, count: int, rng: np.random.Generator, world: World
+) -> pa.Array:
+    if feature.kind == "vector":
+        numbers = rng.normal(0, 3, (count, feature.dim)).astype(np.float32)
+        null = rng.random(count) < world.null_share
+        return pa.array([None if n else list(v) for n, v in zip(null, numbers, strict=True)], pa.list_(pa.float32()))
     kind = pa.int64() if feature.kind == "hashed" else pa.float64()
-    return pa.array(values, kind, mask=rng.random(values.shape[0]) < world.null_share)
+    return pa.array(values, kind, mask=rng.random(count) < world.null_share)
 
 
 def _list_of_structs(offsets: np.ndarray, fields: dict[str, pa.Array], null: np.ndarray | None = None) -> pa.Array:
@@ -217,5 +232,5 @@ def _events(
     sources = _item_sources(item[order])
     fields = {"ts": pa.array(ts[order], MICROSECOND)}
     for feature in schema.of_side("event"):
-        fields[feature.name] = _with_nulls(sources[feature.column], feature, rng, world)
+        fields[feature.name] = _with_nulls(sources[feature.column], feature, owner.shape[0], rng, world)
     return _list_of_structs(np.concatenate([[0], np.cumsum(sizes)]), fields, null)

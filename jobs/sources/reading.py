@@ -41,6 +41,7 @@ UNREADABLE = "_unreadable"
 """Column that holds the text of a CSV or JSON line that does not parse; null otherwise."""
 
 _JSON_SAMPLE_LINES = 1000
+_WHOLE = T.ByteType | T.ShortType | T.IntegerType | T.LongType
 
 
 @dataclass(frozen=True)
@@ -123,8 +124,8 @@ def _named(column: Column, where: Where, schema: FeatureSchema) -> str:
 
 def _mismatch(kind: ValueKind, found: T.DataType, schema: FeatureSchema) -> str:
     """Return what would have been right, or an empty text if ``found`` is."""
-    whole = isinstance(found, T.ByteType | T.ShortType | T.IntegerType | T.LongType)
-    number = whole or isinstance(found, T.FloatType | T.DoubleType | T.DecimalType)
+    whole = isinstance(found, _WHOLE)
+    number = _is_number(found)
     if isinstance(found, T.NullType | T.StringType):
         # Text says what it is row by row, but only where a format has nothing but text.
         return ""
@@ -137,9 +138,15 @@ def _mismatch(kind: ValueKind, found: T.DataType, schema: FeatureSchema) -> str:
         return "" if isinstance(found, T.TimestampType | T.TimestampNTZType) else "a timestamp"
     if kind == "label":
         return "" if number or isinstance(found, T.BooleanType) else "0 or 1"
+    if kind == "vector":
+        return "" if isinstance(found, T.ArrayType) and _is_number(found.elementType) else "a list of numbers"
     if kind == "position":
         return "" if whole else "a whole number"
     return "" if number or isinstance(found, T.BooleanType) else "a number"
+
+
+def _is_number(found: T.DataType) -> bool:
+    return isinstance(found, _WHOLE | T.FloatType | T.DoubleType | T.DecimalType)
 
 
 def _format(file: str) -> str | None:

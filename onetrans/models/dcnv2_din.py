@@ -154,9 +154,13 @@ class DCNv2DIN(RankingModel):
     def forward(self, batch: RequestBatch) -> Scores:
         """Score every candidate of ``batch``."""
         request_N = batch.candidate_request_N
-        item_NQ = self.embeddings("item", batch.item_NI)
+        item_NQ = self.embeddings("item", batch.item_NI, batch.item_vector_NX)
         request_RQ = torch.cat(
-            (self.embeddings("user", batch.user_RU), self.embeddings("context", batch.context_RK)), dim=1
+            (
+                self.embeddings("user", batch.user_RU, batch.user_vector_RX),
+                self.embeddings("context", batch.context_RK, batch.context_vector_RX),
+            ),
+            dim=1,
         )
         x0_NF = torch.cat((request_RQ.index_select(0, request_N), item_NQ, *self._interests(batch, item_NQ)), dim=1)
         x_NF = x0_NF

@@ -1,12 +1,20 @@
-"""Embedding tables: one per table the schema names, shared by the features that name it.
+"""Embedding tables: one per table the schema names, shared by the features that name it; and maps of vectors.
+
+A vector feature fills one embedding's place as any other does: its numbers, scaled
+to a mean square of 1, times a learned matrix, plus row 1 of its table, the bias.
+A missing one is row 0, which is learned: zeros alone would say that it is there
+and has no direction.
 
 Shape suffixes: those of :mod:`onetrans.batch`, and
 
     M  rows looked up (requests, candidates or events)     F  features of one side
     D  embedding width                                     Q  F * D
+    X  numbers of all vector features of the side
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +29,8 @@ Adagrad treats both alike, since a zero gradient moves nothing."""
 INITIAL_STD = 0.05
 """Standard deviation of a table's initial values."""
 
-_PREFIX = "table_"  # A table may bear any name, also one that nn.Module uses itself.
+TABLE, MAP = "table_", "map_"
+"""What the parameters' names begin with: a table may bear any name, also one that nn.Module uses itself."""
 
 
 class Embeddings(nn.Module):
@@ -32,27 +41,47 @@ class Embeddings(nn.Module):
         self.schema = schema
         self.width = width
         for name, rows in schema.embedding_tables().items():
-            self.register_parameter(_PREFIX + name, nn.Parameter(torch.randn(rows, width) * INITIAL_STD))
+            self.register_parameter(TABLE + name, nn.Parameter(torch.randn(rows, width) * INITIAL_STD))
+        for feature in schema.features:
+            if feature.kind == "vector":
+                # A vector's numbers have a mean square of 1, so a fresh map's output is as large as a fresh row.
+                start_DX = torch.randn(width, feature.dim) * (INITIAL_STD / math.sqrt(feature.dim))
+                self.register_parameter(MAP + feature.embedding, nn.Parameter(start_DX))
 
     def table(self, name: str) -> nn.Parameter:
         """Return a table (rows, D) by the schema's name for it."""
-        return self.get_parameter(_PREFIX + name)
+        return self.get_parameter(TABLE + name)
+
+    def map(self, name: str) -> nn.Parameter:
+        """Return the map (D, dim) of a vector feature by the schema's name for its table."""
+        return self.get_parameter(MAP + name)
 
     def output_dim(self, side: Side) -> int:
         """Return Q, the width of all embeddings of one side together."""
         return len(self.schema.of_side(side)) * self.width
 
-    def forward(self, side: Side, rows_MF: Tensor) -> Tensor:
-        """Return the embeddings of all features of one side, concatenated in schema order: (M, Q)."""
+    def forward(self, side: Side, rows_MF: Tensor, vectors_MX: Tensor | None = None) -> Tensor:
+        """Return the embeddings of all features of one side, concatenated in schema order: (M, Q).
+
+        ``vectors_MX`` are the numbers of the side's vector features; None if it has none.
+        """
         features = self.schema.of_side(side)
         if rows_MF.shape[1] != len(features):
             raise ValueError(f"{side} rows have {rows_MF.shape[1]} columns, the schema has {len(features)} features")
         if not features:
             return next(self.parameters()).new_zeros((rows_MF.shape[0], 0))
-        return torch.cat(
-            [
-                F.embedding(rows_MF[:, i], self.table(f.embedding), sparse=f.rows >= SPARSE_FROM_ROWS)
-                for i, f in enumerate(features)
-            ],
-            dim=1,
-        )
+        slots = [
+            F.embedding(rows_MF[:, i], self.table(f.embedding), sparse=f.rows >= SPARSE_FROM_ROWS)
+            for i, f in enumerate(features)
+        ]
+        dims = [f.dim for f in features if f.kind == "vector"]
+        given = 0 if vectors_MX is None else vectors_MX.shape[1]
+        if given != sum(dims):
+            raise ValueError(f"{side} vectors have {given} numbers, the schema's vector features have {sum(dims)}")
+        if vectors_MX is not None:
+            parts = iter(vectors_MX.to(slots[0].dtype).split(dims, dim=1))
+            slots = [
+                slot + F.linear(next(parts), self.map(f.embedding)) if f.kind == "vector" else slot
+                for slot, f in zip(slots, features, strict=True)
+            ]
+        return torch.cat(slots, dim=1)

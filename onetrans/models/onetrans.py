@@ -227,9 +227,9 @@ class OneTrans(RankingModel):
         """Run stage II: the NS-tokens of every candidate against its request's state; events are not read."""
         config, request_N = self.config, batch.candidate_request_N
         x_PNM = self.ns_tokenizer(
-            self.embeddings("user", batch.user_RU),
-            self.embeddings("context", batch.context_RK),
-            self.embeddings("item", batch.item_NI),
+            self.embeddings("user", batch.user_RU, batch.user_vector_RX),
+            self.embeddings("context", batch.context_RK, batch.context_vector_RX),
+            self.embeddings("item", batch.item_NI, batch.item_vector_NX),
             request_N,
         )
         first = state.layouts[0]

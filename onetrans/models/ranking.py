@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from onetrans.batch import RequestBatch
 from onetrans.models.compute import Compute
 from onetrans.models.config import ModelConfig
-from onetrans.models.embeddings import Embeddings
+from onetrans.models.embeddings import TABLE, Embeddings
 from onetrans.schema import FeatureSchema
 
 
@@ -45,10 +45,11 @@ class RankingModel(nn.Module):
 
     def embedding_parameters(self) -> dict[str, nn.Parameter]:
         """Return the embedding tables by parameter name; the gradient of a large one is sparse."""
-        return {f"embeddings.{name}": parameter for name, parameter in self.embeddings.named_parameters()}
+        named = self.embeddings.named_parameters()
+        return {f"embeddings.{name}": parameter for name, parameter in named if name.startswith(TABLE)}
 
     def dense_parameters(self) -> dict[str, nn.Parameter]:
-        """Return every other parameter by name."""
+        """Return every other parameter by name, the maps of vector features among them."""
         tables = self.embedding_parameters()
         return {name: parameter for name, parameter in self.named_parameters() if name not in tables}
 

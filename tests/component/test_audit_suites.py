@@ -134,7 +134,7 @@ FEATURES = {
 }
 DECLARED = "every declared column is in every file, with its type"
 EXTRA = "there is no column besides the declared ones"
-REQUIRED = "keys, times and labels are never missing or empty"
+REQUIRED = "keys, times, labels and the numbers of a list are never missing or empty"
 MISSING = "no feature is missing from more rows than allowed"
 FINITE = "numbers are finite"
 SMALLEST = "no number is below the smallest one its column allows"
@@ -185,6 +185,43 @@ SHARED = [
     Case("impressions", "an undeclared column", EXTRA, "fold", columns=add("fold"), severity="warning"),
     Case("impressions", "a key is empty", REQUIRED, "user_id", put("user_id", ""), example="missing = 1"),
     Case("impressions", "a mistyped day", DECLARED, "ds", columns=retype("ds", pa.string()), example="found = text"),
+    Case("item_features", "a short vector", SMALLEST, "image.length", put("image", [1.0, 2.0]), example="smallest = 2"),
+    Case("item_features", "an empty vector", SMALLEST, "image.length", put("image", []), example="smallest = 0"),
+    Case(
+        "item_features",
+        "a long vector",
+        LARGEST,
+        "image.length",
+        put("image", [1.0] * 4),
+        example="largest_allowed = 3",
+    ),
+    Case("item_features", "a hole in a vector", REQUIRED, "image.element", put("image", [1.0, None, 2.0])),
+    Case("item_features", "a vector with NaN", FINITE, "image.element", put("image", [1.0, np.nan, 2.0])),
+    Case("item_features", "lost vectors", MISSING, "image", put_all("image", None), severity="warning"),
+    Case(
+        "item_features",
+        "a vector of doubles",
+        DECLARED,
+        "image, image.element, image.length",
+        columns=retype("image", pa.list_(pa.float64())),
+        example="list<element: double>",
+    ),
+    Case(
+        "training_requests",
+        "a candidate's short vector",
+        SMALLEST,
+        "candidates.image.length",
+        put_nested("candidates", "image", [1.0]),
+        example="smallest = 1",
+    ),
+    Case(
+        "training_requests",
+        "an infinite number in a candidate's vector",
+        FINITE,
+        "candidates.image.element",
+        put_nested("candidates", "image", [1.0, np.inf, 0.0]),
+        example="not_finite = 1",
+    ),
     Case("user_features", "an infinite rate", FINITE, "user_ctr_7d", put("user_ctr_7d", np.inf)),
 ]
 

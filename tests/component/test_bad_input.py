@@ -18,6 +18,7 @@ from jobs.runner import guarded
 from jobs.sources.files import Files
 from jobs.workspace import Workspace
 from onetrans.errors import EXIT_BAD_DATA, EXIT_NOT_READY, BadDataError, NotReadyError
+from onetrans.lake import Lake
 from onetrans.schema import Feature, FeatureSchema, Sequence
 from tests.raw_log import Row, open_workspace, publish, write_rows
 
@@ -263,6 +264,63 @@ def test_an_item_that_is_two_things(work: Workspace) -> None:
     write_rows(folder_of(work, "items").parent, items)
     with pytest.raises(BadDataError, match=r"item_features 2024-02-29: 2 of 11 rows .*item_id: several rows"):
         item_features.build(work, DS)
+
+
+EXPECTED = "expected 2 finite numbers"
+VECTORS = [
+    ("nonsense", f"not a list of numbers, {EXPECTED}"),
+    ("5", f"not a list of numbers, {EXPECTED}"),
+    ('{"a": 1}', f"not a list of numbers, {EXPECTED}"),
+    ('["a", 1]', f"not a list of numbers, {EXPECTED}"),
+    ("[1, 2, 3]", f"3 numbers, {EXPECTED}"),
+    ("[]", f"0 numbers, {EXPECTED}"),
+    ("[1, null]", f"2 numbers with an empty one, {EXPECTED}"),
+    ("[1, NaN]", f"2 numbers with NaN or an infinite one, {EXPECTED}"),
+    ("[-Infinity, 1]", f"2 numbers with NaN or an infinite one, {EXPECTED}"),
+    ("[1, 1e39]", f"2 numbers with NaN or an infinite one, {EXPECTED}"),
+    ("[0.5, -2]", None),
+    ("", None),
+]
+"""What a file says, as CSV and JSON spell it, and what is wrong with it."""
+
+
+def vectors_as_csv(folder: Path, vectors: list[str]) -> None:
+    cells = [vector.replace('"', '""') for vector in vectors]
+    lines = ["item_id,price,image", *(f'i{n},1,"{cell}"' for n, cell in enumerate(cells))]
+    folder.mkdir(parents=True)
+    (folder / "items.csv").write_text("\n".join(lines) + "\n")
+
+
+def vectors_as_json(folder: Path, vectors: list[str]) -> None:
+    values = [json.dumps(vector) if vector in ("nonsense", "") else vector for vector in vectors]
+    folder.mkdir(parents=True)
+    (folder / "items.jsonl").write_text(
+        "".join(f'{{"item_id": "i{n}", "price": 1, "image": {value}}}\n' for n, value in enumerate(values))
+    )
+
+
+def vectors_as_parquet(folder: Path, vectors: list[str]) -> None:
+    values = [json.loads(vector) if vector else None for vector in vectors]
+    rows = [{"item_id": f"i{n}", "price": 1.0, "image": value} for n, value in enumerate(values)]
+    write_rows(folder, rows, {"image": pa.list_(pa.float64())})
+
+
+@pytest.mark.parametrize(
+    ("write", "cases"),
+    [
+        pytest.param(vectors_as_csv, VECTORS, id="csv"),
+        pytest.param(vectors_as_json, VECTORS, id="json"),
+        pytest.param(vectors_as_parquet, VECTORS[4:], id="parquet"),  # the others are no lists of numbers
+    ],
+)
+def test_vectors_that_are_none_are_refused_one_by_one(work: Workspace, tmp_path: Path, write: Any, cases: Any) -> None:
+    schema = replace(SCHEMA, features=(*SCHEMA.features, Feature("image", "item", "vector", "image", dim=2)))
+    lake = Lake(replace(work.lake.settings, max_quarantine_share=1.0))
+    work = replace(work, schema=schema, source=Files(str(tmp_path), schema), lake=lake)
+    write(tmp_path / "items", [text for text, _ in cases])
+    item_features.build(work, DS)
+    found = {json.loads(row["raw"])["item_id"]: row["reason"] for row in quarantined(work, "item_features")}
+    assert found == {f"i{n}": f"image: {reason}" for n, (_, reason) in enumerate(cases) if reason}
 
 
 def test_a_missing_day_is_tried_again_later(work: Workspace) -> None:

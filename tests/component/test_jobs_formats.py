@@ -9,6 +9,7 @@ from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from pyspark.sql import SparkSession
@@ -29,6 +30,7 @@ SCHEMA = FeatureSchema(
         Feature("item", "item", "hashed", "item_id", hash_size=50),
         Feature("slot", "context", "hashed", "slot", hash_size=10),
         Feature("load", "context", "bucketized", "load", boundaries=(1.0,)),
+        Feature("scene", "context", "vector", "scene", dim=2),
         Feature("event_item", "event", "hashed", "item_id", hash_size=50, embedding="item"),
         Feature("event_slot", "event", "hashed", "slot", hash_size=10, embedding="slot"),
     ),
@@ -44,6 +46,7 @@ ROWS: list[Row] = [
         "ts": NOON + timedelta(minutes=n // 2),
         "slot": n % 2 or None,
         "load": 0.5 * n if n % 3 else None,
+        "scene": [0.5 * n, -1e-3] if n % 4 else None,
         "click": int(n % 2 == 0),
         "conversion": int(n % 4 == 0),
     }
@@ -71,6 +74,10 @@ def as_parquet(folder: Path, rows: list[Row]) -> None:
 def as_parquet_without_a_zone(folder: Path, rows: list[Row]) -> None:
     local = [{**row, "ts": row["ts"].replace(tzinfo=None) + timedelta(hours=8)} for row in rows]
     write_rows(folder, local, {"slot": pa.int64(), "load": pa.float64(), "ts": pa.timestamp("ms")})
+
+
+def as_parquet_with_lists_of_fixed_size(folder: Path, rows: list[Row]) -> None:
+    write_rows(folder, rows, {"slot": pa.int64(), "load": pa.float64(), "scene": pa.list_(pa.float32(), 2)})
 
 
 def as_csv(folder: Path, rows: list[Row]) -> None:
@@ -107,6 +114,7 @@ def as_renamed_parquet_with_epochs(folder: Path, rows: list[Row]) -> None:
     [
         (as_parquet, {}),
         (as_parquet_without_a_zone, {}),
+        (as_parquet_with_lists_of_fixed_size, {}),
         (as_csv, {}),
         (as_json, {}),
         (as_json_with_epochs, {"epoch": "ms"}),
@@ -122,7 +130,14 @@ def test_every_format_says_the_same(spark: SparkSession, tmp_path: Path, write: 
     publish(work, impressions, DS)
     found = sorted(work.lake.read("impressions", [DS]).to_pylist(), key=lambda row: row["item_id"])
     expected = [
-        {"ds": DS, **row, "position": None, "slot": None if row["slot"] is None else str(row["slot"])} for row in ROWS
+        {
+            "ds": DS,
+            **row,
+            "position": None,
+            "slot": None if row["slot"] is None else str(row["slot"]),
+            "scene": None if row["scene"] is None else [float(np.float32(number)) for number in row["scene"]],
+        }
+        for row in ROWS
     ]
     assert found == sorted(expected, key=lambda row: row["item_id"])
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onetrans.models import DCNv2DINConfig, OneTransConfig, build_model
-from tests.batches import model_schema, random_batch, select_requests, shapes
+from tests.batches import model_schema, random_batch, select_requests, shapes, vector_schema
 from tests.plain_models import plain_dcnv2_din, plain_onetrans
 
 SCHEMA = model_schema()
@@ -144,6 +144,20 @@ def test_a_batch_mixes_none_one_2048_and_8192_events():
         for request, expected in enumerate(together):
             alone = torch.stack(model(select_requests(batch, [request])))
             torch.testing.assert_close(alone, expected, rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=10, deadline=None)
+@given(shape=shapes(), tokenizer=st.sampled_from(["auto_split", "group_wise"]))
+def test_vectors_take_an_embeddings_place_in_both_models(shape, tokenizer):
+    candidates, events, seed = shape
+    if not sum(candidates):
+        return
+    schema = vector_schema()
+    batch = random_batch(schema, candidates, events, seed)
+    for config, plain in ((replace(ONETRANS, tokenizer=tokenizer), plain_onetrans), (BASELINE, plain_dcnv2_din)):
+        torch.manual_seed(seed)
+        model = larger_embeddings(build_model(config, schema)).double().eval()
+        assert_equal(model, batch, plain, 1e-9)
 
 
 @pytest.mark.parametrize(("config", "plain"), [(ONETRANS, plain_onetrans), (BASELINE, plain_dcnv2_din)])

@@ -158,6 +158,15 @@ def test_the_example_answers_as_it_does_over_http(shop, tracked):
     assert answer == [pytest.approx(row, abs=1e-6) for row in kept[: len(answer)]]
     assert answer
 
+    def scores_of(image):
+        asked = json.loads(Path(fetch_folder(shop.settings.mlflow, model_id, "check"), "requests.json").read_text())[:1]
+        for candidate in asked[0]["candidates"]:
+            candidate["image"] = image
+        sent = {"dataframe_records": json.loads(json.dumps(asked))}
+        return model.predict(infer_and_parse_data(sent, model.metadata.get_input_schema()))["ctr"].tolist()
+
+    assert scores_of([3, 0, -4, 0]) == scores_of([3.0, 0.0, -4.0, 0.0]) != scores_of(None)
+
 
 def test_models_loaded_in_another_process_score_the_fixed_batch_as_the_trained_ones_did(shop, tracked):
     plan, models = tracked

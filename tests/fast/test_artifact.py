@@ -10,9 +10,9 @@ from onetrans import storage
 from onetrans.artifact import load_model, read_header, save_model
 from onetrans.errors import BadDataError
 from onetrans.models import build_model, preset
-from tests.batches import model_schema, random_batch
+from tests.batches import random_batch, vector_schema
 
-SCHEMA = model_schema()
+SCHEMA = vector_schema()
 BATCH = random_batch(SCHEMA, [4, 1, 3], [9, 0, 20], seed=1)
 
 

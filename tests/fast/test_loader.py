@@ -11,6 +11,7 @@ import pytest
 
 from onetrans.errors import BadConfigError, BadDataError
 from onetrans.loader import Cursor, LoaderConfig, RequestData, prefetch
+from onetrans.schema import Feature
 from tests.worlds import FIRST_DAY, World, small_schema, write_requests
 
 SCHEMA = small_schema()
@@ -213,6 +214,92 @@ def test_long_sequences_make_windows_shorter(tmp_path):
         windows[loaded.cursor.window] = windows.get(loaded.cursor.window, 0) + size
     assert len(windows) == data.num_windows > 3
     assert max(windows.values()) < 1.25 * (64 << 10)
+
+
+def expected_vectors(features, values):
+    """The numbers of some features of one row: scaled to a mean square of 1, zeros where a value is missing."""
+    numbers = []
+    for feature in features:
+        given = values[feature.name] or [0.0] * feature.dim
+        size = (sum(x * x for x in given) / feature.dim) ** 0.5 or 1.0
+        numbers += [x / size for x in given]
+    return numbers
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_vectors_stand_beside_their_rows(tmp_path, seed):
+    schema = small_schema(vectors=True)
+    table = write_requests(tmp_path / "part.parquet", FIRST_DAY, schema, World(null_share=0.2))
+    rows = {microseconds(row["ts"]): row for row in table.to_pylist()}
+    data = RequestData([str(tmp_path / "part.parquet")], schema, LoaderConfig(40, 8, window_batches=2), with_keys=True)
+    seen = 0
+    for loaded in data.batches(shuffle_seed=seed):
+        batch = loaded.batch
+        batch.check()
+        asked = [rows[time] for time in batch.request_time_R.tolist()]
+        shown = {
+            (row["request_id"], candidate["item_id"]): candidate for row in asked for candidate in row["candidates"]
+        }
+        keys = loaded.keys.select(["request_id", "item_id"]).to_pydict()
+        candidates = [shown[key] for key in zip(*keys.values(), strict=True)]
+        for side, rows_MF, numbers_MX, stored in (
+            ("user", batch.user_RU, batch.user_vector_RX, asked),
+            ("context", batch.context_RK, batch.context_vector_RX, asked),
+            ("item", batch.item_NI, batch.item_vector_NX, candidates),
+        ):
+            features = schema.vectors(side)
+            numbers = [expected_vectors(features, values) for values in stored]
+            np.testing.assert_allclose(numbers_MX.numpy(), numbers, rtol=1e-6)
+            for feature in features:
+                there = [int(values[feature.name] is not None) for values in stored]
+                assert rows_MF[:, schema.of_side(side).index(feature)].tolist() == there
+                seen += there.count(0)
+    assert seen > 20, "the world no longer holds missing vectors"
+
+
+def test_a_schema_without_vectors_has_none_in_its_batches(tmp_path):
+    files, _ = write_world(tmp_path, World(), files=1)
+    batch = next(RequestData(files, SCHEMA, LoaderConfig(40, 8)).batches(shuffle_seed=None)).batch
+    assert (batch.user_vector_RX, batch.context_vector_RX, batch.item_vector_NX) == (None, None, None)
+
+
+def test_wide_vectors_make_windows_shorter(tmp_path):
+    wide = Feature("image", "item", "vector", "image", dim=64)
+    schema = replace(SCHEMA, features=(*SCHEMA.features, wide))
+    write_requests(tmp_path / "part.parquet", FIRST_DAY, schema, World(requests=200, events=0))
+    config = LoaderConfig(64, 8, window_batches=1000, window_bytes=64 << 10)
+    data = RequestData([str(tmp_path / "part.parquet")], schema, config)
+    windows = {}
+    for loaded in data.batches(shuffle_seed=None):
+        held = windows.get(loaded.cursor.window, 0)
+        windows[loaded.cursor.window] = held + loaded.batch.item_vector_NX.nbytes
+    assert len(windows) == data.num_windows > 3
+    assert max(windows.values()) < 1.25 * (64 << 10)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ([1.0, 2.0, 3.0], "part-0.parquet, row group 0, from row 0: 1 values of image hold 3 numbers, needed are 4"),
+        ([1.0, None, 3.0, 4.0], "1 values of image hold a number that is null, NaN or infinite, needed are 4 finite"),
+        ([1.0, 2.0, float("inf"), 4.0], "1 values of image hold a number that is null, NaN or infinite"),
+        (None, None),
+    ],
+)
+def test_a_vector_that_is_none_is_refused(tmp_path, value, message):
+    schema = small_schema(vectors=True)
+    table = write_requests(tmp_path / "part-0.parquet", FIRST_DAY, schema, World(requests=20, null_share=0.0))
+
+    def change(rows):
+        rows[3]["candidates"][0]["image"] = value
+
+    pq.write_table(edit(table, change), tmp_path / "part-0.parquet")
+    batches = RequestData([str(tmp_path / "part-0.parquet")], schema, LoaderConfig(40, 8)).batches(shuffle_seed=None)
+    if message is None:
+        assert sum(int((loaded.batch.item_NI[:, 0] == 0).sum()) for loaded in batches) == 1
+        return
+    with pytest.raises(BadDataError, match=message):
+        list(batches)
 
 
 def rewritten(tmp_path, change):

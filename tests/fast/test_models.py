@@ -22,7 +22,7 @@ from onetrans.models.relative_bias import (
 )
 from onetrans.optim import build_optimizers
 from onetrans.optim_config import optimizer_preset
-from tests.batches import model_schema, random_batch, select_requests
+from tests.batches import model_schema, random_batch, select_requests, vector_schema
 
 SCHEMA = model_schema()
 ONETRANS = replace(preset("onetrans", "tiny"), max_seq_len=12, pyramid_multiple=4, num_layers=3)
@@ -371,6 +371,49 @@ def test_dropout_is_off_in_evaluation():
     assert torch.equal(scores(model, batch), scores(model, batch))
     model.train()
     assert not torch.equal(scores(model, batch), scores(model, batch))
+
+
+@pytest.mark.parametrize("config", [ONETRANS, BASELINE])
+def test_a_missing_vector_is_not_a_vector_of_zeros(config):
+    schema = vector_schema()
+    torch.manual_seed(0)
+    model, batch = build_model(config, schema).eval(), random_batch(schema, [1], [3])
+    item_NI, numbers_NX = batch.item_NI.clone(), torch.zeros_like(batch.item_vector_NX)
+    found = []
+    for there in (0, 1):
+        item_NI[:, 0] = there
+        found.append(scores(model, replace(batch, item_NI=item_NI.clone(), item_vector_NX=numbers_NX)))
+    assert not torch.equal(*found)
+
+
+@pytest.mark.parametrize("config", [ONETRANS, BASELINE])
+def test_both_models_learn_what_only_a_vector_tells(config):
+    schema = vector_schema()
+    torch.manual_seed(0)
+    model = build_model(config, schema)
+    optimizers = build_optimizers(model, replace(optimizer_preset("tiny"), warmup_steps=0))
+
+    def right(batch):
+        """The click: whether the first number is above zero."""
+        return (batch.item_vector_NX[:, 0] > 0).float()
+
+    for step in range(40):
+        batch = random_batch(schema, [16] * 16, [1] * 16, seed=step)
+        optimizers.zero_grad()
+        F.binary_cross_entropy_with_logits(model(batch).ctr_logit_N, right(batch)).backward()
+        optimizers.step()
+    unseen = random_batch(schema, [16] * 64, [1] * 64, seed=1000)
+    guessed_N = (scores(model.eval(), unseen)[0] > 0).float()
+    assert (guessed_N == right(unseen)).double().mean() > 0.9
+
+
+def test_wrong_number_of_vector_columns_is_named():
+    schema = vector_schema()
+    model, batch = build_model(BASELINE, schema), random_batch(schema, [2], [3])
+    with pytest.raises(ValueError, match="item vectors have 0 numbers, the schema's vector features have 7"):
+        model(replace(batch, item_vector_NX=None))
+    with pytest.raises(ValueError, match="item_vector_NX is 1, expected 2"):
+        replace(batch, item_vector_NX=batch.item_vector_NX[:1]).check()
 
 
 def test_wrong_number_of_feature_columns_is_named():

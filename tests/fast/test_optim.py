@@ -10,7 +10,7 @@ from onetrans.errors import BadConfigError
 from onetrans.models import build_model, preset
 from onetrans.optim import RMSPropV2, build_optimizers
 from onetrans.optim_config import optimizer_preset
-from tests.batches import model_schema, random_batch
+from tests.batches import model_schema, random_batch, vector_schema
 
 SCHEMA = model_schema()
 PAPER = optimizer_preset("base")
@@ -77,6 +77,14 @@ def test_tables_and_dense_parameters_are_all_trained_once(model):
     assert not model.embeddings.table("author").grad.is_sparse
     optimizers.step()
     assert [name for name, p in model.named_parameters() if torch.equal(p, before[name])] == []
+
+
+def test_maps_of_vectors_are_dense_parameters():
+    schema = vector_schema()
+    model = build_model(preset("onetrans", "tiny"), schema)
+    assert set(model.embedding_parameters()) == {f"embeddings.table_{name}" for name in schema.embedding_tables()}
+    maps = {f"embeddings.map_{f.name}" for f in schema.features if f.kind == "vector"}
+    assert maps < set(model.dense_parameters())
 
 
 def test_adagrad_on_a_sparse_table_by_hand(model):

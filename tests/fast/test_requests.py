@@ -2,7 +2,7 @@
 
 import copy
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from worlds import FIRST_DAY, World, small_schema, write_requests
 from onetrans.errors import BadDataError
 from onetrans.loader import batch_of
 from onetrans.requests import from_rows, to_batch
-from onetrans.schema import hash64
+from onetrans.schema import Feature, hash64
 
 SCHEMA = small_schema()
 REQUEST = {
@@ -35,14 +35,19 @@ def rows(tmp_path_factory):
     return write_requests(tmp_path_factory.mktemp("rows") / "part.parquet", FIRST_DAY, SCHEMA, World(requests=40))
 
 
-@pytest.mark.parametrize("max_seq_len", [3, 64])
-def test_stored_rows_survive_the_way_through_json_to_the_same_batch(rows, max_seq_len):
-    requests = json.loads(json.dumps(from_rows(rows, SCHEMA)))
-    ours = to_batch(requests, SCHEMA, max_seq_len)
-    theirs = batch_of(rows.combine_chunks().to_batches()[0], SCHEMA, max_seq_len)
+@pytest.mark.parametrize(("max_seq_len", "vectors"), [(3, False), (64, False), (64, True)])
+def test_stored_rows_survive_the_way_through_json_to_the_same_batch(rows, tmp_path, max_seq_len, vectors):
+    schema = small_schema(vectors=vectors)
+    if vectors:
+        rows = write_requests(tmp_path / "part.parquet", FIRST_DAY, schema, World(requests=40))
+    requests = json.loads(json.dumps(from_rows(rows, schema)))
+    ours = to_batch(requests, schema, max_seq_len)
+    theirs = batch_of(rows.combine_chunks().to_batches()[0], schema, max_seq_len)
     ours.check()
     for name in (f.name for f in fields(theirs)):
-        if name not in ("click_N", "conversion_N"):
+        if name.endswith("X") and not vectors:
+            assert getattr(ours, name) is None
+        elif name not in ("click_N", "conversion_N"):
             assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
     assert ours.click_N.sum() == 0, "a request has no outcome yet"
     assert "click" not in requests[0]["candidates"][0]
@@ -99,6 +104,30 @@ def _changed(path, value):
 def test_a_request_that_does_not_fit_is_refused(path, value, message):
     with pytest.raises(BadDataError, match=message):
         to_batch([_changed(path, value)], SCHEMA, 64)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ([1, 2.5, 3], "request r1, candidate: feature 'image' has 3 numbers, needed is a list of 4 finite numbers"),
+        ([1, None, 3, 4], "feature 'image' holds None, needed is a list of 4"),
+        ([1, True, 3, 4], "feature 'image' holds True, needed"),
+        ([1, "2", 3, 4], "feature 'image' holds '2', needed"),
+        ([1, float("nan"), 3, 4], "feature 'image' holds nan, needed"),
+        ([1, 1e39, 3, 4], r"feature 'image' holds 1e\+39, needed"),
+        ("[1, 2, 3, 4]", r"feature 'image' is '\[1, 2, 3, 4\]', needed is a list"),
+    ],
+)
+def test_a_vector_that_does_not_fit_is_refused(value, message):
+    schema = replace(SCHEMA, features=(*SCHEMA.features, Feature("image", "item", "vector", "image", dim=4)))
+    request = copy.deepcopy(REQUEST)
+    for candidate in request["candidates"]:
+        candidate["image"] = [3, 0.0, -4.0, 0]
+    batch = to_batch([request], schema, 64)
+    assert batch.item_vector_NX[0].tolist() == pytest.approx([1.2, 0.0, -1.6, 0.0])
+    request["candidates"][1]["image"] = value
+    with pytest.raises(BadDataError, match=message):
+        to_batch([request], schema, 64)
 
 
 def test_no_requests_are_refused():

@@ -21,6 +21,12 @@ def small_schema(**changes: object) -> FeatureSchema:
     return FeatureSchema(**{**values, **changes})  # type: ignore[arg-type]
 
 
+def with_features(*features: Feature) -> FeatureSchema:
+    schema = small_schema(features=(*small_schema().features, *features))
+    schema.source_columns("item")
+    return schema
+
+
 def test_hash64_is_sparks_xxhash64() -> None:
     # Spark: SELECT xxhash64('123'), xxhash64('')
     assert hash64("123") == 3994740064877260556
@@ -49,6 +55,29 @@ def test_bucketized_rows_cut_at_boundaries_and_send_missing_to_row_zero() -> Non
     missing = np.array([False, False, False, False, False, True])
     assert feature.encode(values, missing).tolist() == [1, 2, 2, 3, 0, 0]
     assert feature.rows == 4
+
+
+def test_a_vectors_row_says_whether_it_is_there() -> None:
+    feature = Feature("image", "item", "vector", "image", dim=3)
+    assert feature.encode(np.zeros((2, 3)), np.array([False, True])).tolist() == [1, 0]
+    assert feature.rows == 2
+
+
+def test_vectors_are_scaled_to_a_mean_square_of_one_whatever_their_size() -> None:
+    direction = np.array([3.0, 0.0, -4.0], dtype=np.float32)
+    vectors = np.stack([direction * np.float32(size) for size in (1, 1e-30, 1e37, 0)])
+    expected = direction / np.sqrt(25 / 3)
+    np.testing.assert_allclose(Feature.normalize(vectors), [expected] * 3 + [np.zeros(3)], rtol=1e-6)
+    assert np.isnan(Feature.normalize(np.array([[1, np.nan], [1, -np.inf]], dtype=np.float32))).all()
+    assert Feature.normalize(np.zeros((0, 3), dtype=np.float32)).shape == (0, 3)
+
+
+def test_a_schema_without_vectors_says_what_it_said_before_there_were_any() -> None:
+    assert small_schema().fingerprint == "1cf54ea82943"
+    with_vector = small_schema(features=(*small_schema().features, Feature("image", "item", "vector", "image", dim=3)))
+    assert FeatureSchema.from_dict(with_vector.to_dict()) == with_vector
+    longer = small_schema(features=(*small_schema().features, Feature("image", "item", "vector", "image", dim=4)))
+    assert len({small_schema().fingerprint, with_vector.fingerprint, longer.fingerprint}) == 3
 
 
 def test_round_trip_and_fingerprint() -> None:
@@ -82,6 +111,33 @@ def test_features_that_share_a_table_have_one_row_count() -> None:
         (
             lambda: Feature("a", "user", "bucketized", "c", boundaries=(2.0, 1.0)),
             r"\[2.0, 1.0\] must be finite and incr",
+        ),
+        (lambda: Feature("a", "item", "vector", "c"), "dim = 0 must be a whole number, at least 1"),
+        (lambda: Feature("a", "item", "vector", "c", dim=2.0), "dim = 2.0 must be a whole number"),  # type: ignore[arg-type]
+        (lambda: Feature("a", "item", "hashed", "c", hash_size=3, dim=2), "dim belongs to a vector feature"),
+        (lambda: Feature("a", "item", "bucketized", "c", boundaries=(1.0,), dim=2), "dim belongs to a vector feature"),
+        (lambda: Feature("a", "item", "vector", "c", dim=2, hash_size=3), "hash_size does not belong to a vector"),
+        (lambda: Feature("a", "item", "vector", "c", dim=2, embedding="b"), "embedding does not belong to a vector"),
+        (lambda: Feature("a", "event", "vector", "c", dim=2), "every request would carry it once per past event"),
+        (lambda: with_features(Feature("image", "item", "vector", "price", dim=2)), "both as bucketized and as vector"),
+        (
+            lambda: with_features(
+                Feature("a", "item", "vector", "image", dim=2), Feature("b", "item", "vector", "image", dim=3)
+            ),
+            "column 'image' is read with dim = 2 and with dim = 3",
+        ),
+        (
+            lambda: with_features(
+                Feature("a", "item", "vector", "image", dim=2), Feature("b", "event", "hashed", "image", hash_size=9)
+            ),
+            "feature 'b': column 'image' is a vector of side 'item'; an event cannot read one",
+        ),
+        (
+            lambda: with_features(
+                Feature("a", "item", "vector", "image", dim=2),
+                Feature("b", "item", "hashed", "c", hash_size=1, embedding="a"),
+            ),
+            "features 'a' and 'b' share embedding 'a', but a vector has an embedding of its own",
         ),
         (lambda: Feature("a", "who", "hashed", "c", hash_size=3), "side = 'who' is none of user, item"),  # type: ignore[arg-type]
         (lambda: Sequence("a", "click", 0), "max_length = 0 must be at least 1"),

@@ -43,17 +43,23 @@ def test_hashed_features_are_text_where_stored_and_hashes_where_encoded() -> Non
         "item_id": "text",
         "author_id": "text",
         "price": "double",
+        "image": "list of float",
+        "image.element": "float",
+        "image.length": "int",
     }
     assert {c.name: c.type for c in columns.encoded(schema.of_side("item"), "candidates.")} == {
         "candidates.item": "bigint",
         "candidates.author": "bigint",
         "candidates.price": "double",
+        "candidates.image": "list of float",
+        "candidates.image.element": "float",
+        "candidates.image.length": "int",
     }
 
 
 def test_the_first_declaration_of_a_column_counts() -> None:
     declared = columns.distinct([columns.key("item_id"), *columns.stored(audit_schema(), "item")])
-    assert [c.name for c in declared] == ["item_id", "author_id", "price"]
+    assert [c.name for c in declared] == ["item_id", "author_id", "price", "image", "image.element", "image.length"]
     assert declared[0].required
 
 
@@ -71,6 +77,8 @@ def test_the_first_declaration_of_a_column_counts() -> None:
         (pa.timestamp("us"), "timestamp[us]"),
         (pa.timestamp("ns", tz="UTC"), "timestamp[ns, tz=UTC]"),
         (pa.list_(pa.int64()), "list<item: int64>"),
+        (pa.list_(pa.float64()), "list<item: double>"),
+        (pa.list_(pa.float32()), "list of float"),
         (pa.list_(pa.struct([("a", pa.int64())])), "list of struct"),
     ],
 )
@@ -83,6 +91,10 @@ def test_nested_fields_are_found_by_path() -> None:
     assert found["seq_click"] == "list of struct"
     assert found["seq_click.available_at"] == "timestamp"
     assert found["seq_purchase.event_price"] == "double"
+    found = columns.found_types(FACTORIES["training_requests"]()[0])
+    assert found["candidates.image"] == "list of float"
+    assert found["candidates.image.element"] == "float"
+    assert found["candidates.image.length"] == "int"
 
 
 # Profiles
@@ -111,6 +123,21 @@ def test_a_nested_profile_counts_the_elements_of_all_lists() -> None:
     profile = profile_batch(pa.RecordBatch.from_pydict({"events": lists}))
     assert profile["events"] == Profile(values=4, missing=1)
     assert profile["events.price"] == Profile(4, 2, 0, 1.0, 4.0)
+
+
+def test_a_vectors_profile_counts_its_numbers_and_its_lengths() -> None:
+    kind = pa.list_(pa.float32())
+    vectors = pa.array([[1.0, 2.0], None, [np.nan, None, 4.0]], kind)
+    candidates = pa.array(
+        [[{"image": [5.0]}], [], [{"image": None}, {"image": []}]], pa.list_(pa.struct([("image", kind)]))
+    )
+    profile = profile_batch(pa.RecordBatch.from_pydict({"image": vectors, "candidates": candidates}))
+    assert profile["image"] == Profile(3, 1)
+    assert profile["image.element"] == Profile(5, 1, 1, 1.0, 4.0)
+    assert profile["image.length"] == Profile(2, 0, 0, 2.0, 3.0)
+    assert profile["candidates.image"] == Profile(3, 1)
+    assert profile["candidates.image.element"] == Profile(1, 0, 0, 5.0, 5.0)
+    assert profile["candidates.image.length"] == Profile(2, 0, 0, 0.0, 1.0)
 
 
 @pytest.mark.parametrize("table", FACTORIES)

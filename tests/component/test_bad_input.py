@@ -305,6 +305,10 @@ def vectors_as_parquet(folder: Path, vectors: list[str]) -> None:
     write_rows(folder, rows, {"image": pa.list_(pa.float64())})
 
 
+def with_image() -> FeatureSchema:
+    return replace(SCHEMA, features=(*SCHEMA.features, Feature("image", "item", "vector", "image", dim=2)))
+
+
 @pytest.mark.parametrize(
     ("write", "cases"),
     [
@@ -314,13 +318,25 @@ def vectors_as_parquet(folder: Path, vectors: list[str]) -> None:
     ],
 )
 def test_vectors_that_are_none_are_refused_one_by_one(work: Workspace, tmp_path: Path, write: Any, cases: Any) -> None:
-    schema = replace(SCHEMA, features=(*SCHEMA.features, Feature("image", "item", "vector", "image", dim=2)))
+    schema = with_image()
     lake = Lake(replace(work.lake.settings, max_quarantine_share=1.0))
     work = replace(work, schema=schema, source=Files(str(tmp_path), schema), lake=lake)
     write(tmp_path / "items", [text for text, _ in cases])
     item_features.build(work, DS)
     found = {json.loads(row["raw"])["item_id"]: row["reason"] for row in quarantined(work, "item_features")}
     assert found == {f"i{n}": f"image: {reason}" for n, (_, reason) in enumerate(cases) if reason}
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "found"),
+    [(["a"], pa.list_(pa.string()), "array<string>"), (1.0, pa.float64(), "double"), (b"ab", pa.binary(), "binary")],
+)
+def test_a_column_that_cannot_hold_vectors(
+    work: Workspace, tmp_path: Path, value: Any, kind: pa.DataType, found: str
+) -> None:
+    write_rows(tmp_path / "items", [{"item_id": "i1", "price": 1.0, "image": value}], {"image": kind})
+    with pytest.raises(BadDataError, match=f"items snapshot: column image is {found}; expected a list of numbers"):
+        Files(str(tmp_path), with_image()).items(work.spark, DS)
 
 
 def test_a_missing_day_is_tried_again_later(work: Workspace) -> None:

@@ -9,7 +9,8 @@ Builds, audits and publishes the six tables of one day.
 | `audit` | Great Expectations judges exactly those files; pages in Data Docs | the day stops, published data stays |
 | `publish` | one Iceberg commit replaces the day | readers see the old day or the new one, never a part |
 
-**Order.** Features of users and items are counted over the days *before* this one, so they wait for nothing.
+**Order.** Features of users and items are counted over the days *before* this one, so they wait for no other table.
+`behaviors` waits for `impressions`, as a log without behaviours of its own has them made from these.
 `behavior_sequences` adds today's events to yesterday's tail. `training_requests` joins them all, with yesterday's tail
 for what was known before each request. Days are therefore run one after another.
 
@@ -32,7 +33,7 @@ from dags.steps import DAY, DEFAULTS, Step
 
 NEEDS: dict[str, tuple[str, ...]] = {
     "impressions": (),
-    "behaviors": (),
+    "behaviors": ("impressions",),  # Where the log has no behaviours of its own, they are made from impressions.
     "user_features": (),
     "item_features": (),
     "behavior_sequences": ("behaviors",),

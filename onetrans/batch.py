@@ -95,6 +95,10 @@ class RequestBatch:
         """Return a batch of some requests, each whole, in the order given (int64 numbers of requests)."""
         candidate, candidate_offsets_O = _rows(self.candidate_offsets_O, requests)
         event, event_offsets_O = _rows(self.event_offsets_O, requests)
+
+        def vectors(of: Tensor | None, rows: Tensor) -> Tensor | None:
+            return None if of is None else of[rows]
+
         return RequestBatch(
             user_RU=self.user_RU[requests],
             context_RK=self.context_RK[requests],
@@ -107,6 +111,9 @@ class RequestBatch:
             request_time_R=self.request_time_R[requests],
             click_N=self.click_N[candidate],
             conversion_N=self.conversion_N[candidate],
+            user_vector_RX=vectors(self.user_vector_RX, requests),
+            context_vector_RX=vectors(self.context_vector_RX, requests),
+            item_vector_NX=vectors(self.item_vector_NX, candidate),
         )
 
     def check(self) -> None:

@@ -96,9 +96,16 @@ class PaddedOneTrans(nn.Module):
 
     # Tokens
 
-    def _embed(self, side: Side, rows: Tensor) -> Tensor:
-        tables = [self.model.embeddings.table(f.embedding) for f in self.model.schema.of_side(side)]
-        return torch.cat([F.embedding(rows[..., i], table) for i, table in enumerate(tables)], dim=-1)
+    def _embed(self, side: Side, rows: Tensor, numbers_MX: Tensor | None = None) -> Tensor:
+        features, embeddings = self.model.schema.of_side(side), self.model.embeddings
+        slots = [F.embedding(rows[..., i], embeddings.table(f.embedding)) for i, f in enumerate(features)]
+        start = 0
+        for i, f in enumerate(features):
+            if f.kind == "vector" and numbers_MX is not None:
+                matrix = embeddings.map(f.embedding)
+                slots[i] = slots[i] + numbers_MX[:, start : start + f.dim].to(matrix.dtype) @ matrix.T
+                start += f.dim
+        return torch.cat(slots, dim=-1)
 
     def _s_tokens(self, batch: RequestBatch, request_B: Tensor) -> Tokens:
         config, tokenizer = self.config, self.model.s_tokenizer
@@ -136,10 +143,14 @@ class PaddedOneTrans(nn.Module):
 
     def _ns_tokens(self, batch: RequestBatch) -> Tensor:
         request_N = batch.candidate_request_N
+
+        def of_candidate(vectors_RX: Tensor | None) -> Tensor | None:
+            return None if vectors_RX is None else vectors_RX[request_N]
+
         sides = {
-            "user": self._embed("user", batch.user_RU[request_N]),
-            "context": self._embed("context", batch.context_RK[request_N]),
-            "item": self._embed("item", batch.item_NI),
+            "user": self._embed("user", batch.user_RU[request_N], of_candidate(batch.user_vector_RX)),
+            "context": self._embed("context", batch.context_RK[request_N], of_candidate(batch.context_vector_RX)),
+            "item": self._embed("item", batch.item_NI, batch.item_vector_NX),
         }
         tokenizer = cast(Any, self.model.ns_tokenizer)
         if self.config.tokenizer == "auto_split":

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from onetrans.models import OneTransConfig, build_model
 from onetrans.models.compute import Compute
-from tests.batches import model_schema, random_batch, select_requests, shapes
+from tests.batches import model_schema, random_batch, select_requests, shapes, vector_schema
 from tests.padded_onetrans import PaddedOneTrans
 
 SCHEMA = model_schema()
@@ -47,10 +47,10 @@ def configs(draw):
     )
 
 
-def lively(config, seed=0):
+def lively(config, seed=0, schema=SCHEMA):
     """A model whose tables are as large as a trained model's, so that scores depend on the inputs."""
     torch.manual_seed(seed)
-    model = build_model(config, SCHEMA)
+    model = build_model(config, schema)
     with torch.no_grad():
         for table in model.embedding_parameters().values():
             table.mul_(20.0)
@@ -92,6 +92,14 @@ def test_every_step_computes_the_same(flags, shape, config):
         return
     model = lively(config, seed).double()
     assert_agrees(model, PaddedOneTrans(model, **flags), random_batch(SCHEMA, candidates, events, seed), 1e-9)
+
+
+@pytest.mark.parametrize("flags", STEPS)
+@pytest.mark.parametrize("tokenizer", ["auto_split", "group_wise"])
+def test_every_step_computes_the_same_with_vectors(flags, tokenizer):
+    schema = vector_schema()
+    model = lively(replace(BASE, tokenizer=tokenizer), schema=schema).double()
+    assert_agrees(model, PaddedOneTrans(model, **flags), random_batch(schema, [3, 0, 11], [9, 2, 0]), 1e-9)
 
 
 @settings(max_examples=25, deadline=None)

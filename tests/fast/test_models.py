@@ -407,6 +407,18 @@ def test_both_models_learn_what_only_a_vector_tells(config):
     assert (guessed_N == right(unseen)).double().mean() > 0.9
 
 
+@pytest.mark.parametrize("config", [ONETRANS, BASELINE])
+def test_selected_requests_take_their_vectors_along(config):
+    schema = vector_schema()
+    torch.manual_seed(0)
+    model, batch = build_model(config, schema).eval(), random_batch(schema, [3, 1, 0, 11], [9, 0, 4, 30])
+    chosen = batch.select(torch.tensor([3, 1]))
+    chosen.check()
+    together = scores(model, batch)
+    expected = torch.cat((together[:, 4:], together[:, 3:4]), dim=1)
+    torch.testing.assert_close(scores(model, chosen), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_wrong_number_of_vector_columns_is_named():
     schema = vector_schema()
     model, batch = build_model(BASELINE, schema), random_batch(schema, [2], [3])

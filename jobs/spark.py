@@ -101,12 +101,19 @@ def _java_options(write_archive: Path | None) -> list[str]:
         partial = log4j.with_suffix(f".{os.getpid()}")
         partial.write_text(_LOG4J, encoding="utf-8")
         partial.replace(log4j)
-    options = [*_LOCAL_JVM, f"-Dlog4j2.configurationFile=file:{log4j}", *_ARCHIVE_QUIET]
+    options = [*_LOCAL_JVM, f"-Dlog4j2.configurationFile={log4j.as_uri()}", *_ARCHIVE_QUIET]
     if write_archive is not None:
         options.append(f"-XX:ArchiveClassesAtExit={write_archive}")
     elif archive_path().exists():
         options.append(f"-XX:SharedArchiveFile={archive_path()}")
-    return options
+    return [_quoted(option) for option in options]
+
+
+def _quoted(option: str) -> str:
+    """Return an option as one word of Spark's option text: a folder's name may hold blanks."""
+    if not any(letter in option for letter in " \t\"'\\"):
+        return option
+    return '"' + option.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def write_archive() -> Path:

@@ -36,6 +36,7 @@ from pyiceberg.exceptions import (
 )
 from pyiceberg.table import DataScan, Table
 from pyiceberg.transforms import IdentityTransform
+from sqlalchemy import URL
 from sqlalchemy.exc import IntegrityError, OperationalError
 
 from onetrans import storage
@@ -119,7 +120,7 @@ class Lake:
 
     def __init__(self, settings: LakeSettings) -> None:
         self.settings = settings
-        self.warehouse = storage.resolve(settings.warehouse)
+        self.warehouse = storage.resolve(storage.refuse_special("lake.warehouse", settings.warehouse))
 
     @cached_property
     def catalog(self) -> Catalog:
@@ -128,7 +129,8 @@ class Lake:
         if not uri:
             folder = storage.local_path(self.warehouse)
             folder.mkdir(parents=True, exist_ok=True)
-            uri = f"sqlite:///{folder}/catalog.db?timeout=60"
+            address = URL.create("sqlite", database=str(folder / "catalog.db"), query={"timeout": "60"})
+            uri = address.render_as_string()
         for attempt in range(1, _COMMIT_TRIES + 1):
             try:
                 catalog = load_catalog("lake", type=self.settings.catalog_type, uri=uri, warehouse=self.warehouse)

@@ -17,6 +17,9 @@ from pyarrow import fs
 
 from onetrans.errors import BadConfigError
 
+# Spark globs, and both cut an address at '#' and '?'.
+_SPECIAL = "#*?[\\]{}"
+
 
 def is_local(path: str) -> bool:
     """Tell whether ``path`` is a local path or a ``file://`` address."""
@@ -28,6 +31,11 @@ def resolve(path: str) -> str:
     if "://" not in path:
         return "file://" + os.path.abspath(path)
     return path.rstrip("/")
+
+
+def address(path: str) -> str:
+    """Return ``path`` as an address for a library that decodes addresses: a local path has its letters encoded."""
+    return Path(os.path.abspath(local_path(path))).as_uri() if is_local(path) else path.rstrip("/")
 
 
 def local_path(path: str) -> Path:
@@ -42,8 +50,30 @@ def local_path(path: str) -> Path:
 
 
 def open_filesystem(path: str) -> tuple[fs.FileSystem, str]:
-    """Return the file system that holds ``path`` and the path within it."""
-    return fs.FileSystem.from_uri(resolve(path))
+    """Return the file system that holds ``path`` and the path within it.
+
+    A local path is taken letter by letter: blanks, ``%`` and ``#`` have no meaning in it, as an address would give
+    them.
+    """
+    if is_local(path):
+        return fs.LocalFileSystem(), os.path.abspath(local_path(path))
+    return fs.FileSystem.from_uri(path.rstrip("/"))
+
+
+def refuse_special(setting: str, path: str) -> str:
+    """Return ``path`` if Spark and Iceberg open the folder of that very name.
+
+    Raises:
+        BadConfigError: if it is local and its full name has a character that they take for a pattern or for the end
+            of the path.
+    """
+    found = sorted(set(os.path.abspath(local_path(path))) & set(_SPECIAL)) if is_local(path) else []
+    if found:
+        raise BadConfigError(
+            f"{setting} is the folder {os.path.abspath(local_path(path))}, whose name has {' '.join(found)}; Spark and "
+            f"Iceberg do not take {' '.join(_SPECIAL)} for letters of a name, so choose a folder without them"
+        )
+    return path
 
 
 def join(base: str, *parts: str) -> str:
@@ -115,9 +145,13 @@ def list_files(path: str, suffix: str = "") -> list[str]:
     """Return the files under ``path`` whose name ends in ``suffix``, sorted, hidden and '_' files left out."""
     filesystem, inner = open_filesystem(path)
     found = filesystem.get_file_info(fs.FileSelector(inner, recursive=True, allow_not_found=True))
-    scheme = resolve(path)[: -len(inner)] if resolve(path).endswith(inner) else resolve(path).split("://")[0] + "://"
+    if is_local(path):
+        prefix = "file://"
+    else:
+        whole = resolve(path)
+        prefix = whole[: -len(inner)] if whole.endswith(inner) else whole.split("://")[0] + "://"
     return sorted(
-        scheme + info.path
+        prefix + info.path
         for info in found
         if info.type == fs.FileType.File
         and info.base_name.endswith(suffix)

@@ -157,7 +157,7 @@ def experiment_id(settings: MlflowSettings) -> str:
         with one_at_a_time(settings.tracking_uri):
             experiment = _again(lambda: client.get_experiment_by_name(settings.experiment))
             if experiment is None:
-                root = None if settings.tracking_uri.startswith("http") else storage.resolve(settings.artifacts)
+                root = None if settings.tracking_uri.startswith("http") else storage.address(settings.artifacts)
                 return _again(lambda: client.create_experiment(settings.experiment, artifact_location=root))
     if experiment.lifecycle_stage != "active":
         raise BadConfigError(

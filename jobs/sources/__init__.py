@@ -11,6 +11,7 @@ from typing import Protocol
 
 from pyspark.sql import DataFrame, SparkSession
 
+from onetrans import storage
 from onetrans.schema import FeatureSchema
 from onetrans.settings import SourceSettings
 
@@ -39,7 +40,12 @@ class Source(Protocol):
 
 
 def open_source(settings: SourceSettings, schema: FeatureSchema) -> Source:
-    """Return the source of the configured kind; only its module is imported."""
+    """Return the source of the configured kind; only its module is imported.
+
+    Raises:
+        BadConfigError: if Spark cannot take the path by its name.
+    """
+    storage.refuse_special("source.path", settings.path)
     if settings.kind == "kuairand":
         from jobs.sources.kuairand import KuaiRand
 

@@ -69,5 +69,6 @@ class Files:
         files = data_files(folder)
         if not files:
             raise NotReadyError(f"{where}: {folder} holds no .parquet, .csv, .json or .jsonl file")
-        frame = read_files(spark, files, where, dict(self.schema.columns.get(table, {})))
-        return require_columns(frame, contract(self.schema, table), where, self.schema)
+        columns = contract(self.schema, table)
+        frame = read_files(spark, files, where, columns, self.schema.columns.get(table))
+        return require_columns(frame, columns, where, self.schema)

@@ -3,13 +3,16 @@
 Spark names neither the table nor the day when a file is broken, reads an empty
 CSV file as no rows, and takes the schema of one file for all.  So the driver
 looks at every file's footer or first lines, and says what is wrong with which.
+Only the columns somebody asks for are read: what else a file holds stops no day.
 """
 
 from __future__ import annotations
 
 import csv
+import gzip
 import json
-from collections.abc import Iterable, Sequence
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -69,32 +72,47 @@ def folders(path: str) -> list[str]:
     return sorted(info.base_name for info in found if info.type == fs.FileType.Directory)
 
 
-def read_files(spark: SparkSession, files: Sequence[str], where: Where, renames: dict[str, str]) -> DataFrame:
-    """Return the rows of raw files, columns renamed to the contract's names.
+def read_files(
+    spark: SparkSession,
+    files: Sequence[str],
+    where: Where,
+    columns: Sequence[Column] | None = None,
+    renames: Mapping[str, str] | None = None,
+) -> DataFrame:
+    """Return the rows of raw files: the contract's ``columns`` that are there, under its names; by default all.
 
     Parquet keeps its types; CSV and JSON columns are text, and their unparsable lines are in ``_unreadable``.
     ``renames`` maps a name of the contract to the name in the files.
 
     Raises:
-        BadDataError: if a file is empty, broken, or differs from the others in its columns.
+        BadDataError: if a file is empty or broken, if files differ in a column that is read, or if a column is missing
+            that is required or renamed.
     """
     kinds = {_format(file) for file in files}
     if len(kinds) > 1:
         raise BadDataError(f"{where}: files of several formats lie together: {', '.join(sorted(map(str, kinds)))}")
     with ThreadPoolExecutor(max_workers=16) as pool:
-        heads = list(pool.map(lambda file: _look(file, where), files))
-    if not sum(rows for _, rows in heads):
+        looked = list(pool.map(lambda file: _look(file, where), files))
+    if not sum(rows for _, rows in looked):
         raise BadDataError(f"{where} is empty: no rows in {_number(files)}, for example {files[0]}")
+    heads = [schema for schema, _ in looked]
+    found = list(dict.fromkeys(name for schema in heads for name in schema.names))
+    own = {c.name: (renames or {}).get(c.name, c.name) for c in columns or ()} or {name: name for name in found}
+    wanted = list(dict.fromkeys(own.values()))
     kind = kinds.pop()
     if kind == "parquet":
-        frame = _read_parquet(spark, files, [schema for schema, _ in heads], where)
+        frame = _read_parquet(spark, files, heads, where, wanted)
     elif kind == "csv":
-        frame = _read_csv(spark, files, [schema for schema, _ in heads], where)
+        frame = _read_csv(spark, files, heads, where, wanted)
     else:
-        columns = dict.fromkeys(name for schema, _ in heads for name in schema.names)
-        text = T.StructType([T.StructField(name, T.StringType()) for name in (*columns, UNREADABLE)])
-        frame = spark.read.schema(text).option("columnNameOfCorruptRecord", UNREADABLE).json(list(files))
-    return _rename(frame, where, renames)
+        frame = _read_json(spark, files, found, wanted)
+    for column in columns or ():
+        if own[column.name] not in frame.columns and (column.required or column.name in (renames or {})):
+            told = column.name if own[column.name] == column.name else f"{own[column.name]} (read as {column.name})"
+            raise BadDataError(f"{where}: column {told} is missing; there are {', '.join(found) or 'none'}")
+    there = [(name, _quoted(text)) for name, text in own.items() if text in frame.columns]
+    notes = [UNREADABLE] if UNREADABLE in frame.columns else []
+    return frame.select(*(F.col(text).alias(name) for name, text in there), *notes)
 
 
 def require_columns(frame: DataFrame, columns: Iterable[Column], where: Where, schema: FeatureSchema) -> DataFrame:
@@ -156,7 +174,8 @@ def _format(file: str) -> str | None:
 def _look(file: str, where: Where) -> tuple[pa.Schema, int]:
     """Return a file's columns, and its rows (for text: 1 if there are any)."""
     filesystem, inner = storage.open_filesystem(file)
-    if filesystem.get_file_info(inner).size == 0:
+    size = filesystem.get_file_info(inner).size
+    if size == 0:
         raise BadDataError(f"{where}: file {file} is empty (0 bytes)")
     if _format(file) == "parquet":
         try:
@@ -164,9 +183,11 @@ def _look(file: str, where: Where) -> tuple[pa.Schema, int]:
                 parquet = pq.ParquetFile(opened)
                 return parquet.schema_arrow, parquet.metadata.num_rows
         except (pa.ArrowInvalid, OSError) as error:
-            size = filesystem.get_file_info(inner).size
             raise BadDataError(f"{where}: file {file} ({size:,} bytes) is not whole Parquet: {error}") from error
-    lines = _first_lines(file, 2 if _format(file) == "csv" else _JSON_SAMPLE_LINES)
+    try:
+        lines = _first_lines(file, 2 if _format(file) == "csv" else _JSON_SAMPLE_LINES)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise BadDataError(f"{where}: file {file} ({size:,} bytes) is not whole gzip: {error}") from error
     if _format(file) == "csv":
         names = _csv_names(lines[0]) if lines else []
         return pa.schema([(name, pa.string()) for name in names]), max(len(lines) - 1, 0)
@@ -175,16 +196,23 @@ def _look(file: str, where: Where) -> tuple[pa.Schema, int]:
 
 
 def _first_lines(file: str, count: int) -> list[str]:
+    """Return the first lines that are not empty.
+
+    Raises:
+        EOFError: if the file is gzip that ends too early; other kinds of damage raise BadGzipFile or zlib.error.
+    """
     filesystem, inner = storage.open_filesystem(file)
     lines: list[str] = []
-    rest = b""
-    with filesystem.open_input_stream(inner) as stream:
-        while len(lines) < count:
-            block = stream.read(1 << 20)
-            whole, _, rest = (rest + block).rpartition(b"\n") if block else (rest, b"", b"")
-            lines += [line for line in whole.decode("utf-8", errors="replace").splitlines() if line.strip()]
-            if not block:
-                break
+    with filesystem.open_input_file(inner) as raw:
+        # gzip's own reader tells a damaged file from a file that cannot be reached; Arrow's raises OSError for both.
+        with gzip.GzipFile(fileobj=raw) if file.endswith(".gz") else raw as stream:
+            rest = b""
+            while len(lines) < count:
+                block = stream.read(1 << 20)
+                whole, _, rest = (rest + block).rpartition(b"\n") if block else (rest, b"", b"")
+                lines += [line for line in whole.decode("utf-8", errors="replace").splitlines() if line.strip()]
+                if not block:
+                    break
     return lines[:count]
 
 
@@ -200,11 +228,14 @@ def _json_names(line: str) -> list[str]:
     return list(row) if isinstance(row, dict) else []
 
 
-def _read_parquet(spark: SparkSession, files: Sequence[str], heads: list[pa.Schema], where: Where) -> DataFrame:
-    common = heads[0].remove_metadata()
+def _read_parquet(
+    spark: SparkSession, files: Sequence[str], heads: list[pa.Schema], where: Where, wanted: Sequence[str]
+) -> DataFrame:
+    heads = [pa.schema([_undictionaried(field) for field in head if field.name in wanted]) for head in heads]
+    common = heads[0]
     for file, head in zip(files[1:], heads[1:], strict=True):
         try:
-            common = pa.unify_schemas([common, head.remove_metadata()])
+            common = pa.unify_schemas([common, head])
         except (pa.ArrowTypeError, pa.ArrowInvalid) as error:
             raise BadDataError(f"{where}: {file} differs from {files[0]} in a column's type: {error}") from error
     for field in common:
@@ -221,6 +252,12 @@ def _read_parquet(spark: SparkSession, files: Sequence[str], heads: list[pa.Sche
     return spark.read.schema(from_arrow_schema(readable, prefer_timestamp_ntz=True)).parquet(*files)
 
 
+def _undictionaried(field: pa.Field) -> pa.Field:
+    """Return the field as the file's pages hold it: pandas' categories are a note for pandas alone."""
+    kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+    return pa.field(field.name, kind, field.nullable)
+
+
 def _is_opaque(kind: pa.DataType) -> bool:
     """Tell whether Spark has no type for a column; such a column is left out and shows up as missing if needed."""
     try:
@@ -232,31 +269,54 @@ def _is_opaque(kind: pa.DataType) -> bool:
     return False
 
 
-def _read_csv(spark: SparkSession, files: Sequence[str], heads: list[pa.Schema], where: Where) -> DataFrame:
+def _read_csv(
+    spark: SparkSession, files: Sequence[str], heads: list[pa.Schema], where: Where, wanted: Sequence[str]
+) -> DataFrame:
+    header = heads[0].names
     for file, head in zip(files, heads, strict=True):
-        if head.names != heads[0].names:
+        if head.names != header:
             raise BadDataError(
                 f"{where}: the header of {file} differs from that of {files[0]}: "
-                f"{', '.join(head.names)} against {', '.join(heads[0].names)}"
+                f"{', '.join(head.names)} against {', '.join(header)}"
             )
-        if len(set(head.names)) < len(head.names):
-            raise BadDataError(f"{where}: the header of {file} repeats a column: {', '.join(head.names)}")
-    text = T.StructType([T.StructField(name, T.StringType()) for name in (*heads[0].names, UNREADABLE)])
+    for name in wanted:
+        if header.count(name) > 1:
+            raise BadDataError(f"{where}: the header of {files[0]} repeats column {name}: {', '.join(header)}")
+    # A column nobody reads keeps its place only: its name may clash with another's in Spark's eyes.
+    names = [name if name in wanted else f"_unread_{place}" for place, name in enumerate(header)]
     return (
-        spark.read.schema(text)
+        spark.read.schema(_text((*names, UNREADABLE)))
         .options(header=True, enforceSchema=True, columnNameOfCorruptRecord=UNREADABLE, quote='"', escape='"')
         .csv(list(files))
     )
 
 
-def _rename(frame: DataFrame, where: Where, renames: dict[str, str]) -> DataFrame:
-    for name, own in renames.items():
-        if own not in frame.columns:
-            there = ", ".join(column for column in frame.columns if column != UNREADABLE)
-            raise BadDataError(f"{where}: column {own} (read as {name}) is missing; there are {there}")
-    back = {own: name for name, own in renames.items()}
-    hidden = {name for name in renames if name in frame.columns and name not in back}
-    return frame.select([F.col(f"`{c}`").alias(back.get(c, f"own_{c}" if c in hidden else c)) for c in frame.columns])
+def _read_json(spark: SparkSession, files: Sequence[str], seen: Sequence[str], wanted: Sequence[str]) -> DataFrame:
+    """Return those of the wanted columns that any line has; ``seen`` are the columns of the first lines.
+
+    A line leaves out what it does not know, so only all lines together say that a column is not there.
+    """
+
+    def lines(names: Sequence[str]) -> DataFrame:
+        return (
+            spark.read.schema(_text((*names, UNREADABLE)))
+            .option("columnNameOfCorruptRecord", UNREADABLE)
+            .json(list(files))
+        )
+
+    later = [name for name in wanted if name not in seen]
+    if later:
+        found = lines(later).agg(*(F.max(F.col(_quoted(name)).isNotNull()) for name in later)).first()
+        later = [name for name, there in zip(later, found or (), strict=True) if there]
+    return lines([name for name in wanted if name in seen or name in later])
+
+
+def _text(names: Iterable[str]) -> T.StructType:
+    return T.StructType([T.StructField(name, T.StringType()) for name in names])
+
+
+def _quoted(name: str) -> str:
+    return "`" + name.replace("`", "``") + "`"
 
 
 def _number(files: Sequence[str]) -> str:

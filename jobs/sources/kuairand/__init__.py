@@ -24,7 +24,7 @@ from pyspark.sql import Column as SparkColumn
 from pyspark.sql import DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
-from jobs.contract import contract
+from jobs.contract import Column, contract
 from jobs.sources.reading import Where, data_files, folders, read_files, require_columns
 from onetrans import storage
 from onetrans.days import day_bounds, describe_days
@@ -44,7 +44,9 @@ FEEDBACK = ("long_view", "is_like")
 """Feedback a conversion can be."""
 
 _OUTCOMES = ("is_click", "long_view", "is_like", "play_time_ms")
-_LOG_COLUMNS = ("user_id", "video_id", "time_ms", "tab", "duration_ms", *_OUTCOMES)
+_LOG = tuple(
+    Column(name, "number") for name in ("user_id", "video_id", "time_ms", "tab", "duration_ms", *_OUTCOMES)
+)
 
 
 class KuaiRand:
@@ -74,7 +76,7 @@ class KuaiRand:
         files = self._matching("user_history_to_", ".parquet")
         if not files:
             return None
-        lists = read_files(spark, files, Where("behaviors", "history"), {})
+        lists = read_files(spark, files, Where("behaviors", "history"))
         for column in ("user_id", "last_time_ms", "watch_seq", "long_watch_seq", "like_seq"):
             if column not in lists.columns:
                 raise BadDataError(f"behaviors history: {files[0]} lacks column {column}")
@@ -84,15 +86,17 @@ class KuaiRand:
         """Return the user file; it is one snapshot for all days."""
         files = self._needed("user_features_")
         where = Where("users", "snapshot")
-        return require_columns(read_files(spark, files, where, {}), contract(self.schema, "users"), where, self.schema)
+        columns = contract(self.schema, "users")
+        return require_columns(read_files(spark, files, where, columns), columns, where, self.schema)
 
     def items(self, spark: SparkSession, ds: date) -> DataFrame:
         """Return the video file, with the columns :func:`with_video_columns` adds; one snapshot for all days."""
         where = Where("items", "snapshot")
-        videos = read_files(spark, self._needed("video_features_basic_"), where, {"item_id": "video_id"})
-        for column in ("tag", "video_duration", "server_width", "server_height"):
+        videos = read_files(spark, self._needed("video_features_basic_"), where)
+        for column in ("video_id", "tag", "video_duration", "server_width", "server_height"):
             if column not in videos.columns:
                 raise BadDataError(f"items snapshot: column {column} is missing; there are {', '.join(videos.columns)}")
+        videos = videos.withColumnRenamed("video_id", "item_id")
         return require_columns(with_video_columns(videos), contract(self.schema, "items"), where, self.schema)
 
     # Files
@@ -134,25 +138,20 @@ class KuaiRand:
         log = self._matching("log_standard_", ".csv")
         folder = storage.join(self.path, "daily", f"date={ds:%Y%m%d}")
         if storage.exists(folder):
-            rows = read_files(spark, data_files(folder), where, {})
+            rows = read_files(spark, data_files(folder), where, _LOG)
         elif self._cut_days():
             raise NotReadyError(
                 f"impressions {ds}: there is no {folder}; days that are there: {describe_days(self._cut_days())}"
             )
         elif log:
-            every = read_files(spark, log, where, {})
-            if "date" not in every.columns:
-                raise BadDataError(f"{where}: column date is missing; there are {', '.join(every.columns)}")
+            every = read_files(spark, log, where, (*_LOG, Column("date", "number")))
             rows = every.where(F.col("date").try_cast("int") == int(f"{ds:%Y%m%d}"))
             if not allow_none and rows.isEmpty():
                 span = every.select(F.min("date"), F.max("date")).first()
                 raise NotReadyError(f"impressions {ds}: the log {log[0]} has no row of this day; it has {span}")
         else:
             raise BadConfigError(f"{self.path} holds neither daily/date=YYYYMMDD folders nor log_standard_*.csv")
-        for column in _LOG_COLUMNS:
-            if column not in rows.columns:
-                raise BadDataError(f"{where}: column {column} is missing; there are {', '.join(rows.columns)}")
-        return rows.select(*(F.col(c).try_cast("bigint").alias(c) for c in _LOG_COLUMNS))
+        return rows.select(*(F.col(c.name).try_cast("bigint").alias(c.name) for c in _LOG))
 
 
 def without_copies(rows: DataFrame) -> DataFrame:

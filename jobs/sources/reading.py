@@ -287,6 +287,8 @@ def _read_csv(
     return (
         spark.read.schema(_text((*names, UNREADABLE)))
         .options(header=True, enforceSchema=True, columnNameOfCorruptRecord=UNREADABLE, quote='"', escape='"')
+        # With pruning a line is not held against the header: one with too many fields would pass, shifted.
+        .option("columnPruning", False)
         .csv(list(files))
     )
 

@@ -11,13 +11,18 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from pyspark.sql import SparkSession
 
+from expectations.audit import audit_staged
 from jobs import behavior_sequences, behaviors, impressions
+from jobs.sources.simulated.world import WorldConfig
+from jobs.sources.simulated.write import write_days
 from jobs.workspace import Workspace
 from onetrans.errors import BadDataError
-from onetrans.schema import Feature, FeatureSchema, Sequence, hash64
+from onetrans.schema import Feature, FeatureSchema, Sequence, hash64, load_schema
+from onetrans.settings import AuditSettings, SourceSettings
 from tests.raw_log import Row, open_workspace, publish, write_rows
 
 DS = date(2024, 2, 29)
@@ -171,3 +176,76 @@ def test_a_day_without_a_declared_event_is_an_error(work: Workspace) -> None:
     other = replace(SCHEMA, sequences=(Sequence("cart", "cart", max_length=3),))
     with pytest.raises(BadDataError, match=f"behavior_sequences {DS}: no row is left"):
         behavior_sequences.build(replace(work, schema=other), DS)
+
+
+def test_a_column_of_json_lines_that_begins_late_is_read(spark: SparkSession, tmp_path: Path) -> None:
+    """Dropped, every event would count as known at once."""
+    own = {"user_id": "u", "item_id": "i", "type": "click"}
+    rows = [{**own, "event_id": n, "ts": (NOON + timedelta(seconds=n)).isoformat()} for n in range(1200)]
+    known = NOON + timedelta(hours=2)
+    late = [{**row, "available_at": known.isoformat()} if n >= 1000 else row for n, row in enumerate(rows)]
+    folder = tmp_path / "raw" / "behaviors" / f"ds={DS}"
+    folder.mkdir(parents=True)
+    (folder / "part.jsonl").write_text("\n".join(map(json.dumps, late)) + "\n")
+    schema = replace(SCHEMA, derived_behaviors=(), features=SCHEMA.features[:-1])
+    work = open_workspace(spark, tmp_path, schema, max_quarantine_share=0.0)
+    publish(work, behaviors, DS)
+    times = work.lake.read("behaviors", [DS], ("ts", "available_at")).to_pylist()
+    assert sum(row["available_at"] == known for row in times) == 200
+    assert sum(row["available_at"] == row["ts"] for row in times) == 1000
+
+
+def test_a_column_that_no_line_has_is_missing(spark: SparkSession, tmp_path: Path) -> None:
+    own = [{name: value for name, value in row.items() if name != "load"} for row in ROWS]
+    as_json(tmp_path / "raw" / "impressions" / f"ds={DS}", own)
+    with pytest.raises(BadDataError, match=f"impressions {DS}: column load is missing; there are request_id, "):
+        impressions.build(open_workspace(spark, tmp_path, SCHEMA), DS)
+
+
+def test_columns_nobody_reads_stop_no_day(spark: SparkSession, tmp_path: Path) -> None:
+    folder = tmp_path / "raw" / "impressions" / f"ds={DS}"
+    as_parquet(folder, ROWS)
+    table = pq.read_table(folder / "part-0.parquet")
+    categories = table.set_column(4, "slot", table["slot"].cast(pa.string()).dictionary_encode())
+    assert categories.schema.names == table.schema.names
+    loaded = pa.array([1] * len(ROWS), pa.timestamp("ns"))
+    half = len(ROWS) // 2
+    pq.write_table(categories.append_column("loaded_at", loaded).slice(0, half), folder / "part-0.parquet")
+    other = categories.append_column("loaded_at", pa.array(["then"] * len(ROWS)))
+    pq.write_table(other.slice(half), folder / "part-1.parquet")
+    work = open_workspace(spark, tmp_path, SCHEMA, max_quarantine_share=0.0)
+    assert impressions.build(work, DS).rows == len(ROWS)
+
+
+def test_a_column_of_csv_that_nobody_reads_may_stand_twice(spark: SparkSession, tmp_path: Path) -> None:
+    folder = tmp_path / "raw" / "impressions" / f"ds={DS}"
+    as_csv(folder, ROWS)
+    with gzip.open(folder / "part.csv.gz", "rt") as file:
+        lines = file.read().splitlines()
+    lines = [f"note,{line},note" if n == 0 else f"a,{line},b" for n, line in enumerate(lines)]
+    lines[1] += ",too many"
+    with gzip.open(folder / "part.csv.gz", "wt") as file:
+        file.write("\n".join(lines) + "\n")
+    staged = impressions.build(open_workspace(spark, tmp_path, SCHEMA, max_quarantine_share=0.5), DS)
+    assert (staged.rows, staged.quarantined) == (len(ROWS) - 1, 1)
+
+
+def test_one_column_may_be_read_under_two_names(spark: SparkSession, tmp_path: Path) -> None:
+    as_parquet(tmp_path / "raw" / "impressions" / f"ds={DS}", ROWS)
+    schema = replace(SCHEMA, columns={"impressions": {"position": "slot"}})
+    publish(work := open_workspace(spark, tmp_path, schema), impressions, DS)
+    rows = work.lake.read("impressions", [DS]).to_pylist()
+    assert {(row["position"], row["slot"]) for row in rows} == {(1, "1"), (None, None)}
+
+
+def test_a_folder_may_have_any_name(spark: SparkSession, tmp_path: Path) -> None:
+    folder = tmp_path / "My Projects é 5%20"
+    write_days(WorldConfig(users=50, items=50), str(folder / "raw"), WorldConfig().epoch, 1)
+    work = open_workspace(spark, folder, load_schema(SourceSettings(path=str(folder / "raw"))))
+    ds = WorldConfig().epoch
+    staged = impressions.build(work, ds)
+    assert audit_staged(work.lake, work.schema, "impressions", ds, spark=spark, settings=AuditSettings())["passed"]
+    work.lake.publish("impressions", ds)
+    assert work.read("impressions", [ds]).count() == work.lake.read("impressions").num_rows == staged.rows
+    assert {path.name for path in tmp_path.iterdir()} == {folder.name}
+    assert {path.name for path in folder.iterdir()} == {"raw", "lake", "data_docs"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from datetime import date
 from pathlib import Path
 from typing import Any, cast
@@ -141,8 +142,8 @@ def test_only_data_files_are_read(tmp_path: Path) -> None:
     assert [file.rsplit("/", 1)[1] for file in data_files(str(tmp_path))] == ["a.parquet", "b.csv.gz", "c.jsonl"]
 
 
-def read(folder: Path, **renames: str) -> None:
-    read_files(NO_SPARK, data_files(str(folder)), HERE, renames)
+def read(folder: Path, *columns: Column) -> None:
+    read_files(NO_SPARK, data_files(str(folder)), HERE, columns or None)
 
 
 def test_broken_files_are_named_before_spark_sees_them(tmp_path: Path) -> None:
@@ -173,6 +174,20 @@ def test_parquet_files_of_a_day_must_agree(tmp_path: Path, second: pa.Table, mes
     pq.write_table(pa.table({"x": [1], "y": [1.0]}), tmp_path / "a.parquet")
     pq.write_table(second, tmp_path / "b.parquet")
     with pytest.raises(BadDataError, match=message):
+        read(tmp_path)
+
+
+def test_a_csv_header_names_what_is_read_once(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("x,y,x\n1,2,3\n")
+    with pytest.raises(BadDataError, match=r"the header of .*a.csv repeats column x: x, y, x"):
+        read(tmp_path, Column("x", "id"))
+
+
+@pytest.mark.parametrize("content", [b"no gzip at all", gzip.compress(b'{"x": 1}\n' * 9)[:-9]])
+def test_a_damaged_gzip_file_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(content)
+    told = rf"impressions 2024-02-29: file .*a.jsonl.gz \({len(content)} bytes\) is not whole gzip"
+    with pytest.raises(BadDataError, match=told):
         read(tmp_path)
 
 

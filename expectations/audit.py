@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import logging
 import os
 import sys
 import time
@@ -24,6 +25,8 @@ from onetrans.settings import AuditSettings, load_settings
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
+
+logger = logging.getLogger(__name__)
 
 
 def audit_staged(
@@ -102,6 +105,13 @@ def audit_staged(
     return verdict
 
 
+def tell_warnings(verdict: dict[str, Any]) -> None:
+    """Log what an audit found that does not stop the day."""
+    for finding in verdict["findings"]:
+        if finding["severity"] != "critical":
+            logger.warning("%s %s: %s", verdict["table"], verdict["ds"], _told(finding))
+
+
 def _failure(verdict: dict[str, Any]) -> str:
     """Return the paragraph the on-call engineer reads when a day failed its audit."""
     broken = [_told(finding) for finding in verdict["findings"] if finding["severity"] == "critical"]
@@ -138,15 +148,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("table", help="table whose staged day is audited")
     parser.add_argument("--ds", required=True, help="day, YYYY-MM-DD")
     arguments = parser.parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     try:
         settings = load_settings()
         lake = Lake(settings.lake)
         ds = parse_day(arguments.ds)
         lake.staged(arguments.table, ds)
         verdict = audit_staged(lake, load_schema(settings.source), arguments.table, ds, settings=settings.audit)
-        for finding in verdict["findings"]:
-            if finding["severity"] != "critical":
-                print(f"warning: {_told(finding)}", file=sys.stderr)
+        tell_warnings(verdict)
         if not verdict["passed"]:
             raise BadDataError(verdict["failure"])
     except PipelineError as error:

@@ -13,7 +13,7 @@ import importlib
 import logging
 import time
 
-from jobs.runner import Opened, add_days, audit_and_publish, chosen_days, guarded
+from jobs.runner import Opened, add_days, audit_and_publish, build_day, chosen_days, guarded
 from onetrans.lake import TABLES
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
             for done, ds in enumerate(days, start=1):
                 started = time.monotonic()
                 for table in TABLES:
-                    importlib.import_module(f"jobs.{table}").build(work, ds)
+                    build_day(work, table, importlib.import_module(f"jobs.{table}").build, ds)
                     audit_and_publish(work, table, ds)
                 now = time.monotonic()
                 left = (now - began) / done * (len(days) - done)

@@ -45,7 +45,7 @@ def main(table: str, build: Build, argv: list[str] | None = None) -> int:
         days = chosen_days(arguments)
         with Opened() as work:
             for ds in days:
-                build(work, ds)
+                build_day(work, table, build, ds)
                 if arguments.publish:
                     audit_and_publish(work, table, ds)
 
@@ -83,14 +83,30 @@ class Opened:
         self.work.spark.stop()
 
 
+def build_day(work: Workspace, table: str, build: Build, ds: date) -> None:
+    """Stage one day of a table.
+
+    Raises:
+        BadDataError: also for a file whose damage shows only when Spark reads its rows.
+    """
+    try:
+        build(work, ds)
+    except (PySparkException, Py4JJavaError) as error:
+        found = _unreadable_file(error, f"{table} {ds}")
+        if found is None:
+            raise
+        raise found from error
+
+
 def audit_and_publish(work: Workspace, table: str, ds: date) -> None:
-    """Audit a staged day in this process and publish it.
+    """Audit a staged day in this process, tell what it warns of, and publish the day.
 
     Raises:
         BadDataError: if the audit fails; the day stays unpublished.
     """
     audit = importlib.import_module("expectations.audit")
-    audit.audit_staged(work.lake, work.schema, table, ds, spark=work.spark, settings=work.settings.audit)
+    verdict = audit.audit_staged(work.lake, work.schema, table, ds, spark=work.spark, settings=work.settings.audit)
+    audit.tell_warnings(verdict)
     work.lake.publish(table, ds)
 
 
@@ -101,20 +117,19 @@ def guarded(run: Callable[[], None]) -> int:
         logging.getLogger(library).setLevel(logging.WARNING)
     try:
         run()
-    except (PipelineError, PySparkException, Py4JJavaError) as error:
-        found = error if isinstance(error, PipelineError) else _unreadable_file(error)
-        if found is None or os.environ.get("ONETRANS_TRACEBACK"):
+    except PipelineError as error:
+        if os.environ.get("ONETRANS_TRACEBACK"):
             raise
-        print(f"{type(found).__name__}: {found}", file=sys.stderr)
-        return found.exit_code
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
     return 0
 
 
-def _unreadable_file(error: Exception) -> PipelineError | None:
-    """Return bad data for a file that breaks only when its pages are read; None for any other Spark error."""
+def _unreadable_file(error: Exception, place: str) -> PipelineError | None:
+    """Return bad data for a file that breaks only when its rows are read; None for any other Spark error."""
     found = re.search(r"\[FAILED_READ_FILE[^\n]*", str(error))
     if found is None:
         return None
     if "FILE_NOT_EXIST" in found[0]:
-        return NotReadyError(f"a file vanished while it was read: {found[0]}")
-    return BadDataError(f"a file is damaged: {found[0]}")
+        return NotReadyError(f"{place}: a file vanished while it was read: {found[0]}")
+    return BadDataError(f"{place}: a file is damaged: {found[0]}")

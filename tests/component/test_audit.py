@@ -313,10 +313,11 @@ def test_the_command_names_table_day_column_count_and_example(
     assert told.count("\n") == 1
 
 
-def test_the_command_prints_warnings(deployment: Lake, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_tells_warnings(deployment: Lake, caplog: pytest.LogCaptureFixture) -> None:
     stage(deployment, "impressions", valid_table("impressions").append_column("fold", pa.array([1] * ROWS)))
     assert audit_module.main(["impressions", "--ds", str(DS)]) == EXIT_OK
-    assert "warning: fold: expected that there is no column besides the declared ones" in capsys.readouterr().err
+    told = f"impressions {DS}: fold: expected that there is no column besides the declared ones"
+    assert [r.getMessage().split(";")[0] for r in caplog.records if r.levelname == "WARNING"] == [told]
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ REPEAT = "repeat"
 
 _ISO_TIME = r"^\d{4}-\d{2}-\d{2}[T ]\d{2}:\d{2}(:\d{2}([.,]\d{1,9})?)?\s?(Z|[+-]\d{2}(:?\d{2})?)?$"
 _ISO_OFFSET = r"(Z|[+-]\d{2}(:?\d{2})?)$"
+_FLOAT = r"^[+-]?\d+\.(0*|\d+[eE][+-]?\d+)$"  # how a whole number looks that passed through floating point
 _PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000}
 _LAST_SECOND = 253_402_300_799  # the end of the year 9999
 
@@ -36,13 +37,17 @@ def typed(raw: DataFrame, columns: Sequence[Column], schema: FeatureSchema) -> D
     Ids and categories become text, numbers double (NaN is missing), vectors lists of float, labels and positions
     int, times timestamps.  A vector that is text is read as a JSON array.
     A time without an offset is in the schema's time zone.
+
+    A number that is infinite, a position below 0, and an id that CSV or JSON writes as floating point are refused:
+    nothing says whether ``7.0`` is the user ``7``.
     """
     kinds = {field.name: field.dataType for field in raw.schema}
     present = [column for column in columns if column.name in kinds]
     frame = raw.select(F.struct("*").alias("raw"))
     values = {column.name: _value(F.col("raw")[column.name], kinds[column.name], column, schema) for column in present}
     problems: list[SparkColumn] = []
-    if UNREADABLE in kinds:
+    all_text = UNREADABLE in kinds
+    if all_text:
         problems.append(F.when(F.col("raw")[UNREADABLE].isNotNull(), F.lit("row: cannot be parsed")))
     for column in present:
         empty = _is_empty(F.col("raw")[column.name], kinds[column.name])
@@ -51,6 +56,14 @@ def typed(raw: DataFrame, columns: Sequence[Column], schema: FeatureSchema) -> D
             problems.append(_vector_problem(values[column.name], unread, column))
         else:
             problems.append(F.when(unread, F.lit(f"{column.name}: {_EXPECTED[column.kind]}")))
+        if column.kind == "id" and all_text:
+            floating = F.col("raw")[column.name].rlike(_FLOAT)
+            problems.append(F.when(floating, F.lit(f"{column.name}: floating point; write a whole number or text")))
+        if column.kind == "number":
+            infinite = F.abs(values[column.name]) == float("inf")
+            problems.append(F.when(infinite, F.lit(f"{column.name}: not finite")))
+        if column.kind == "position":
+            problems.append(F.when(values[column.name] < 0, F.lit(f"{column.name}: negative")))
         if not column.nullable:
             problems.append(F.when(empty, F.lit(f"{column.name}: missing")))
     return frame.select(
@@ -75,7 +88,9 @@ def refuse_duplicates(checked: DataFrame, key: Sequence[str]) -> DataFrame:
     compared = [c for c in checked.columns if c not in ("raw", "reason")]
     good = F.col("reason").isNull()
     same_key = Window.partitionBy(*key, "_good")
-    frame = checked.withColumn("_good", good).withColumn("_hash", F.xxhash64(*compared))
+    # The hash passes over nulls, so that (null, 'a') and ('a', null) would be one: where they stand counts too.
+    said = F.xxhash64(*compared, *(F.col(column).isNull() for column in compared))
+    frame = checked.withColumn("_good", good).withColumn("_hash", said)
     copies = F.row_number().over(same_key.orderBy("_hash"))
     differ = F.min("_hash").over(same_key) != F.max("_hash").over(same_key)
     frame = frame.withColumns({"_copy": copies, "_differ": differ})

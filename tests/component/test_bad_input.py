@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import gzip
 import json
-from collections.abc import Iterator
+import re
+import secrets
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pyarrow as pa
 import pytest
 from pyspark.sql import SparkSession
 
+from expectations.audit import audit_staged
 from jobs import behaviors, impressions, item_features
-from jobs.runner import guarded
+from jobs.runner import main
 from jobs.sources.files import Files
 from jobs.workspace import Workspace
 from onetrans.errors import EXIT_BAD_DATA, EXIT_NOT_READY, BadDataError, NotReadyError
 from onetrans.lake import Lake
 from onetrans.schema import Feature, FeatureSchema, Sequence
+from onetrans.settings import AuditSettings, SourceSettings, SparkSettings, as_environment
 from tests.raw_log import Row, open_workspace, publish, write_rows
+from tests.worlds import write_schema
 
 DS = date(2024, 2, 29)
 NOON = datetime(2024, 2, 29, 12, tzinfo=UTC)
@@ -62,6 +69,10 @@ def happened() -> list[Row]:
     ]
 
 
+def on_sale() -> list[Row]:
+    return [{"item_id": f"i{n}", "price": 1.0} for n in range(ROWS)]
+
+
 @pytest.fixture(scope="module")
 def published(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """A lake in which the good day is published."""
@@ -90,6 +101,27 @@ def work(published: Workspace, tmp_path: Path) -> Iterator[Workspace]:
     assert state() == before
 
 
+Says = Callable[[ModuleType], tuple[int, str]]
+
+
+@pytest.fixture
+def says(work: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Says:
+    """Runs a job's main up to the published day, and returns its exit code and what it says last."""
+    settings = replace(
+        work.settings, source=SourceSettings(path=str(tmp_path)), spark=SparkSettings(shuffle_partitions=2)
+    )
+    for name, value in as_environment(settings).items():
+        monkeypatch.setenv(name, value)
+    write_schema(tmp_path / "schema.toml", SCHEMA)
+    monkeypatch.setattr(SparkSession, "stop", lambda session: None)  # it is the session of all tests
+
+    def run(job: ModuleType) -> tuple[int, str]:
+        code = main(job.TABLE, job.build, ["--ds", str(DS), "--publish"])
+        return code, capsys.readouterr().err.strip().splitlines()[-1]
+
+    return run
+
+
 def folder_of(work: Workspace, table: str = "impressions") -> Path:
     assert isinstance(work.source, Files)
     return Path(work.source.path) / table / f"ds={DS}"
@@ -100,17 +132,20 @@ def changed(rows: list[Row], count: int, **values: Any) -> list[Row]:
     return [{**row, **values} if n < count else row for n, row in enumerate(rows)]
 
 
-def test_a_missing_day(work: Workspace) -> None:
+def test_a_missing_day(work: Workspace, says: Says) -> None:
     write_rows(folder_of(work).with_name("ds=2024-02-27"), shown())
-    with pytest.raises(NotReadyError, match=r"impressions 2024-02-29: there is no .*/impressions/ds=2024-02-29; ") as e:
-        impressions.build(work, DS)
-    assert "days that are there: 2024-02-27" in str(e.value)
+    code, message = says(impressions)
+    assert code == EXIT_NOT_READY, "tried again later"
+    assert message == (
+        f"NotReadyError: impressions {DS}: there is no {folder_of(work)}; days that are there: 2024-02-27"
+    )
 
 
-def test_a_missing_column(work: Workspace) -> None:
+def test_a_missing_column(work: Workspace, says: Says) -> None:
     write_rows(folder_of(work), [{k: v for k, v in row.items() if k != "device"} for row in shown()])
-    with pytest.raises(BadDataError, match="impressions 2024-02-29: column device is missing; there are request_id, "):
-        impressions.build(work, DS)
+    code, message = says(impressions)
+    assert code == EXIT_BAD_DATA
+    assert f"impressions {DS}: column device is missing; there are request_id, user_id, item_id, ts, " in message
 
 
 @pytest.mark.parametrize(
@@ -127,10 +162,13 @@ def test_a_missing_column(work: Workspace) -> None:
         ("device", [1], pa.list_(pa.int64()), r"column device is array<bigint>; expected text"),
     ],
 )
-def test_a_mistyped_column(work: Workspace, column: str, values: Any, kind: pa.DataType, message: str) -> None:
+def test_a_mistyped_column(
+    work: Workspace, says: Says, column: str, values: Any, kind: pa.DataType, message: str
+) -> None:
     write_rows(folder_of(work), changed(shown(), ROWS, **{column: values}), {column: kind})
-    with pytest.raises(BadDataError, match=f"impressions 2024-02-29: {message}"):
-        impressions.build(work, DS)
+    code, told = says(impressions)
+    assert code == EXIT_BAD_DATA
+    assert re.match(f"BadDataError: impressions {DS}: {message}", told)
 
 
 @pytest.mark.parametrize(
@@ -140,6 +178,7 @@ def test_a_mistyped_column(work: Workspace, column: str, values: Any, kind: pa.D
         ({"conversion": -1}, 6, "conversion: not 0 or 1", '"conversion":-1'),
         ({"click": 0, "conversion": 1}, 7, "conversion: 1 without a click", '"conversion":1'),
         ({"click": None}, 3, "click: missing", '"request_id":"r0"'),
+        ({"request_id": None}, 4, "request_id: missing", '"item_id":"i0"'),
         ({"user_id": None}, 4, "user_id: missing", '"request_id":"r0"'),
         ({"item_id": " "}, 5, "item_id: missing", '"item_id":" "'),
         ({"ts": NOON + timedelta(days=1)}, 8, "ts: outside the day", '"ts":"2024-03-01T12:00:00.000Z"'),
@@ -148,11 +187,11 @@ def test_a_mistyped_column(work: Workspace, column: str, values: Any, kind: pa.D
     ],
 )
 def test_too_many_bad_rows_stop_the_day(
-    work: Workspace, change: Row, count: int, reason: str, example: str, capsys: pytest.CaptureFixture[str]
+    work: Workspace, says: Says, change: Row, count: int, reason: str, example: str
 ) -> None:
     write_rows(folder_of(work), changed(shown(), count, **change))
-    assert guarded(lambda: impressions.build(work, DS)) == EXIT_BAD_DATA
-    message = capsys.readouterr().err.strip().splitlines()[-1]
+    code, message = says(impressions)
+    assert code == EXIT_BAD_DATA
     assert message.startswith(f"BadDataError: impressions {DS}: {count} of {ROWS} rows ({count}.0 %) were refused: ")
     assert f"{count} x '{reason}', for example {{" in message
     assert example in message
@@ -178,6 +217,55 @@ def test_a_few_bad_rows_are_kept_and_the_day_goes_on(work: Workspace) -> None:
     assert quarantined(work, "impressions") == [], "corrected data leave nothing in the quarantine"
 
 
+@pytest.mark.parametrize(
+    ("job", "rows", "reason"),
+    [
+        (impressions, changed(shown(), 1, position=-1), "position: negative"),
+        (item_features, changed(on_sale(), 1, price=float("inf")), "price: not finite"),
+        (item_features, changed(on_sale(), 1, price=float("-inf")), "price: not finite"),
+    ],
+)
+def test_one_bad_number_stops_no_day(work: Workspace, job: ModuleType, rows: list[Row], reason: str) -> None:
+    write_rows(folder_of(work) if job is impressions else folder_of(work, "items").parent, rows)
+    staged = job.build(work, DS)
+    assert staged.quarantined == 1
+    (row,) = quarantined(work, job.TABLE)
+    assert row["reason"] == reason
+    assert audit_staged(work.lake, SCHEMA, job.TABLE, DS, spark=work.spark, settings=AuditSettings())["passed"]
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+def test_an_id_that_passed_through_floating_point(work: Workspace, ending: str) -> None:
+    """In text nothing but the spelling says so; a category may be spelled that way, as a version is."""
+    rows = [{**row, "ts": row["ts"].isoformat(), "device": "14.0"} for row in shown()]
+    for row, spelled in zip(rows, (7.0, 1.5e18, "3.50e+10", "i1.0", "v2", 12), strict=False):
+        row["user_id"], row["request_id"] = spelled, f"one of {spelled}"
+    folder = folder_of(work)
+    folder.mkdir(parents=True)
+    lines = [",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)]
+    (folder / f"part.{ending}").write_text("\n".join(map(json.dumps, rows) if ending == "jsonl" else lines) + "\n")
+    work = replace(work, lake=Lake(replace(work.lake.settings, max_quarantine_share=1.0)))
+    assert impressions.build(work, DS).quarantined == 3
+    found = {json.loads(row["raw"])["request_id"]: row["reason"] for row in quarantined(work, "impressions")}
+    assert set(found) == {"one of 7.0", "one of 1.5e+18", "one of 3.50e+10"}
+    assert set(found.values()) == {"user_id: floating point; write a whole number or text"}
+
+
+def test_rows_that_differ_in_what_is_missing_disagree(work: Workspace) -> None:
+    """The values of both rows are the same, in another order of columns; a hash that skips nulls takes them for one."""
+    schema = replace(SCHEMA, features=(*SCHEMA.features, Feature("os", "context", "hashed", "os", hash_size=9)))
+    rows = [{**row, "os": "x"} for row in shown()]
+    write_rows(
+        folder_of(work), [{**rows[0], "device": None, "os": "q"}, {**rows[0], "device": "q", "os": None}, *rows[1:]]
+    )
+    work = replace(work, schema=schema, source=Files(str(folder_of(work).parents[1]), schema))
+    staged = impressions.build(work, DS)
+    assert (staged.rows, staged.quarantined) == (ROWS - 1, 2)
+    assert {row["reason"] for row in quarantined(work, "impressions")} == {
+        "request_id, item_id: several rows of one key disagree"
+    }
+
+
 def test_repeated_rows_are_dropped_and_counted(work: Workspace, caplog: pytest.LogCaptureFixture) -> None:
     write_rows(folder_of(work), shown() + shown()[:30])
     with caplog.at_level("INFO"):
@@ -193,15 +281,15 @@ def test_a_request_of_two_users(work: Workspace) -> None:
     assert {row["reason"] for row in quarantined(work, "impressions")} == {"user_id: several users in one request"}
 
 
-def test_an_empty_file(work: Workspace) -> None:
+def test_an_empty_file(work: Workspace, says: Says) -> None:
     path = write_rows(folder_of(work), shown())
     path.with_name("part-1.parquet").touch()
-    with pytest.raises(BadDataError, match=r"impressions 2024-02-29: file .*part-1.parquet is empty \(0 bytes\)"):
-        impressions.build(work, DS)
+    told = f"BadDataError: impressions {DS}: file file://{path.with_name('part-1.parquet')} is empty (0 bytes)"
+    assert says(impressions) == (EXIT_BAD_DATA, told)
 
 
 @pytest.mark.parametrize("name", ["part-0.parquet", "part-0.csv"])
-def test_a_day_without_rows(work: Workspace, name: str) -> None:
+def test_a_day_without_rows(work: Workspace, says: Says, name: str) -> None:
     path = write_rows(folder_of(work), shown()[:0] or [dict.fromkeys(shown()[0])])
     if name.endswith(".csv"):
         path.unlink()
@@ -209,27 +297,44 @@ def test_a_day_without_rows(work: Workspace, name: str) -> None:
     else:
         table = pa.parquet.read_table(path)
         pa.parquet.write_table(table.slice(0, 0), path)
-    with pytest.raises(BadDataError, match=r"impressions 2024-02-29 is empty: no rows in its 1 file, for example .*"):
-        impressions.build(work, DS)
+    code, message = says(impressions)
+    assert code == EXIT_BAD_DATA
+    assert f"impressions {DS} is empty: no rows in its 1 file, for example file://{path.with_name(name)}" in message
 
 
-def test_a_truncated_parquet_file(work: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_truncated_parquet_file(work: Workspace, says: Says) -> None:
     path = write_rows(folder_of(work), shown())
     path.write_bytes(path.read_bytes()[:-300])
-    assert guarded(lambda: impressions.build(work, DS)) == EXIT_BAD_DATA
-    message = capsys.readouterr().err
-    assert f"BadDataError: impressions {DS}: file file://{path} (" in message
+    code, message = says(impressions)
+    assert code == EXIT_BAD_DATA
+    assert message.startswith(f"BadDataError: impressions {DS}: file file://{path} (")
     assert "is not whole Parquet" in message
 
 
-def test_a_parquet_file_with_a_damaged_page(work: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_parquet_file_with_a_damaged_page(work: Workspace, says: Says) -> None:
     """The footer is whole, so this shows only when Spark reads the rows."""
     path = write_rows(folder_of(work), shown())
     data = bytearray(path.read_bytes())
     data[4:200] = bytes(196)
     path.write_bytes(data)
-    assert guarded(lambda: impressions.build(work, DS)) == EXIT_BAD_DATA
-    assert str(path) in capsys.readouterr().err
+    code, message = says(impressions)
+    assert code == EXIT_BAD_DATA
+    assert message.startswith(f"BadDataError: impressions {DS}: a file is damaged: ")
+    assert str(path) in message
+
+
+@pytest.mark.parametrize("rows", [1, 400])
+def test_a_truncated_gzip_file(work: Workspace, says: Says, rows: int) -> None:
+    """A small one shows at the first look, a larger one only when Spark comes to its end."""
+    row = ",".join(map(str, {**shown()[0], "ts": NOON.isoformat()}.values()))
+    lines = [",".join(shown()[0]) + ",pad", *(f"{row},{secrets.token_hex(5000)}" for _ in range(rows))]
+    folder_of(work).mkdir(parents=True)
+    path = folder_of(work) / "part.csv.gz"
+    path.write_bytes(gzip.compress("\n".join(lines).encode())[:-20])
+    code, message = says(impressions)
+    assert code == EXIT_BAD_DATA
+    assert message.startswith(f"BadDataError: impressions {DS}: ")
+    assert str(path) in message
 
 
 def test_text_that_is_no_value(work: Workspace) -> None:
@@ -245,25 +350,28 @@ def test_text_that_is_no_value(work: Workspace) -> None:
     assert reasons["row: cannot be parsed"]["_unreadable"].endswith("one,field,too,many")
 
 
-def test_files_that_differ(work: Workspace) -> None:
+def test_files_that_differ(work: Workspace, says: Says) -> None:
     path = write_rows(folder_of(work), shown())
     path.rename(path.with_name("part-1.parquet"))
     write_rows(folder_of(work), shown(), {"position": pa.float64()})
-    with pytest.raises(BadDataError, match=r"impressions 2024-02-29: .*part-1.parquet differs from .*part-0.parquet"):
-        impressions.build(work, DS)
+    code, message = says(impressions)
+    assert code == EXIT_BAD_DATA
+    assert re.search(rf"impressions {DS}: .*part-1.parquet differs from .*part-0.parquet", message)
 
 
-def test_a_behaviour_from_the_future(work: Workspace) -> None:
+def test_a_behaviour_from_the_future(work: Workspace, says: Says) -> None:
     write_rows(folder_of(work, "behaviors"), changed(happened(), 3, ts=NOON + timedelta(days=1)))
-    with pytest.raises(BadDataError, match=r"behaviors 2024-02-29: 3 of 100 rows .* 3 x 'ts: after the day', for"):
-        behaviors.build(work, DS)
+    code, message = says(behaviors)
+    assert code == EXIT_BAD_DATA
+    assert re.search(rf"behaviors {DS}: 3 of 100 rows .* 3 x 'ts: after the day', for example", message)
 
 
-def test_an_item_that_is_two_things(work: Workspace) -> None:
+def test_an_item_that_is_two_things(work: Workspace, says: Says) -> None:
     items = [{"item_id": f"i{n}", "price": float(n)} for n in range(10)] + [{"item_id": "i0", "price": 5.0}]
     write_rows(folder_of(work, "items").parent, items)
-    with pytest.raises(BadDataError, match=r"item_features 2024-02-29: 2 of 11 rows .*item_id: several rows"):
-        item_features.build(work, DS)
+    code, message = says(item_features)
+    assert code == EXIT_BAD_DATA
+    assert re.search(rf"item_features {DS}: 2 of 11 rows .*item_id: several rows", message)
 
 
 EXPECTED = "expected 2 finite numbers"
@@ -339,11 +447,8 @@ def test_a_column_that_cannot_hold_vectors(
         Files(str(tmp_path), with_image()).items(work.spark, DS)
 
 
-def test_a_missing_day_is_tried_again_later(work: Workspace) -> None:
-    assert guarded(lambda: behaviors.build(work, DS)) == EXIT_NOT_READY
-
-
-def test_every_message_can_be_traced(work: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_message_can_be_traced(work: Workspace, says: Says, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_rows(folder_of(work).with_name("ds=2024-02-27"), shown())
     monkeypatch.setenv("ONETRANS_TRACEBACK", "1")
     with pytest.raises(NotReadyError):
-        guarded(lambda: impressions.build(work, DS))
+        says(impressions)

@@ -174,7 +174,7 @@ class DCNv2DIN(RankingModel):
         everything = Layout.of(batch.event_offsets_O[1:] - batch.event_offsets_O[:-1])
         event_EQ = self.embeddings("event", batch.event_EV)
         age_E = batch.request_time_R[everything.request_T] - batch.event_time_E
-        groups = Groups.of(batch.candidate_offsets_O, limit=batch.num_candidates)
+        groups = Groups.of(batch.candidate_offsets_O, lambda size: size + GROUP_COST)
         target_GCQ = groups.pad(self.target(item_NQ))
         pooled: list[Tensor] = []
         for sequence, pooling in enumerate(self.pooling):
@@ -185,3 +185,7 @@ class DCNv2DIN(RankingModel):
             event_GLQ = groups.of_request(layout.pad(described_MQ))
             pooled.append(groups.unpad(pooling(target_GCQ, event_GLQ, groups.of_request(layout.real_RL))))
         return pooled
+
+
+GROUP_COST = 4
+"""Slots of a group's rectangle that cost as much as copying a request's events once more (an estimate)."""

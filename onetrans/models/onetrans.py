@@ -5,6 +5,10 @@ per request and keeps every block's keys and values.  Stage II runs the
 NS-tokens of each candidate against them.  S-tokens never see NS-tokens, so this
 equals running [S ; NS] once per candidate.
 
+Requests of similar length go through stage I together (a *band*), padded to their
+own longest.  In stage II all candidates go through the linear layers at once, and
+only attention runs band by band.
+
 Shape suffixes: those of :mod:`onetrans.batch` and :mod:`onetrans.models.ragged`, and
 
     P  NS positions      H  heads (of keys and values: kv_heads)      D  head width
@@ -14,8 +18,8 @@ Shape suffixes: those of :mod:`onetrans.batch` and :mod:`onetrans.models.ragged`
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from onetrans.batch import RequestBatch
 from onetrans.models.attention import Rotation, attend, candidate_mask, sequence_mask
 from onetrans.models.config import OneTransConfig
-from onetrans.models.ragged import Groups, Layout, latest_events
+from onetrans.models.ragged import Groups, Layout, bands, latest_events
 from onetrans.models.ranking import Heads, RankingModel, Scores
 from onetrans.models.relative_bias import Distances, RelativeBias
 from onetrans.models.tokenizer import AutoSplit, GroupWise, SequenceTokenizer
@@ -79,6 +83,28 @@ class RequestState:
     """Time of each of them: int64, microseconds since 1970-01-01 UTC."""
     top_RM: Tensor | None
     """Mean of the S-states that leave the top block, zero without any; None where none leave it."""
+
+
+class Band(NamedTuple):
+    """What stage II needs of requests that went through stage I together."""
+
+    state: RequestState
+    """Their keys and values."""
+    groups: Groups
+    """Their candidates in groups."""
+    candidates: slice
+    """Where these stand among the candidates of all bands."""
+    time_R: Tensor
+    """Time of each request: int64, microseconds since 1970-01-01 UTC."""
+
+
+class BandKeys(NamedTuple):
+    """What one block of stage II attends to in one band."""
+
+    cache: BlockCache
+    """Keys and values of the S-tokens."""
+    mask: Tensor
+    """Which of them, and of the NS-tokens, each NS-token sees, with a learned bias if there is one."""
 
 
 class Block(nn.Module):
@@ -144,24 +170,30 @@ class Block(nn.Module):
         return z_QM + self.dropout(self.ffn_out.s(F.gelu(self.ffn_in.s(self.norm_ffn(z_QM)))))
 
     def encode_ns(
-        self, x_PNM: Tensor, cache: BlockCache, groups: Groups, mask: Tensor, rotation: Rotation | None
+        self, x_PNM: Tensor, bands: Sequence[Band], keys: Sequence[BandKeys], rotation: Rotation | None
     ) -> Tensor:
         """Return the outputs (P, N, M) of every candidate's NS-tokens."""
         normed_PNM = self.norm_attention(x_PNM)
-        q_PNHD = self._queries(self.query.ns(normed_PNM), rotation)
+        q_PNM = self._queries(self.query.ns(normed_PNM), rotation).flatten(2)
         k_PNHD, v_PNM = self._keys_values(self.key_value.ns(normed_PNM), rotation)
-        q_GWHD = self._group(q_PNHD.flatten(2), groups, self.heads)
-        k_GWHD, v_GWHD = (self._group(x, groups, self.kv_heads) for x in (k_PNHD.flatten(2), v_PNM))
-        k_GLHD = torch.cat((groups.of_request(cache.k_RLHD), k_GWHD), dim=1)
-        v_GLHD = torch.cat((groups.of_request(cache.v_RLHD), v_GWHD), dim=1)
-        positions, _, width = x_PNM.shape
-        attended_GWM = attend(q_GWHD, k_GLHD, v_GLHD, mask)
-        attended_GCF = attended_GWM.reshape(groups.count, groups.size, positions * width)
-        attended_PNM = groups.unpad(attended_GCF).unflatten(1, (positions, width)).transpose(0, 1)
+        k_PNM = k_PNHD.flatten(2)
+        attended = [
+            self._attend_ns(q_PNM[:, band.candidates], k_PNM[:, band.candidates], v_PNM[:, band.candidates], band, of_s)
+            for band, of_s in zip(bands, keys, strict=True)
+        ]
+        attended_PNM = torch.cat(attended).unflatten(1, (x_PNM.shape[0], -1)).transpose(0, 1)
         if self.gate is not None:
             attended_PNM = attended_PNM * self.gate.ns(normed_PNM).sigmoid()
         z_PNM = x_PNM + self.dropout(self.out.ns(attended_PNM))
         return z_PNM + self.dropout(self.ffn_out.ns(F.gelu(self.ffn_in.ns(self.norm_ffn(z_PNM)))))
+
+    def _attend_ns(self, q_PNM: Tensor, k_PNM: Tensor, v_PNM: Tensor, band: Band, of_s: BandKeys) -> Tensor:
+        """Return what the NS-tokens of one band's candidates read: (N, P * M)."""
+        groups, cache = band.groups, of_s.cache
+        k_GLHD = torch.cat((groups.of_request(cache.k_RLHD), self._group(k_PNM, groups, self.kv_heads)), dim=1)
+        v_GLHD = torch.cat((groups.of_request(cache.v_RLHD), self._group(v_PNM, groups, self.kv_heads)), dim=1)
+        attended_GWM = attend(self._group(q_PNM, groups, self.heads), k_GLHD, v_GLHD, of_s.mask)
+        return groups.unpad(attended_GWM.reshape(groups.count, groups.size, q_PNM.shape[0] * q_PNM.shape[2]))
 
     def _group(self, x_PNM: Tensor, groups: Groups, heads: int) -> Tensor:
         """Put the NS-tokens of each group's candidates side by side: (G, W, H, D)."""
@@ -187,7 +219,23 @@ class OneTrans(RankingModel):
 
     def forward(self, batch: RequestBatch) -> Scores:
         """Score every candidate of ``batch``."""
-        return self.score_candidates(batch, self.encode_requests(batch))
+        divided = self._bands(batch)
+        if len(divided) <= 1:
+            return self.score_candidates(batch, self.encode_requests(batch))
+        parts = [batch.select(requests) for requests in divided]
+        ordered = batch.select(torch.cat(divided))
+        scores = self._score(ordered, parts, [self.encode_requests(part) for part in parts])
+        # Back from the order of the bands to that of the batch.
+        numbered = replace(batch, item_NI=torch.arange(batch.num_candidates, device=batch.item_NI.device)[:, None])
+        number_N = numbered.select(torch.cat(divided)).item_NI.squeeze(1)
+        return Scores(*(torch.empty_like(x_N).index_copy(0, number_N, x_N) for x_N in scores))
+
+    def _bands(self, batch: RequestBatch) -> list[Tensor]:
+        """Return the requests of each band."""
+        lengths_R = (batch.event_offsets_O[1:] - batch.event_offsets_O[:-1]).clamp(max=self.config.max_seq_len)
+        asking = batch.num_candidates * self.config.num_ns_tokens / max(batch.num_requests, 1)
+        call = BAND_CALLS[lengths_R.device.type] / self.config.hidden_dim
+        return [torch.tensor(band, device=lengths_R.device) for band in bands(lengths_R.tolist(), asking, call)]
 
     def encode_requests(self, batch: RequestBatch) -> RequestState:
         """Run stage I: the S-tokens, once per request; candidates are not read."""
@@ -225,33 +273,43 @@ class OneTrans(RankingModel):
 
     def score_candidates(self, batch: RequestBatch, state: RequestState) -> Scores:
         """Run stage II: the NS-tokens of every candidate against its request's state; events are not read."""
-        config, request_N = self.config, batch.candidate_request_N
+        return self._score(batch, [batch], [state])
+
+    def _score(self, batch: RequestBatch, parts: Sequence[RequestBatch], states: Sequence[RequestState]) -> Scores:
+        """Run stage II on a batch that is its parts one after another, given the state of each."""
+        request_N = batch.candidate_request_N
         x_PNM = self.ns_tokenizer(
             self.embeddings("user", batch.user_RU, batch.user_vector_RX),
             self.embeddings("context", batch.context_RK, batch.context_vector_RX),
             self.embeddings("item", batch.item_NI, batch.item_vector_NX),
             request_N,
         )
-        first = state.layouts[0]
-        # A wider group also computes scores between its candidates only to mask them: keep that below the S side.
-        groups = Groups.of(batch.candidate_offsets_O, limit=max(first.width // config.num_ns_tokens, MIN_GROUP))
-        rotation = self._rotation(first.lengths_R[request_N], batch.request_time_R[request_N])
-        mask, masked, distances = None, None, None
-        for block, cache, layout, time_T in zip(self.blocks, state.blocks, state.layouts, state.times, strict=True):
+        lengths_R = torch.cat([state.layouts[0].lengths_R for state in states])
+        rotation = self._rotation(lengths_R[request_N], batch.request_time_R[request_N])
+        all_bands: list[Band] = []
+        for part, state in zip(parts, states, strict=True):
+            groups = self._groups(part, state.layouts[0].width)
+            start = all_bands[-1].candidates.stop if all_bands else 0
+            all_bands.append(Band(state, groups, slice(start, start + part.num_candidates), part.request_time_R))
+        views = [CandidateView(self.config, band, x_PNM.dtype) for band in all_bands]
+        for number, block in enumerate(self.blocks):
             assert isinstance(block, Block)
-            if mask is None or masked is not layout:
-                mask = candidate_mask(layout, groups, config.num_ns_tokens, config.attention, x_PNM.dtype)
-                masked = layout
-                if config.relative_bias:
-                    distances = Distances.of_candidates(
-                        layout, groups, time_T, batch.request_time_R, config.num_ns_tokens
-                    )
-            biased = mask if block.bias is None or distances is None else mask + block.bias(distances)
-            x_PNM = self._run(block.encode_ns, x_PNM, cache, groups, biased, rotation)
+            keys = [view.keys(number, block) for view in views]
+            x_PNM = self._run(block.encode_ns, x_PNM, all_bands, keys, rotation)
         states_NF = self.norm(x_PNM).transpose(0, 1).flatten(1)
-        if state.top_RM is not None:
-            states_NF = torch.cat((states_NF, state.top_RM.index_select(0, request_N)), dim=1)
+        top = [state.top_RM for state in states if state.top_RM is not None]
+        if top:
+            states_NF = torch.cat((states_NF, torch.cat(top).index_select(0, request_N)), dim=1)
         return self.heads(states_NF)
+
+    def _groups(self, batch: RequestBatch, keys: int) -> Groups:
+        """Group candidates that see ``keys`` S-slots: a group's NS-tokens are scored against each other too."""
+
+        def price(size: Tensor) -> Tensor:
+            tokens = size * self.config.num_ns_tokens
+            return (tokens + KEY_COPY) * (keys + tokens)
+
+        return Groups.of(batch.candidate_offsets_O, price)
 
     def _run(self, part: Callable[..., Any], *arguments: Any) -> Any:
         """Call a part of a block, keeping only what it is given if the rest is to be computed again."""
@@ -277,5 +335,33 @@ class OneTrans(RankingModel):
         return total_RM / layout.lengths_R.clamp(min=1)[:, None]
 
 
-MIN_GROUP = 8
-"""Candidates that may share a group however short the sequences are."""
+class CandidateView:
+    """What the candidates of one band see, block by block; kept as long as the S-tokens stay the same."""
+
+    def __init__(self, config: OneTransConfig, band: Band, dtype: torch.dtype) -> None:
+        self.config, self.band, self.dtype = config, band, dtype
+        self.layout: Layout | None = None
+        self.mask = torch.empty(0)
+        self.distances: Distances | None = None
+
+    def keys(self, number: int, block: Block) -> BandKeys:
+        """Return what the block of this number attends to."""
+        state, groups, positions = self.band.state, self.band.groups, self.config.num_ns_tokens
+        layout = state.layouts[number]
+        if self.layout is not layout:
+            self.layout = layout
+            self.mask = candidate_mask(layout, groups, positions, self.config.attention, self.dtype)
+            if self.config.relative_bias:
+                time_T = state.times[number]
+                self.distances = Distances.of_candidates(layout, groups, time_T, self.band.time_R, positions)
+        if block.bias is None or self.distances is None:
+            return BandKeys(state.blocks[number], self.mask)
+        return BandKeys(state.blocks[number], self.mask + block.bias(self.distances))
+
+
+BAND_CALLS = {"cpu": 6e6, "cuda": 6e9}
+"""What a band's own kernel calls cost, in pairs of query and key times the token width: measured on a CPU; on a GPU,
+a call costs the same time, and a pair a thousandth (an estimate)."""
+
+KEY_COPY = 80
+"""Queries that a key is scored against in the time that copying it for a further group takes (measured on a CPU)."""

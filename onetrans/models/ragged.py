@@ -3,7 +3,9 @@
 Linear layers run on packed rows, where nothing is wasted.  Only attention needs
 a rectangle.  There events stand *right-aligned*: the last slot of a request is
 its most recent event, so "the last n slots" is the tail that the pyramid keeps.
-Candidates stand in groups of a few, each group of one request.
+Requests of similar length share a rectangle (:func:`bands`), and candidates stand
+in groups of a few, each group of one request (:class:`Groups`): both are chosen by
+what padding costs and what a further kernel call costs.
 
 Shape suffixes: those of :mod:`onetrans.batch`, and
 
@@ -13,6 +15,8 @@ Shape suffixes: those of :mod:`onetrans.batch`, and
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -94,22 +98,21 @@ class Groups:
     """C."""
 
     @classmethod
-    def of(cls, offsets_O: Tensor, limit: int) -> Groups:
-        """Group the candidates of a batch, at most ``limit`` (and at least one) to a group.
+    def of(cls, offsets_O: Tensor, price: Callable[[Tensor], Tensor]) -> Groups:
+        """Group the candidates of a batch by the size at which all groups together cost least.
 
-        One large request must not widen the rectangle for all others, and few groups per request are better,
-        since each copies its request's keys: the size with the least slots is taken, a group counted as
-        :data:`GROUP_COST` further slots.
+        ``price`` returns what one group of a size costs, for several sizes at once.  One large request must
+        not widen the rectangle for all others, and each group of a request copies its keys.
         """
         counts_R = offsets_O[1:] - offsets_O[:-1]
         largest = int(counts_R.max()) if counts_R.numel() else 0
         if largest == 0:
             return cls(None, offsets_O.new_zeros(0), counts_R.shape[0], 1)
         mean = -(-int(offsets_O[-1]) // counts_R.shape[0])
-        likely = (mean // 2, mean, mean * 3 // 2, mean * 2, largest)
-        tries = sorted({min(max(size, 1), limit, largest) for size in likely})
-        needed = {size: int(((counts_R + size - 1) // size).sum()) for size in tries}
-        size = min(tries, key=lambda c: needed[c] * (c + GROUP_COST))
+        likely = (mean // 4, mean // 2, mean, mean * 3 // 2, mean * 2, largest, *(2**k for k in range(8)))
+        sizes = torch.tensor(sorted({min(max(size, 1), largest) for size in likely}), device=counts_R.device)
+        needed = ((counts_R[:, None] + sizes - 1) // sizes).sum(0)
+        size = int(sizes[(needed * price(sizes)).argmin()])
         groups_R = (counts_R + size - 1) // size
         total = int(offsets_O[-1])
         one_each = size == largest
@@ -145,8 +148,32 @@ class Groups:
         return x_R if self.request_G is None else x_R.index_select(0, self.request_G)
 
 
-GROUP_COST = 4
-"""Slots of a group's rectangle that cost as much as copying a request's keys once more (an estimate)."""
+def bands(lengths: Sequence[int], asking: float, call: float) -> list[list[int]]:
+    """Divide requests into bands of similar length, each to be padded to its own longest; longest band first.
+
+    The division with the least cost is taken among those whose borders are half doublings apart.  A band of n
+    requests up to L long costs ``n * L * (L + asking) + call`` pairs of query and key: ``asking`` is the mean
+    number of NS-tokens of a request, ``call`` what the further kernel calls of a band cost.
+    """
+    classes: dict[int, list[int]] = {}
+    for request in sorted(range(len(lengths)), key=lambda r: -lengths[r]):
+        half_doublings = math.ceil(2 * math.log2(max(lengths[request], 1)))
+        classes.setdefault(half_doublings, []).append(request)
+    parts = list(classes.values())
+    # best[i]: least cost of the classes from the i-th on, and where their first band ends.
+    best: list[tuple[float, int]] = [(0.0, 0)] * (len(parts) + 1)
+    for start in reversed(range(len(parts))):
+        longest, requests, found = lengths[parts[start][0]], 0, []
+        for stop in range(start + 1, len(parts) + 1):
+            requests += len(parts[stop - 1])
+            found.append((requests * longest * (longest + asking) + call + best[stop][0], stop))
+        best[start] = min(found)
+    divided, start = [], 0
+    while start < len(parts):
+        stop = best[start][1]
+        divided.append([request for part in parts[start:stop] for request in part])
+        start = stop
+    return divided
 
 
 def latest_events(batch: RequestBatch, limit: int) -> RequestBatch:

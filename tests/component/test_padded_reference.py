@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from onetrans.models import OneTransConfig, build_model
+from onetrans.models import OneTransConfig, build_model, onetrans
 from onetrans.models.compute import Compute
 from tests.batches import model_schema, random_batch, select_requests, shapes, vector_schema
 from tests.padded_onetrans import PaddedOneTrans
@@ -83,8 +83,14 @@ def assert_agrees(model, reference, batch, relative):
         assert difference <= allowed, f"gradient of {name} differs by {difference:.2e}, allowed are {allowed:.2e}"
 
 
+@pytest.fixture(autouse=True)
+def many_bands(monkeypatch):
+    """Batches of a few requests would go through in one band."""
+    monkeypatch.setitem(onetrans.BAND_CALLS, "cpu", 100.0)
+
+
 @pytest.mark.parametrize("flags", STEPS)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(shape=shapes(), config=configs())
 def test_every_step_computes_the_same(flags, shape, config):
     candidates, events, seed = shape
@@ -102,7 +108,7 @@ def test_every_step_computes_the_same_with_vectors(flags, tokenizer):
     assert_agrees(model, PaddedOneTrans(model, **flags), random_batch(schema, [3, 0, 11], [9, 2, 0]), 1e-9)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(shape=shapes(), config=configs())
 def test_float32_agrees_to_1e_5(shape, config):
     candidates, events, seed = shape
@@ -112,7 +118,7 @@ def test_float32_agrees_to_1e_5(shape, config):
     assert_agrees(model, PaddedOneTrans(model), random_batch(SCHEMA, candidates, events, seed), 1e-5)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(shape=shapes(), config=configs())
 def test_bfloat16_agrees_within_its_rounding(shape, config):
     """Model and reference in BF16 err by rounding alone: the model no more than the reference, within a margin."""
@@ -135,7 +141,7 @@ def everything(model, scores):
     return torch.stack(scores).detach().flatten(), torch.cat([gradient.flatten() for gradient in found])
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(shape=shapes(), config=configs())
 def test_recomputation_changes_nothing(shape, config):
     candidates, events, seed = shape
@@ -149,7 +155,7 @@ def test_recomputation_changes_nothing(shape, config):
         assert torch.equal(gradient, kept_gradients[name]), name
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(shape=shapes(), config=configs())
 def test_a_score_depends_on_nothing_beside_it(shape, config):
     """Alone with its request, each candidate scores as it does among other candidates and requests."""

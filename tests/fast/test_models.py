@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from onetrans.models import DCNv2DINConfig, OneTransConfig, build_model, preset
+from onetrans.models import onetrans as onetrans_module
 from onetrans.models.attention import Rotation
 from onetrans.models.onetrans import MixedLinear
-from onetrans.models.ragged import Groups, Layout, latest_events
+from onetrans.models.ragged import Groups, Layout, bands, latest_events
 from onetrans.models.relative_bias import (
     RANK_BUCKETS,
     TIME_BUCKETS,
@@ -232,7 +233,7 @@ def test_relative_bias_buckets_are_half_doublings():
 def test_relative_bias_starts_as_a_power_of_the_distance():
     """The latest event weighs what the NS-tokens do; each doubling of the distance costs head h 2 * 2^-h."""
     bias = RelativeBias(heads=3)
-    layout, groups = Layout.of(torch.tensor([8])), Groups.of(torch.tensor([0, 1]), limit=8)
+    layout, groups = Layout.of(torch.tensor([8])), Groups.of(torch.tensor([0, 1]), lambda size: size)
     time_T = torch.arange(8) * 60_000_000
     start_HY = bias(Distances.of_candidates(layout, groups, time_T, torch.tensor([10**12]), positions=2))[0, :, 0]
     for head, slope in enumerate((1.0, 0.5, 0.25)):
@@ -314,11 +315,10 @@ def test_layout_right_aligns():
 
 
 @pytest.mark.parametrize("counts", [[4, 4, 4], [1], [0, 0], [], [3, 1, 0, 70, 2], [5, 6, 4, 5], [500]])
-@pytest.mark.parametrize("limit", [1, 3, 8, 1000])
-def test_groups_hold_every_candidate_once_with_its_request(counts, limit):
+@pytest.mark.parametrize("call", [0, 3, 100, 10_000])
+def test_groups_hold_every_candidate_once_with_its_request(counts, call):
     offsets_O = torch.tensor([0, *torch.tensor(counts, dtype=torch.int64).cumsum(0).tolist()])
-    groups = Groups.of(offsets_O, limit)
-    assert groups.size <= max(1, limit)
+    groups = Groups.of(offsets_O, lambda size: size + call)
     x_NF = torch.arange(1.0, sum(counts) + 1)[:, None]
     x_GCF = groups.pad(x_NF)
     assert torch.equal(groups.unpad(x_GCF), x_NF)
@@ -332,8 +332,35 @@ def test_groups_hold_every_candidate_once_with_its_request(counts, limit):
 
 def test_one_large_request_does_not_widen_all_groups():
     offsets_O = torch.tensor([0, *torch.tensor([3] * 100 + [200]).cumsum(0).tolist()])
-    groups = Groups.of(offsets_O, limit=1000)
+    groups = Groups.of(offsets_O, lambda size: size + 4)
     assert groups.count * groups.size < 2 * 500
+
+
+@pytest.mark.parametrize(
+    ("lengths", "call", "expected"),
+    [
+        ([], 0.0, []),
+        ([0], 0.0, [[0]]),
+        ([7, 7, 7], 0.0, [[0, 1, 2]]),
+        ([3, 100, 0, 90, 4], 0.0, [[1], [3], [4, 0], [2]]),
+        ([3, 100, 0, 90, 4], 300.0, [[1], [3], [4, 0, 2]]),
+        ([3, 100, 0, 90, 4], 3000.0, [[1, 3], [4, 0, 2]]),
+        ([3, 100, 0, 90, 4], 1e6, [[1, 3, 4, 0, 2]]),
+    ],
+)
+def test_bands_pad_little_where_calls_are_cheap(lengths, call, expected):
+    assert bands(lengths, asking=4.0, call=call) == expected
+
+
+@pytest.mark.parametrize("config", CONFIGS[:3])
+def test_bands_change_no_score(config, monkeypatch):
+    model, batch = trained_like(config), random_batch(SCHEMA, [3, 1, 0, 11, 2, 2], [9, 0, 4, 30, 1, 5], seed=1)
+    monkeypatch.setitem(onetrans_module.BAND_CALLS, "cpu", 1e12)
+    together = scores(model, batch)
+    monkeypatch.setitem(onetrans_module.BAND_CALLS, "cpu", 0.0)
+    divided = [len(band) for band in model._bands(batch)]
+    assert len(divided) > 3
+    torch.testing.assert_close(scores(model, batch), together, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

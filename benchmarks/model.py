@@ -7,7 +7,9 @@ padded, replicated per candidate, plain softmax attention.  Every further line
 adds one change to those above it; figures stand against the line before and
 against the reference.  A step is forward, backward and both optimizers on one
 batch; its time is the fastest of several, which other load on the machine
-disturbs least.  Every line runs in a process of its own, so that its peak
+disturbs least.  Beside it stands the time of all processors in this process,
+which other load disturbs less still, but which does not show what one thread
+waits for.  Every line runs in a process of its own, so that its peak
 memory is its own: what the process held at most, less what it held before the
 model was built.  Before anything is timed, the scores of model and reference
 are compared.
@@ -118,6 +120,7 @@ _LINES = (
     Line("+ fused attention"),
     Line("+ BF16", compute=Compute("bfloat16")),
     Line("+ recomputation", compute=Compute("bfloat16", recompute=True)),
+    Line("+ compile", compute=Compute("bfloat16", recompute=True, compile=True)),
 )
 
 SHAPES: dict[str, dict[str, tuple[Shape, ...]]] = {
@@ -127,9 +130,9 @@ SHAPES: dict[str, dict[str, tuple[Shape, ...]]] = {
             Shape(16, 64, 32),
             Shape(100, 256, 5),
             Shape(16, 256, 32, skewed=False),
-            Shape(16, 1190, 8, part=1),
+            Shape(16, 1190, 4, part=1),
         ),
-        "base": (Shape(16, 256, 16, part=4), Shape(16, 1190, 4, part=1)),
+        "base": (Shape(16, 256, 16, part=4), Shape(16, 1190, 2, part=1)),
     },
     "cuda": {
         "base": (Shape(16, 256, 128, part=16), Shape(16, 1190, 128, part=4), Shape(100, 1190, 20, part=1)),
@@ -156,6 +159,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     options.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     options.add_argument("--seconds", type=float, default=8.0, help="time given to the steps of a line (default: 8)")
+    options.add_argument("--shapes", type=int, metavar="N", help="measure the first N shapes of each preset alone")
     options.add_argument("--lines", type=int, default=len(_LINES), help="measure the first N lines alone")
     options.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = options.parse_args(argv)
@@ -180,7 +184,7 @@ def _cases(arguments: argparse.Namespace) -> list[tuple[str, Shape]]:
         small = Shape(16, 256, 8) if arguments.device == "cpu" else Shape(16, 256, 32)
         return [(name, small) for name in arguments.preset or ["small"]]
     chosen = arguments.preset or list(shapes)
-    return [(name, shape) for name in chosen for shape in shapes.get(name, (Shape(16, 64, 32),))]
+    return [(name, shape) for name in chosen for shape in shapes.get(name, (Shape(16, 64, 32),))[: arguments.shapes]]
 
 
 def _table(report: Report, arguments: argparse.Namespace, preset_name: str, shape: Shape) -> None:
@@ -196,10 +200,12 @@ def _table(report: Report, arguments: argparse.Namespace, preset_name: str, shap
         if promised and arguments.device == "cpu" and number == _default_line("cpu"):
             speed, memory = _PROMISED.get(preset_name, ("", ""))
         report.add(case, "step", cost["step_s"] * 1e3, "ms")
+        report.add(case, "processors", cost["cpu_s"] * 1e3, "ms")
         report.add(case, "samples", shape.samples / cost["step_s"], "1/s")
         report.add(case, "peak", cost["peak"] / _MIB, "MiB")
         report.add(case, "speed, before", before["step_s"] / cost["step_s"], "x")
         report.add(case, "speed, reference", first["step_s"] / cost["step_s"], "x", speed)
+        report.add(case, "processors, reference", first["cpu_s"] / cost["cpu_s"], "x")
         report.add(case, "memory, before", cost["peak"] / before["peak"], "x")
         report.add(case, "memory, reference", cost["peak"] / first["peak"], "x", memory)
         report.add(case, "first step", cost["first_s"], "s")
@@ -249,10 +255,13 @@ def measure(
     step = _stepper(model, line, batch, drawn, preset_name, device)
     first_s = _timed(step, device)
     steps: list[float] = []
-    while len(steps) < 3 or (sum(steps) < seconds and len(steps) < 200):
+    processors: list[float] = []
+    while not steps or (first_s + sum(steps) < seconds and len(steps) < 200):
+        used_s = time.process_time()
         steps.append(_timed(step, device))
+        processors.append(time.process_time() - used_s)
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - held
-    cost: dict[str, Any] = {"step_s": min(steps), "first_s": first_s, "peak": used}
+    cost: dict[str, Any] = {"step_s": min(steps), "cpu_s": min(processors), "first_s": first_s, "peak": used}
     if device == "cuda":
         cost |= {"peak": torch.cuda.max_memory_allocated(), "ceiling": _matmul_ceiling()}
         cost["flops"] = training_flops(config, schema, batch)
@@ -272,13 +281,12 @@ def _stepper(
         size = shape.part or shape.requests
         parts = [batch.select(chosen) for chosen in torch.arange(shape.requests, device=device).split(size)]
     else:
-        model.compute = line.compute
-    half = line.compute.precision == "bfloat16"
+        model.use(line.compute)
 
     def step() -> None:
         optimizers.zero_grad()
         for part in parts:
-            with _attention(line), torch.autocast(device, dtype=torch.bfloat16, enabled=half):
+            with _attention(line), model.autocast():
                 scores = network(part)
             (compute_losses(scores, part, recipe).total * (part.num_candidates / batch.num_candidates)).backward()
         optimizers.step()

@@ -93,11 +93,11 @@ class RequestBatch:
 
     def select(self, requests: Tensor) -> RequestBatch:
         """Return a batch of some requests, each whole, in the order given (int64 numbers of requests)."""
-        candidate, candidate_offsets_O = _rows(self.candidate_offsets_O, requests)
-        event, event_offsets_O = _rows(self.event_offsets_O, requests)
+        candidate, candidate_offsets_O = packed_rows(self.candidate_offsets_O, requests)
+        event, event_offsets_O = packed_rows(self.event_offsets_O, requests)
 
-        def vectors(of: Tensor | None, rows: Tensor) -> Tensor | None:
-            return None if of is None else of[rows]
+        def rows(vectors: Tensor | None, chosen: Tensor) -> Tensor | None:
+            return None if vectors is None else vectors[chosen]
 
         return RequestBatch(
             user_RU=self.user_RU[requests],
@@ -111,9 +111,9 @@ class RequestBatch:
             request_time_R=self.request_time_R[requests],
             click_N=self.click_N[candidate],
             conversion_N=self.conversion_N[candidate],
-            user_vector_RX=vectors(self.user_vector_RX, requests),
-            context_vector_RX=vectors(self.context_vector_RX, requests),
-            item_vector_NX=vectors(self.item_vector_NX, candidate),
+            user_vector_RX=rows(self.user_vector_RX, requests),
+            context_vector_RX=rows(self.context_vector_RX, requests),
+            item_vector_NX=rows(self.item_vector_NX, candidate),
         )
 
     def check(self) -> None:
@@ -152,7 +152,7 @@ def _owners(offsets_O: Tensor, total: int) -> Tensor:
     return torch.repeat_interleave(torch.arange(lengths.shape[0], device=offsets_O.device), lengths, output_size=total)
 
 
-def _rows(offsets_O: Tensor, requests: Tensor) -> tuple[Tensor, Tensor]:
+def packed_rows(offsets_O: Tensor, requests: Tensor) -> tuple[Tensor, Tensor]:
     """Return the packed rows of some requests, in their order, and the offsets among these rows."""
     lengths = (offsets_O[1:] - offsets_O[:-1])[requests]
     ends = lengths.cumsum(0)

@@ -32,10 +32,11 @@ from onetrans.errors import BadDataError, NotReadyError
 from onetrans.loader import LoaderConfig, RequestData, prefetch
 from onetrans.metrics import Metrics
 from onetrans.models import RankingModel
+from onetrans.models.compute import Compute
 from onetrans.plan import FINISHED_FILE, Plan, add_day_arguments, plan_of
 from onetrans.progress import Progress
 from onetrans.settings import Settings, load_settings
-from onetrans.train import MODEL_FOLDER, choose_device
+from onetrans.train import MODEL_FOLDER, choose_compute, choose_device
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +112,7 @@ def score_day(plan: Plan, models: Mapping[str, RankingModel], settings: Settings
         plan.evaluation_files, plan.schema, LoaderConfig(plan.recipe.batch_size, longest), with_keys=True
     )
     for model in models.values():
-        model.to(device)
+        model.to(device).use(Compute(choose_compute(settings.training, device).precision))
     parts: list[pa.Table] = []
     with Progress(data.impressions, "rows", f"evaluate {plan.ds}") as progress:
         for loaded in prefetch(data.batches(shuffle_seed=None)):
@@ -119,7 +120,7 @@ def score_day(plan: Plan, models: Mapping[str, RankingModel], settings: Settings
                 raise AssertionError("the data was opened with keys")
             batch, part = loaded.batch.to(device), loaded.keys
             for name, model in models.items():
-                with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+                with model.autocast():
                     scores = model(batch)
                 for task, logit_N in (("ctr", scores.ctr_logit_N), ("cvr", scores.cvr_logit_N)):
                     probability_N = torch.sigmoid(logit_N.double()).cpu().numpy()

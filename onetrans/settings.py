@@ -23,6 +23,7 @@ from onetrans.errors import BadConfigError
 
 SourceKind = Literal["files", "kuairand"]
 Preset = Literal["tiny", "small", "base", "large"]
+TrainingPrecision = Literal["auto", "float32", "bfloat16"]
 GateMode = Literal["enabled", "dry_run", "off"]
 
 
@@ -125,6 +126,12 @@ class TrainingSettings:
     """Seed of initial weights and of the order of rows."""
     device: str = "auto"
     """``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
+    precision: TrainingPrecision = "auto"
+    """Of matrix products, in training and scoring: ``float32``, ``bfloat16``, or ``auto``: bfloat16 on a GPU alone."""
+    recompute: bool = False
+    """Compute a block of OneTrans again in the backward pass instead of keeping it: less memory, more time."""
+    compile: bool = False
+    """Compile the row-wise parts of OneTrans with ``torch.compile``: minutes before the first step, faster then."""
     threads: int = 0
     """CPU threads of one training process; 0: all cores."""
     checkpoint_seconds: float = 120.0
@@ -134,6 +141,7 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         _one_of("training.preset", self.preset, get_args(Preset))
+        _one_of("training.precision", self.precision, get_args(TrainingPrecision))
         _at_least("training.lookback_days", self.lookback_days, 1)
         _at_least("training.batch_size", self.batch_size, 1)
         _at_least("training.epochs", self.epochs, 1)
@@ -288,6 +296,10 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
         if not isinstance(value, Mapping):
             raise BadConfigError(f"{where} must be a table of names and values, set in the configuration file")
         return types.MappingProxyType({str(k): str(v) for k, v in value.items()})
+    if kind is bool and isinstance(value, str):
+        if value.lower() not in ("true", "false"):
+            raise BadConfigError(f"{where} = {value!r} is neither true nor false")
+        return value.lower() == "true"
     if kind in (int, float) and isinstance(value, str):
         try:
             return kind(value)

@@ -42,11 +42,12 @@ from onetrans.checkpoint import Checkpoint
 from onetrans.errors import EXIT_BAD_CONFIG, BadConfigError, PipelineError
 from onetrans.loader import Cursor, LoaderConfig, RequestData, prefetch
 from onetrans.models import RankingModel, Scores, build_model
+from onetrans.models.compute import Compute, Precision
 from onetrans.models.config import CONFIGS
 from onetrans.optim import GradientNorms, build_optimizers
 from onetrans.plan import FINISHED_FILE, Plan, Recipe, add_day_arguments, plan_of
 from onetrans.progress import Progress
-from onetrans.settings import Settings, load_settings
+from onetrans.settings import Settings, TrainingSettings, load_settings
 
 logger = logging.getLogger(__name__)
 
@@ -169,6 +170,7 @@ class Training:
         )
         torch.manual_seed(plan.recipe.seed)
         self.model: RankingModel = build_model(self.model_plan.config, plan.schema).to(self.device)
+        self.model.use(choose_compute(settings.training, self.device))
         self.optimizers = build_optimizers(self.model, self.model_plan.optimizer)
         self.step, self.samples, self.seconds, self.peak_bytes = 0, 0, 0.0, 0
         self.cursor = Cursor()
@@ -263,7 +265,7 @@ class Training:
     def _one_step(self, batch: RequestBatch, cursor: Cursor) -> Step:
         batch = batch.to(self.device)
         self.optimizers.zero_grad()
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
+        with self.model.autocast():
             scores = self.model(batch)
         losses = compute_losses(scores, batch, self.plan.recipe)
         total = float(losses.total.detach())
@@ -351,6 +353,7 @@ class Training:
             "samples_per_second": round(self.samples / max(self.seconds, 1e-9), 1),
             "peak_memory_bytes": self.peak_bytes,
             "device": str(self.device),
+            "compute": asdict(self.model.compute),
             "dense_parameters": sum(p.numel() for p in self.model.dense_parameters().values()),
             "embedding_parameters": sum(p.numel() for p in self.model.embedding_parameters().values()),
             "final_loss": _mean(tail, 0.0)["loss"],
@@ -414,6 +417,13 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise BadConfigError(f"training.device = {name!r}, but {torch.cuda.device_count()} GPUs are visible")
     return device
+
+
+def choose_compute(training: TrainingSettings, device: torch.device) -> Compute:
+    """Return how models are computed on a device; ``auto`` is bfloat16 on a GPU and float32 on a CPU."""
+    by_device: Precision = "bfloat16" if device.type == "cuda" else "float32"
+    precision = by_device if training.precision == "auto" else training.precision
+    return Compute(precision, recompute=training.recompute, compile=training.compile)
 
 
 def peak_memory(device: torch.device) -> int:

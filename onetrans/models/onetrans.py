@@ -19,7 +19,7 @@ Shape suffixes: those of :mod:`onetrans.batch` and :mod:`onetrans.models.ragged`
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -27,8 +27,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from onetrans.batch import RequestBatch
+from onetrans.batch import RequestBatch, packed_rows
 from onetrans.models.attention import Rotation, attend, candidate_mask, sequence_mask
+from onetrans.models.compute import Compute
 from onetrans.models.config import OneTransConfig
 from onetrans.models.ragged import Groups, Layout, bands, latest_events
 from onetrans.models.ranking import Heads, RankingModel, Scores
@@ -130,6 +131,14 @@ class Block(nn.Module):
         self.norm_key = nn.RMSNorm(config.head_dim, eps=1e-6) if config.qk_norm else None
         self.dropout = nn.Dropout(config.dropout)
 
+    def compile_rows(self) -> None:
+        """Compile what works row by row, where small operations between matrix products can be fused.
+
+        Shapes differ from batch to batch, so they are symbols; layouts and groups stay outside.
+        """
+        for part in ("_queries", "_keys_values", "_finish_s", "_finish_ns"):
+            setattr(self, part, torch.compile(getattr(self, part), dynamic=True))
+
     def _queries(self, q_XM: Tensor, rotation: Rotation | None) -> Tensor:
         q_XHD = q_XM.unflatten(-1, (self.heads, self.head_dim))
         if self.norm_query is not None:
@@ -164,6 +173,10 @@ class Block(nn.Module):
         q_QHD = self._queries(self.query.s(normed_QM), rotation)
         q_RQHD = layout.pad(q_QHD.flatten(1)).unflatten(-1, (self.heads, self.head_dim))
         attended_QM = layout.unpad(attend(q_RQHD, cache.k_RLHD, cache.v_RLHD, mask))
+        return self._finish_s(x_QM, normed_QM, attended_QM)
+
+    def _finish_s(self, x_QM: Tensor, normed_QM: Tensor, attended_QM: Tensor) -> Tensor:
+        """Return the block's output for S-tokens that have read what they attend to."""
         if self.gate is not None:
             attended_QM = attended_QM * self.gate.s(normed_QM).sigmoid()
         z_QM = x_QM + self.dropout(self.out.s(attended_QM))
@@ -182,6 +195,10 @@ class Block(nn.Module):
             for band, of_s in zip(bands, keys, strict=True)
         ]
         attended_PNM = torch.cat(attended).unflatten(1, (x_PNM.shape[0], -1)).transpose(0, 1)
+        return self._finish_ns(x_PNM, normed_PNM, attended_PNM)
+
+    def _finish_ns(self, x_PNM: Tensor, normed_PNM: Tensor, attended_PNM: Tensor) -> Tensor:
+        """Return the block's output for NS-tokens that have read what they attend to."""
         if self.gate is not None:
             attended_PNM = attended_PNM * self.gate.ns(normed_PNM).sigmoid()
         z_PNM = x_PNM + self.dropout(self.out.ns(attended_PNM))
@@ -217,17 +234,25 @@ class OneTrans(RankingModel):
         states = config.num_ns_tokens + (1 if self.schedule[-1] else 0)
         self.heads = Heads(states * config.hidden_dim, config.hidden_dim)
 
+    def use(self, compute: Compute) -> None:
+        """Choose how the model is computed from now on."""
+        if compute.compile and not self.compute.compile:
+            for block in self.blocks:
+                assert isinstance(block, Block)
+                block.compile_rows()
+        super().use(compute)
+
     def forward(self, batch: RequestBatch) -> Scores:
         """Score every candidate of ``batch``."""
         divided = self._bands(batch)
         if len(divided) <= 1:
             return self.score_candidates(batch, self.encode_requests(batch))
         parts = [batch.select(requests) for requests in divided]
-        ordered = batch.select(torch.cat(divided))
+        order = torch.cat(divided)
+        ordered = batch.select(order)
         scores = self._score(ordered, parts, [self.encode_requests(part) for part in parts])
         # Back from the order of the bands to that of the batch.
-        numbered = replace(batch, item_NI=torch.arange(batch.num_candidates, device=batch.item_NI.device)[:, None])
-        number_N = numbered.select(torch.cat(divided)).item_NI.squeeze(1)
+        number_N, _ = packed_rows(batch.candidate_offsets_O, order)
         return Scores(*(torch.empty_like(x_N).index_copy(0, number_N, x_N) for x_N in scores))
 
     def _bands(self, batch: RequestBatch) -> list[Tensor]:

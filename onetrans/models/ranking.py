@@ -43,6 +43,15 @@ class RankingModel(nn.Module):
         """Score every candidate of ``batch``."""
         raise NotImplementedError
 
+    def use(self, compute: Compute) -> None:
+        """Choose how the model is computed from now on; what has been compiled stays so."""
+        self.compute = compute
+
+    def autocast(self) -> torch.autocast:
+        """Return the context in which matrix products have the chosen precision."""
+        device = next(self.parameters()).device.type
+        return torch.autocast(device, dtype=torch.bfloat16, enabled=self.compute.precision == "bfloat16")
+
     def embedding_parameters(self) -> dict[str, nn.Parameter]:
         """Return the embedding tables by parameter name; the gradient of a large one is sparse."""
         named = self.embeddings.named_parameters()

@@ -149,7 +149,7 @@ def test_recomputation_changes_nothing(shape, config):
         return
     model, batch = lively(config, seed), random_batch(SCHEMA, candidates, events, seed)
     kept, kept_gradients = model(batch), gradients(model, model(batch))
-    model.compute = Compute(recompute=True)
+    model.use(Compute(recompute=True))
     assert torch.equal(torch.stack(model(batch)), torch.stack(kept))
     for name, gradient in gradients(model, model(batch)).items():
         assert torch.equal(gradient, kept_gradients[name]), name

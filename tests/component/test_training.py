@@ -352,6 +352,23 @@ def test_the_commands_run_a_day_without_mlflow(lake, tmp_path, monkeypatch, caps
     assert [line.split()[0] for line in printed.splitlines()[1:4]] == ["onetrans", "dcnv2_din", "truth"]
 
 
+def test_training_is_computed_as_the_settings_say(lake, first_day, tmp_path):
+    """Recomputation changes no bit of any weight; bfloat16 changes the losses by its rounding."""
+    settings, _ = lake
+    plan, records, _ = first_day
+    assert records["onetrans"]["compute"] == {"precision": "float32", "recompute": False, "compile": False}
+    lean = replace(settings, training=replace(settings.training, recompute=True))
+    again = copied(plan, tmp_path / "recomputed")
+    assert train(again, "onetrans", lean)["compute"]["recompute"] is True
+    assert_same_bits(weights(again.model_path("onetrans")), weights(plan.model_path("onetrans")))
+    half = replace(settings, training=replace(settings.training, precision="bfloat16"))
+    rounded = copied(plan, tmp_path / "rounded")
+    assert train(rounded, "onetrans", half)["compute"]["precision"] == "bfloat16"
+    exact, coarse = ([float(row["loss"]) for row in losses_of(p, "onetrans")] for p in (plan, rounded))
+    assert exact != coarse
+    np.testing.assert_allclose(coarse, exact, rtol=0.02)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_a_day_is_trained_in_bfloat16_and_scored_as_on_the_cpu(lake, first_day, tmp_path):

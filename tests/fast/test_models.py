@@ -3,7 +3,7 @@
 import bisect
 import itertools
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -350,6 +350,21 @@ def test_one_large_request_does_not_widen_all_groups():
 )
 def test_bands_pad_little_where_calls_are_cheap(lengths, call, expected):
     assert bands(lengths, asking=4.0, call=call) == expected
+
+
+def test_a_selection_of_requests_keeps_everything_of_each():
+    batch = random_batch(model_schema(), [3, 1, 0, 11, 2], [9, 0, 4, 30, 1], seed=2)
+    batch = replace(
+        batch, user_vector_RX=torch.randn(5, 2), context_vector_RX=torch.randn(5, 3), item_vector_NX=torch.randn(17, 4)
+    )  # fmt: skip
+    chosen = batch.select(torch.tensor([3, 0, 2]))
+    chosen.check()
+    expected = select_requests(batch, [3, 0, 2])
+    for field in fields(batch):
+        assert torch.equal(getattr(chosen, field.name), getattr(expected, field.name)), field.name
+    nobody = batch.select(torch.zeros(0, dtype=torch.int64))
+    nobody.check()
+    assert nobody.num_requests == nobody.num_candidates == nobody.num_events == 0
 
 
 @pytest.mark.parametrize("config", CONFIGS[:3])

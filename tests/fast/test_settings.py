@@ -25,7 +25,8 @@ def test_environment_beats_file_beats_default(tmp_path: Path) -> None:
 
 def test_settings_survive_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    settings = load_settings({"ONETRANS_GATE_CONFIDENCE": "0.95", "ONETRANS_TRAINING_PRESET": "tiny"})
+    settings = load_settings({"ONETRANS_GATE_CONFIDENCE": "0.95", "ONETRANS_TRAINING_RECOMPUTE": "true"})
+    assert settings.training.recompute is True
     assert load_settings(as_environment(settings)) == settings
 
 
@@ -34,6 +35,8 @@ def test_settings_survive_the_environment(tmp_path: Path, monkeypatch: pytest.Mo
     [
         ({"ONETRANS_SPARK_SHUFFLE_PARTITIONS": "many"}, "ONETRANS_SPARK_SHUFFLE_PARTITIONS = 'many' is not a number"),
         ({"ONETRANS_SPARK_SHUFFLE_PARTITIONS": "0"}, "spark.shuffle_partitions = 0 must be at least 1"),
+        ({"ONETRANS_TRAINING_RECOMPUTE": "yes"}, "ONETRANS_TRAINING_RECOMPUTE = 'yes' is neither true nor false"),
+        ({"ONETRANS_TRAINING_PRECISION": "half"}, "'half' is none of auto, float32, bfloat16"),
         ({"ONETRANS_TRAINING_PRESET": "huge"}, "'huge' is none of tiny, small, base, large"),
         ({"ONETRANS_SPARK_MASTR": "x"}, "ONETRANS_SPARK_MASTR names no setting"),
         ({"ONETRANS_GATE_CONFIDENCE": "1.5"}, "gate.confidence = 1.5 must be"),

@@ -373,8 +373,7 @@ def model_card(plan: Plan, verdict: Mapping[str, Any], name: str) -> str:
     lines = [
         f"OneTrans, size `{plan.preset}`, feature schema `{plan.schema.name}` ({plan.schema.fingerprint}).",
         "",
-        f"Trained on {len(plan.train_days)} days ({plan.train_days[0]} to {plan.train_days[-1]}), {plan.decision}; "
-        f"snapshot {plan.snapshot_id} of `training_requests`, code {plan.git_revision}.",
+        f"Training: {plan.decision}; snapshot {plan.snapshot_id} of `training_requests`, code {plan.git_revision}.",
         f"Evaluated on {plan.ds}: {verdict['rows']:,} impressions of {verdict['users']:,} users.",
         "",
         "| model | CTR AUC | CTR UAUC | CVR AUC | CVR UAUC |",

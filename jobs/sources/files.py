@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import date
+from typing import get_args
 
 from pyspark.sql import DataFrame, SparkSession
 
@@ -10,7 +11,7 @@ from jobs.contract import contract
 from jobs.sources.reading import Where, data_files, folders, read_files, require_columns
 from onetrans import storage
 from onetrans.days import describe_days, parse_day
-from onetrans.errors import BadConfigError, NotReadyError
+from onetrans.errors import BadConfigError, BadDataError, NotReadyError
 from onetrans.schema import FeatureSchema, InputTable
 
 
@@ -45,16 +46,41 @@ class Files:
         return self._snapshot(spark, "items", ds)
 
     def days(self, table: InputTable) -> list[date]:
-        """Return the days a table has a folder for."""
-        return [parse_day(name[3:]) for name in folders(storage.join(self.path, table)) if name[:3] == "ds="]
+        """Return the days a table has a folder for.
+
+        Raises:
+            BadDataError: if a folder ``ds=...`` is not named after a day.
+        """
+        place = storage.join(self.path, table)
+        days = []
+        for name in folders(place):
+            if name.startswith("ds="):
+                try:
+                    days.append(parse_day(name[3:]))
+                except BadConfigError as error:
+                    raise BadDataError(
+                        f"{table}: folder {place}/{name} is not named after a day, as ds=2024-02-29 is"
+                    ) from error
+        return days
 
     def _day(self, spark: SparkSession, table: InputTable, ds: date) -> DataFrame:
         folder = storage.join(self.path, table, f"ds={ds}")
         if not storage.exists(folder):
-            raise NotReadyError(
-                f"{table} {ds}: there is no {folder}; days that are there: {describe_days(self.days(table))}"
-            )
+            self._require_log()
+            days = self.days(table)
+            hint = ""
+            if table == "behaviors" and not days:
+                hint = "; a log without behaviours of its own says derived_behaviors in its schema file"
+            raise NotReadyError(f"{table} {ds}: there is no {folder}; days that are there: {describe_days(days)}{hint}")
         return self._read(spark, table, str(ds), folder)
+
+    def _require_log(self) -> None:
+        """Tell a place that holds no log from a log that lacks a day: only the second is worth waiting for."""
+        if not storage.exists(self.path):
+            raise BadConfigError(f"source.path = {self.path!r} is no folder")
+        tables = get_args(InputTable)
+        if not any(storage.exists(storage.join(self.path, table)) for table in tables):
+            raise BadConfigError(f"source.path = {self.path!r} holds none of the folders {', '.join(tables)}")
 
     def _snapshot(self, spark: SparkSession, table: InputTable, ds: date) -> DataFrame:
         folder = storage.join(self.path, table)

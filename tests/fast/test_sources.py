@@ -74,6 +74,15 @@ def test_a_feature_that_cannot_be_built_is_refused(feature: Feature, message: st
         contract(schema(features=(*schema().features, feature)), "items")
 
 
+def test_only_columns_of_the_contract_are_renamed() -> None:
+    renamed = schema(columns={"impressions": {"conversion": "bought", "device": "phone"}})
+    assert contract(renamed, "impressions") == contract(schema(), "impressions")
+    mistyped = schema(columns={"impressions": {"itme_id": "sku"}})
+    told = r"\[columns.impressions\] itme_id is no column of the contract, which has request_id, user_id, item_id, ts, "
+    with pytest.raises(BadConfigError, match=told):
+        contract(mistyped, "impressions")
+
+
 @pytest.mark.parametrize(
     ("values", "message"), [({"epoch": "ns"}, "epoch"), ({"derived_behaviors": ("like",)}, "like")]
 )
@@ -123,6 +132,26 @@ def test_a_missing_day_names_the_place_and_the_days_there_are(tmp_path: Path) ->
     with pytest.raises(BadConfigError, match="items: there is no folder"):
         source.items(NO_SPARK, DS)
     assert Files(str(tmp_path / "impressions"), schema()).history(NO_SPARK) is None
+
+
+def test_a_folder_that_is_no_day_is_named(tmp_path: Path) -> None:
+    for name in ("ds=2024-02-28", "ds=20240229"):
+        (tmp_path / "impressions" / name).mkdir(parents=True)
+    told = f"impressions: folder {tmp_path}/impressions/ds=20240229 is not named after a day, as ds=2024-02-29 is"
+    with pytest.raises(BadDataError, match=told):
+        Files(str(tmp_path), schema()).impressions(NO_SPARK, DS)
+
+
+def test_a_mistyped_path_is_bad_configuration_and_not_tried_again(tmp_path: Path) -> None:
+    (tmp_path / "logs" / "impressions" / "ds=2024-02-28").mkdir(parents=True)
+    with pytest.raises(BadConfigError, match=f"source.path = '{tmp_path}/lgos' is no folder"):
+        Files(str(tmp_path / "lgos"), schema()).impressions(NO_SPARK, DS)
+    with pytest.raises(BadConfigError, match="holds none of the folders impressions, behaviors, users, items"):
+        Files(str(tmp_path), schema()).impressions(NO_SPARK, DS)
+    with pytest.raises(NotReadyError, match=r"there is no .*logs/impressions/ds=2024-02-29"):
+        Files(str(tmp_path / "logs"), schema()).impressions(NO_SPARK, DS)
+    with pytest.raises(NotReadyError, match="derived_behaviors"):
+        Files(str(tmp_path / "logs"), schema()).behaviors(NO_SPARK, DS)
 
 
 def test_a_missing_day_of_kuairand_names_the_days_there_are(tmp_path: Path) -> None:

@@ -44,9 +44,7 @@ FEEDBACK = ("long_view", "is_like")
 """Feedback a conversion can be."""
 
 _OUTCOMES = ("is_click", "long_view", "is_like", "play_time_ms")
-_LOG = tuple(
-    Column(name, "number") for name in ("user_id", "video_id", "time_ms", "tab", "duration_ms", *_OUTCOMES)
-)
+_LOG = tuple(Column(name, "number") for name in ("user_id", "video_id", "time_ms", "tab", "duration_ms", *_OUTCOMES))
 
 
 class KuaiRand:

@@ -43,9 +43,22 @@ def contract(schema: FeatureSchema, table: InputTable) -> tuple[Column, ...]:
     An event column that ``behaviors`` does not have is taken from the event's item, so there it is optional.
 
     Raises:
-        BadConfigError: if the schema declares a feature that no table can provide.
+        BadConfigError: if the schema declares a feature that no table can provide, or renames a column that the
+            contract does not have.
     """
     check_schema(schema)
+    columns = _columns(schema, table)
+    known = [column.name for column in columns]
+    for name in schema.columns.get(table, {}):
+        if name not in known:
+            raise BadConfigError(
+                f"schema {schema.name!r}: [columns.{table}] {name} is no column of the contract, which has "
+                f'{", ".join(known)}; write: column of the contract = "column of your files"'
+            )
+    return columns
+
+
+def _columns(schema: FeatureSchema, table: InputTable) -> tuple[Column, ...]:
     if table == "impressions":
         clock = set(CONTEXT_FROM_CLOCK)
         return (

@@ -29,10 +29,11 @@ import importlib.resources
 import json
 import re
 import tomllib
+from collections import abc
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import numpy as np
@@ -57,6 +58,25 @@ CONTEXT_FROM_CLOCK = ("hour_of_day", "day_of_week")
 DERIVED_EVENTS = ("impression", "click", "conversion")
 """Types of the events that can be derived from impressions."""
 
+
+_UNREADABLE: Mapping[str, Mapping[str, str]] = {
+    "context": {
+        "click": "is a label, which the model is to predict",
+        "conversion": "is a label, which the model is to predict",
+        "position": "is decided by the ranking itself, and not known when a candidate is scored",
+        "ts": "is a time that never comes again; hour_of_day and day_of_week are computed from it",
+        "request_id": "names one request, and never comes again",
+        "user_id": "belongs to the user; let a feature with side = 'user' read it",
+        "item_id": "belongs to the candidate; let a feature with side = 'item' read it",
+    },
+    "event": {
+        "ts": "is a time that never comes again; the order of events is known to the models",
+        "available_at": "is a time that never comes again; it decides which requests see the event",
+        "event_id": "names one event, and never comes again",
+        "user_id": "belongs to the user; let a feature with side = 'user' read it",
+    },
+}
+"""Per side: columns of the input contract that no feature of it may read, and why."""
 
 RESERVED_NAMES = frozenset(
     (
@@ -311,6 +331,9 @@ class FeatureSchema:
                     f"feature {feature.name!r}: the name belongs to a column every table has; choose another name, "
                     f"its column may stay {feature.column!r}"
                 )
+            reason = _UNREADABLE.get(feature.side, {}).get(feature.column)
+            if reason is not None:
+                raise BadConfigError(f"feature {feature.name!r}: column {feature.column!r} {reason}")
             if feature.column.startswith("true_"):
                 raise BadConfigError(
                     f"feature {feature.name!r}: column {feature.column!r} holds a simulator's truth; "
@@ -398,8 +421,8 @@ class FeatureSchema:
             BadConfigError: on an unknown or missing key, or a value that is refused.
         """
         top = dict(data)
-        features = tuple(_build(Feature, f"features[{i}]", f) for i, f in enumerate(top.pop("features", ())))
-        sequences = tuple(_build(Sequence, f"sequences[{i}]", s) for i, s in enumerate(top.pop("sequences", ())))
+        features = tuple(_build(Feature, f"features[{i}]", f) for i, f in enumerate(_entries(top, "features")))
+        sequences = tuple(_build(Sequence, f"sequences[{i}]", s) for i, s in enumerate(_entries(top, "sequences")))
         aggregates = _build(Aggregates, "aggregates", top.pop("aggregates", {}))
         return _build(cls, "schema", {**top, "features": features, "sequences": sequences, "aggregates": aggregates})
 
@@ -453,15 +476,52 @@ def _refuse_repeats(what: str, names: Iterable[str]) -> None:
         seen.add(name)
 
 
-def _build(cls: type[Any], where: str, data: Mapping[str, Any]) -> Any:
-    """Construct a dataclass from file data: lists become tuples, unknown and missing keys are named."""
+def _entries(top: dict[str, Any], name: str) -> Iterable[Any]:
+    """Take the list of tables ``name`` out of ``top``."""
+    value = top.pop(name, ())
+    if not isinstance(value, list | tuple):
+        raise BadConfigError(f"schema: {name} = {value!r} is not a list of tables; write each as [[{name}]]")
+    return value
+
+
+def _build(cls: type[Any], where: str, data: Any) -> Any:
+    """Construct a dataclass from file data: lists become tuples; unknown, missing and mistyped keys are named."""
+    if not isinstance(data, Mapping):
+        raise BadConfigError(f"{where} = {data!r} is not a table of keys and values")
     known = {f.name: f for f in fields(cls)}
     unknown = sorted(set(data) - set(known))
     if unknown:
         raise BadConfigError(f"{where}: unknown key {unknown[0]!r}; known keys are {', '.join(known)}")
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
+    label = f" ({data['name']})" if isinstance(data.get("name"), str) else ""
+    hints = get_type_hints(cls)
+    for key, value in values.items():
+        if not _fits(value, hints[key]):
+            raise BadConfigError(f"{where}{label}: {key} = {data[key]!r} is not {_told(hints[key])}")
     try:
         return cls(**values)
     except TypeError as error:
-        label = f" ({data['name']})" if isinstance(data.get("name"), str) else ""
         raise BadConfigError(f"{where}{label}: {str(error).replace('__init__() ', '')}") from error
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Tell whether a value of a file may stand where ``kind`` is expected; which words are allowed is checked later."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return isinstance(value, str)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(part, inner[0]) for part in value)
+    if origin is abc.Mapping:
+        return isinstance(value, Mapping) and all(_fits(part, inner[1]) for part in value.values())
+    if kind in (int, float):
+        return isinstance(value, (int, kind)) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def _told(kind: Any) -> str:
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is tuple:
+        return f"a list, each of it {_told(inner[0])}"
+    if origin is abc.Mapping:
+        return f"a table, each value of it {_told(inner[1])}"
+    return {int: "a whole number", float: "a number"}.get(kind, "text")

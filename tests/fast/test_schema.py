@@ -1,5 +1,7 @@
 """The feature schema: encoding, sharing, round trip, and what is refused with which words."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -167,6 +169,48 @@ def test_features_that_share_a_table_have_one_row_count() -> None:
 def test_what_is_refused(make: object, words: str) -> None:
     with pytest.raises(BadConfigError, match=words):
         make()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("side", "column", "why"),
+    [
+        ("context", "click", "is a label"),
+        ("context", "conversion", "is a label"),
+        ("context", "position", "is decided by the ranking itself"),
+        ("context", "ts", "hour_of_day and day_of_week are computed from it"),
+        ("context", "item_id", "belongs to the candidate"),
+        ("event", "available_at", "decides which requests see the event"),
+        ("event", "ts", "the order of events is known"),
+    ],
+)
+def test_no_feature_reads_what_it_must_not(side: Any, column: str, why: str) -> None:
+    feature = Feature("sly", side, "hashed", column, hash_size=3)
+    with pytest.raises(BadConfigError, match=f"feature 'sly': column '{column}' .*{why}"):
+        small_schema(features=(*small_schema().features, feature))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"features": 3}, r"schema: features = 3 is not a list of tables; write each as \[\[features\]\]"),
+        ({"sequences": {"name": "click"}}, r"sequences = {'name': 'click'} is not a list of tables"),
+        ({"features": ["user"]}, r"features\[0\] = 'user' is not a table"),
+        ({"aggregates": 7}, r"aggregates = 7 is not a table"),
+        ({"aggregates": {"windows": [1, "7"]}}, r"aggregates: windows = \[1, '7'\] is not a list, each .*whole number"),
+        ({"aggregates": {"windows": 7}}, r"aggregates: windows = 7 is not a list"),
+        ({"timezone": 2}, r"schema \(test\): timezone = 2 is not text"),
+        ({"day_tolerance_minutes": "10"}, r"day_tolerance_minutes = '10' is not a whole number"),
+        ({"day_tolerance_minutes": True}, r"day_tolerance_minutes = True is not a whole number"),
+        ({"derived_behaviors": "click"}, r"derived_behaviors = 'click' is not a list, each of it text"),
+        ({"columns": {"items": "sku"}}, r"columns = .* is not a table, each value of it a table"),
+        ({"columns": {"items": {"item_id": 3}}}, r"columns = .* is not a table, each value of it a table, .*text"),
+        ({"sequences": [{"name": "a", "event": "b", "max_length": 2.5}]}, r"sequences\[0\] \(a\): max_length = 2.5 is"),
+        ({"features": [{"name": "a", "side": ["user"]}]}, r"features\[0\] \(a\): side = \['user'\] is not text"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_named(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(BadConfigError, match=words):
+        FeatureSchema.from_dict({**small_schema().to_dict(), **change})
 
 
 def test_a_schema_file_names_its_mistake(tmp_path: object) -> None:

@@ -13,7 +13,7 @@ import importlib
 import logging
 import time
 
-from jobs.runner import Opened, add_days, audit_and_publish, build_day, chosen_days, guarded
+from jobs.runner import Opened, add_days, audit_and_publish, build_day, chosen_days, guarded, present
 from onetrans.lake import TABLES
 
 logger = logging.getLogger(__name__)
@@ -38,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
             if arguments.skip_published:
                 whole = set.intersection(*(set(work.lake.days(table)) for table in TABLES))
                 days = [ds for ds in days if ds not in whole]
+            days = present(work, days)
             began = time.monotonic()
             for done, ds in enumerate(days, start=1):
                 started = time.monotonic()

@@ -94,10 +94,12 @@ def _trimmed(column: str, length: int, settled_before: SparkColumn) -> SparkColu
 def yesterdays_tails(work: Workspace, ds: date) -> DataFrame | None:
     """Return the published tails of the day before, or None if ``ds`` is the log's first day.
 
+    Days that the log lost (``source.absent_days``) are stepped over: nothing was delivered on them.
+
     Raises:
         NotReadyError: if there are earlier days but not yesterday's tails; a tail is built on the one before.
     """
-    yesterday = ds - timedelta(days=1)
+    yesterday = work.day_before(TABLE, ds)
     published = work.lake.days(TABLE)
     if yesterday in published:
         return work.read(TABLE, [yesterday])
@@ -107,7 +109,8 @@ def yesterdays_tails(work: Workspace, ds: date) -> DataFrame | None:
     first = min(day for day in [*earlier, yesterday] if day not in published)
     raise NotReadyError(
         f"{TABLE} {yesterday} is needed for {ds} and not published; each day is built on the one before. "
-        f"Build them in order: python -m jobs.backfill --from {first} --to {yesterday}"
+        f"Build them in order: python -m jobs.backfill --from {first} --to {yesterday}. "
+        "Days that the log lost for good go into source.absent_days"
     )
 
 

@@ -15,7 +15,7 @@ from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
 
 from jobs.workspace import Workspace
-from onetrans.days import day_range, parse_day
+from onetrans.days import day_range, describe_days, parse_day
 from onetrans.errors import BadConfigError, BadDataError, NotReadyError, PipelineError
 from onetrans.lake import Staged
 from onetrans.settings import load_settings
@@ -44,7 +44,7 @@ def main(table: str, build: Build, argv: list[str] | None = None) -> int:
     def run() -> None:
         days = chosen_days(arguments)
         with Opened() as work:
-            for ds in days:
+            for ds in present(work, days):
                 build_day(work, table, build, ds)
                 if arguments.publish:
                     audit_and_publish(work, table, ds)
@@ -70,6 +70,15 @@ def chosen_days(arguments: argparse.Namespace) -> list[date]:
     if arguments.first and arguments.last and not arguments.ds:
         return day_range(parse_day(arguments.first), parse_day(arguments.last))
     raise BadConfigError("give either --ds DAY, or --from DAY and --to DAY")
+
+
+def present(work: Workspace, days: list[date]) -> list[date]:
+    """Return the days of a range without those the log lost; one day asked for by itself is always tried."""
+    absent = set(work.settings.source.absent_days) if len(days) > 1 else set()
+    left_out = [ds for ds in days if ds in absent]
+    if left_out:
+        logger.info("%s left out, as source.absent_days says", describe_days(left_out))
+    return [ds for ds in days if ds not in absent]
 
 
 class Opened:

@@ -68,21 +68,30 @@ class Workspace:
     def window(self, table: str, ds: date, days: int) -> list[date]:
         """Return those of the ``days`` days before ``ds`` that are published.
 
-        Days before the first published one are left out: the log was not there yet.
+        Days before the first published one are left out: the log was not there yet.  So are those that
+        ``source.absent_days`` names; the window does not reach further back for them.
 
         Raises:
-            NotReadyError: if there is a hole after the first published day.
+            NotReadyError: if there is another hole after the first published day.
         """
         published = self.lake.days(table)
         wanted = [ds - timedelta(days=back) for back in range(days, 0, -1)]
         wanted = [day for day in wanted if published and day >= published[0]]
-        missing = sorted(set(wanted) - set(published))
+        missing = sorted(set(wanted) - set(published) - set(self.settings.source.absent_days))
         if missing:
             raise NotReadyError(
                 f"{table} {describe_days(missing)} is needed for {ds} and not published; "
-                f"published are {describe_days(published)}"
+                f"published are {describe_days(published)}. Days that the log lost for good go into source.absent_days"
             )
-        return wanted
+        return [day for day in wanted if day in published]
+
+    def day_before(self, table: str, ds: date) -> date:
+        """Return the day before ``ds``, or the latest one before it that is published or not known to be absent."""
+        published = self.lake.days(table)
+        before = ds - timedelta(days=1)
+        while before in self.settings.source.absent_days and before not in published:
+            before -= timedelta(days=1)
+        return before
 
     def snapshots(self, *tables: str) -> dict[str, int]:
         """Return the current snapshot of those tables that have one: what a build read."""

@@ -9,6 +9,9 @@ Both models of a day read the same rows and start from the same earlier day:
 * *look-back*: without such a day both start from fresh weights and read the
   ``lookback_days`` before D, or as many as were ever published.
 
+Days that ``source.absent_days`` names are left out of both, unless they were
+published after all; the window does not reach further back for them.
+
 A plan's id is a hash of everything that decides the outcome: data files,
 configurations, schema and warm start.  Planning again with nothing changed finds
 the same folder, and each step finds its finished work in it.
@@ -223,6 +226,7 @@ def make_plan(
 
     Raises:
         NotReadyError: if ``ds``, or one of the days to train on, is not published.
+        BadConfigError: if the settings say that ``ds``, or every day to train on, is absent.
     """
     lake = Lake(settings.lake)
     training = settings.training
@@ -288,18 +292,26 @@ def _decide(
     from_scratch: bool,
 ) -> _Start:
     published = lake.days(TABLE, snapshot_id)
+    absent = set(settings.source.absent_days) - set(published)
+    if ds in absent:
+        raise BadConfigError(f"{ds} is named in source.absent_days, so no model can be evaluated on it")
     window = days_before(ds, settings.training.lookback_days)
     if from_scratch:
         reason = "fresh weights, as asked"
     else:
         found, reason = _newest_finished(settings, window, schema, models)
         if found is not None:
-            days = day_range(found.ds, window[-1])
+            days = [day for day in day_range(found.ds, window[-1]) if day not in absent]
             _require_published(published, [*days, ds])
             text = f"goes on from the training of {found.ds} and reads {describe_days(days)}"
             return _Start(days, text, found.ds, found.folder)
     earlier = [day for day in published if day < ds]
-    days = [day for day in window if not earlier or day >= earlier[0]]
+    days = [day for day in window if day not in absent and (not earlier or day >= earlier[0])]
+    if not days:
+        raise BadConfigError(
+            f"source.absent_days names every day that training.lookback_days = {len(window)} reach back from {ds}, "
+            "so there is nothing to train on"
+        )
     # Without any earlier day the day before is named as missing, not the whole window.
     _require_published(published, [*(days if earlier else window[-1:]), ds])
     return _Start(days, f"{reason}; reads {describe_days(days)}")
@@ -310,7 +322,7 @@ def _require_published(published: list[date], needed: list[date]) -> None:
     if missing:
         raise NotReadyError(
             f"table {TABLE} has no published {describe_days(missing)}, needed to train for {needed[-1]}; "
-            f"published are {describe_days(published)}"
+            f"published are {describe_days(published)}. Days that the log lost for good go into source.absent_days"
         )
 
 

@@ -16,9 +16,11 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from onetrans.days import parse_day
 from onetrans.errors import BadConfigError
 
 SourceKind = Literal["files", "kuairand"]
@@ -37,6 +39,8 @@ class SourceSettings:
     """Folder (or s3:// prefix) that holds the raw log."""
     schema: str = ""
     """Feature schema file; empty: ``schema.toml`` in ``path``, or the one that comes with the source."""
+    absent_days: tuple[date, ...] = ()
+    """Days the log lost for good, such as an outage; the days after them are built and trained on without them."""
 
 
 @dataclass(frozen=True)
@@ -253,11 +257,15 @@ def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
 def as_environment(settings: Settings) -> dict[str, str]:
     """Return the variables that make another process read exactly these settings (free-form maps excepted)."""
     return {
-        f"ONETRANS_{section.name}_{f.name}".upper(): str(getattr(getattr(settings, section.name), f.name))
+        f"ONETRANS_{section.name}_{f.name}".upper(): _as_text(getattr(getattr(settings, section.name), f.name))
         for section in fields(Settings)
         for f in fields(getattr(settings, section.name))
         if not isinstance(getattr(getattr(settings, section.name), f.name), Mapping)
     }
+
+
+def _as_text(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _refuse_unknown_variables(environ: Mapping[str, str], sections: Mapping[str, type[Any]]) -> None:
@@ -300,6 +308,8 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
         if value.lower() not in ("true", "false"):
             raise BadConfigError(f"{where} = {value!r} is neither true nor false")
         return value.lower() == "true"
+    if get_origin(kind) is tuple:
+        return _days(value, where)
     if kind in (int, float) and isinstance(value, str):
         try:
             return kind(value)
@@ -310,6 +320,17 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise BadConfigError(f"{where} = {value!r} is not of type {kind.__name__}")
     return value
+
+
+def _days(value: Any, where: str) -> tuple[date, ...]:
+    """Return a list of days in order; a variable separates them by commas."""
+    parts = [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+    if not isinstance(parts, list) or not all(isinstance(part, str | date) for part in parts):
+        raise BadConfigError(f"{where} = {value!r} is not a list of days, each written YYYY-MM-DD")
+    try:
+        return tuple(sorted({parse_day(part) for part in parts}))
+    except BadConfigError as error:
+        raise BadConfigError(f"{where}: {error}") from error
 
 
 def _within(name: str, value: float, low: float, high: float) -> None:

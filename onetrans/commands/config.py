@@ -10,6 +10,7 @@ import argparse
 import ast
 import inspect
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any, get_type_hints
 
@@ -34,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     settings = load_settings()
     if arguments.json:
-        print(json.dumps(asdict(settings), indent=2, default=dict))
+        print(json.dumps(asdict(settings), indent=2, default=_plain))
         return 0
     for section in fields(Settings):
         print(f"[{section.name}]")
@@ -85,4 +86,8 @@ def reference_page() -> str:
 
 
 def _toml(value: Any) -> str:
-    return json.dumps(value, default=dict)
+    return json.dumps(value, default=_plain)
+
+
+def _plain(value: Any) -> Any:
+    return dict(value) if isinstance(value, Mapping) else str(value)

@@ -32,11 +32,13 @@ def run(arguments: argparse.Namespace) -> int:
 
     Raises:
         NotReadyError: if it is not; the text names the days that are.
+        BadConfigError: if it is not, and is not to be waited for.
     """
     if arguments.every <= 0:
         raise BadConfigError(f"--every = {arguments.every} must be more than 0")
     ds = parse_day(arguments.ds)
-    lake = Lake(load_settings().lake)
+    settings = load_settings()
+    lake = Lake(settings.lake)
     deadline = time.monotonic() + arguments.wait
     while True:
         published = lake.published(arguments.table)
@@ -44,6 +46,10 @@ def run(arguments: argparse.Namespace) -> int:
         if day is not None:
             print(f"{arguments.table} {ds}: published, {day.rows:,} rows in {day.files} files")
             return EXIT_OK
+        if ds in settings.source.absent_days:
+            raise BadConfigError(
+                f"{arguments.table} {ds} is not published, and source.absent_days says that the log lost this day"
+            )
         left = deadline - time.monotonic()
         if left <= 0:
             raise NotReadyError(

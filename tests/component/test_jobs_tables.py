@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,34 @@ def test_a_day_built_again_is_the_same_day(work: Workspace) -> None:
         publish(work, job, ds)
     assert {job.TABLE: _as_text(rows_of(work, job.TABLE, ds)) for job in JOBS} == before
     assert all(set(work.lake.files(job.TABLE, [ds])).isdisjoint(files[job.TABLE]) for job in JOBS)
+
+
+def test_a_day_after_an_outage_is_built_on_the_day_before_it(
+    spark: SparkSession, work: Workspace, world: World, tmp_path: Path
+) -> None:
+    before, lost, after = DAYS
+    log = replace(
+        world,
+        impressions={ds: rows for ds, rows in world.impressions.items() if ds != lost},
+        behaviors={ds: rows for ds, rows in world.behaviors.items() if ds != lost},
+    )
+    write_world(log, tmp_path / "raw")
+    own = open_workspace(spark, tmp_path, SCHEMA, max_quarantine_share=0.0)
+    for job in JOBS:
+        own.lake.replace_partition(job.TABLE, {"ds": before}, work.lake.files(job.TABLE, [before]))
+    with pytest.raises(NotReadyError, match=f"behavior_sequences {lost} is needed for {after}"):
+        behavior_sequences.yesterdays_tails(own, after)
+    own = replace(own, settings=replace(own.settings, source=replace(own.settings.source, absent_days=(lost,))))
+    for job in JOBS:
+        publish(own, job, after)
+    tails = {row.pop("user_id"): row for row in rows_of(own, "behavior_sequences", after)}
+    assert tails == {user: {**lists, "ds": after} for user, lists in oracle.tails(log, after).items()}
+    assert tails != {row.pop("user_id"): row for row in rows_of(work, "behavior_sequences", after)}
+    users = {row.pop("user_id"): row for row in rows_of(own, "user_features", after)}
+    expected = oracle.user_features(log, after)
+    assert rounded(users) == rounded({name: {"ds": after, **row} for name, row in expected.items()})
+    found = {row["request_id"]: row["seq_click"] for row in rows_of(own, "training_requests", after)}
+    assert found == {name: row["seq_click"] for name, row in oracle.training_requests(log, after).items()}
 
 
 def test_a_hole_before_a_day_is_named(work: Workspace) -> None:

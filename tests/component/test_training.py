@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +28,9 @@ from onetrans.gate import Scores
 from onetrans.lake import Lake
 from onetrans.loader import LoaderConfig, RequestData
 from onetrans.plan import Plan, make_plan, preset_models
-from onetrans.settings import as_environment
+from onetrans.settings import SourceSettings, as_environment
 from onetrans.train import DivergedError, InterruptedTrainingError, Training, train
-from tests.worlds import World, publish_days, settings_in, small_schema, write_schema
+from tests.worlds import FIRST_DAY, World, publish_day, publish_days, settings_in, small_schema, write_schema
 
 SCHEMA = small_schema()
 MODELS = ("onetrans", "dcnv2_din")
@@ -216,6 +217,19 @@ def test_the_next_day_goes_on_from_this_one(lake, first_day):
             assert_same_bits(weights(second.model_path(name)), weights(first.model_path(name)))
     metrics = evaluate(second, settings)
     assert metrics["onetrans"]["rows"] == RequestData(second.evaluation_files, SCHEMA, LoaderConfig(64, 64)).impressions
+
+
+def test_a_day_after_an_outage_is_trained_on(tmp_path):
+    settings = settings_in(tmp_path)
+    days = [FIRST_DAY + timedelta(days=n) for n in range(5)]
+    for ds in (days[0], days[1], days[3], days[4]):
+        publish_day(Lake(settings.lake), ds, SCHEMA, World(requests=20))
+    with pytest.raises(NotReadyError, match=f"has no published {days[2]}"):
+        make_plan(settings, days[4], SCHEMA, track=False)
+    settings = replace(settings, source=SourceSettings(absent_days=(days[2],)))
+    plan = make_plan(settings, days[4], SCHEMA, track=False)
+    record = train(plan, "dcnv2_din", settings)
+    assert record["train_days"] == [str(days[n]) for n in (0, 1, 3)]
 
 
 def test_another_configuration_goes_back_to_the_look_back_window(lake, first_day):

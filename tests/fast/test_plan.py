@@ -223,6 +223,32 @@ def test_a_hole_in_a_continued_chain_is_named(own):
         plan_for(own, days[5] + timedelta(days=2))
 
 
+def test_days_the_log_lost_are_trained_without(own):
+    lake, days = Lake(own.lake), [FIRST_DAY + timedelta(days=n) for n in range(6)]
+    for ds in (days[0], days[1], days[3]):
+        publish_day(lake, ds, SCHEMA, WORLD)
+    lost = replace(own, source=replace(own.source, absent_days=(days[2], days[4])))
+    plan = plan_for(lost, days[3])
+    assert list(plan.train_days) == days[:2]
+    finish(plan)
+    publish_day(lake, days[5], SCHEMA, WORLD)
+    later = plan_for(lost, days[5])
+    assert (later.warm_start_ds, list(later.train_days)) == (days[3], [days[3]])
+    assert later.decision == "goes on from the training of 2024-02-29 and reads 2024-02-29"
+    assert list(plan_for(lost, days[5], from_scratch=True).train_days) == [days[3]], "three days back, two of them lost"
+    with pytest.raises(BadConfigError, match=r"2024-03-01 is named in source.absent_days"):
+        plan_for(lost, days[4])
+    narrow = replace(lost, training=replace(lost.training, lookback_days=1))
+    with pytest.raises(BadConfigError, match="so there is nothing to train on"):
+        plan_for(narrow, days[5], from_scratch=True)
+
+
+def test_a_lost_day_that_came_after_all_is_trained_on(own):
+    days = publish_days(Lake(own.lake), 4, SCHEMA, WORLD)
+    named = replace(own, source=replace(own.source, absent_days=(days[2],)))
+    assert list(plan_for(named, days[3]).train_days) == days[:3]
+
+
 def test_a_plan_that_is_not_there_or_of_another_version_is_refused(settings, days, tmp_path):
     with pytest.raises(BadConfigError, match="there is no plan at"):
         Plan.load(str(tmp_path / "nowhere"))

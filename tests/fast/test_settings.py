@@ -1,5 +1,6 @@
 """Settings: precedence, types, and what a wrong value is told."""
 
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,17 @@ def test_environment_beats_file_beats_default(tmp_path: Path) -> None:
     assert settings.spark.shuffle_partitions == 4
 
 
+def test_a_list_of_days_from_file_or_variable(tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text('[source]\nabsent_days = ["2026-01-05", 2026-01-03]\n')
+    days = (date(2026, 1, 3), date(2026, 1, 5))
+    settings = load_settings({"ONETRANS_CONFIG": str(path)})
+    assert settings.source.absent_days == days
+    assert load_settings(as_environment(settings)).source.absent_days == days
+    variables = {"ONETRANS_CONFIG": str(path), "ONETRANS_SOURCE_ABSENT_DAYS": ""}
+    assert load_settings(variables).source.absent_days == ()
+
+
 def test_settings_survive_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     settings = load_settings({"ONETRANS_GATE_CONFIDENCE": "0.95", "ONETRANS_TRAINING_RECOMPUTE": "true"})
@@ -40,6 +52,7 @@ def test_settings_survive_the_environment(tmp_path: Path, monkeypatch: pytest.Mo
         ({"ONETRANS_TRAINING_PRESET": "huge"}, "'huge' is none of tiny, small, base, large"),
         ({"ONETRANS_SPARK_MASTR": "x"}, "ONETRANS_SPARK_MASTR names no setting"),
         ({"ONETRANS_GATE_CONFIDENCE": "1.5"}, "gate.confidence = 1.5 must be"),
+        ({"ONETRANS_SOURCE_ABSENT_DAYS": "2026-1-3"}, "ONETRANS_SOURCE_ABSENT_DAYS: expected a day written YYYY-MM-DD"),
         ({"ONETRANS_CONFIG": "no/such.toml"}, "which is not a file"),
     ],
 )
@@ -55,6 +68,7 @@ def test_what_is_refused(environ: dict[str, str], words: str) -> None:
         ("[spark]\nmastr = 'x'\n", r"\[spark\] has no field 'mastr'"),
         ("[spark]\nmaster = 3\n", "spark.master = 3 is not of type str"),
         ("[training]\nseed = true\n", "training.seed = True is not of type int"),
+        ("[source]\nabsent_days = 3\n", "source.absent_days = 3 is not a list of days"),
         ("spark = 3\n", r"spark must be a section"),
         ("[spark\n", "is not valid TOML"),
     ],

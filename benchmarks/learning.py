@@ -35,6 +35,7 @@ from jobs.sources.simulated.world import (
     build_catalog,
     microseconds,
     play,
+    stream,
 )
 from jobs.sources.simulated.write import SCHEMA_FILE
 from onetrans.batch import RequestBatch
@@ -63,28 +64,7 @@ class PackedDay:
 
     def take(self, rows: Ints) -> RequestBatch:
         """Return the batch of some of the requests."""
-        whole = self.batch
-        candidate_N, candidate_offsets = _ranges(whole.candidate_offsets_O.numpy(), rows)
-        event_E, event_offsets = _ranges(whole.event_offsets_O.numpy(), rows)
-        return RequestBatch(
-            user_RU=whole.user_RU[rows],
-            context_RK=whole.context_RK[rows],
-            item_NI=whole.item_NI[candidate_N],
-            candidate_offsets_O=torch.from_numpy(candidate_offsets),
-            event_EV=whole.event_EV[event_E],
-            event_sequence_E=whole.event_sequence_E[event_E],
-            event_time_E=whole.event_time_E[event_E],
-            event_offsets_O=torch.from_numpy(event_offsets),
-            request_time_R=whole.request_time_R[rows],
-            click_N=whole.click_N[candidate_N],
-            conversion_N=whole.conversion_N[candidate_N],
-        )
-
-
-def _ranges(offsets_O: Ints, rows: Ints) -> tuple[Ints, Ints]:
-    start, length = offsets_O[rows], offsets_O[rows + 1] - offsets_O[rows]
-    offsets = np.r_[0, np.cumsum(length)]
-    return np.arange(offsets[-1]) + np.repeat(start - offsets[:-1], length), offsets
+        return self.batch.select(torch.from_numpy(rows))
 
 
 def pack(config: WorldConfig, schema: FeatureSchema, last: date) -> dict[date, PackedDay]:
@@ -190,6 +170,7 @@ def _pack_day(
             **_item_columns(config, catalog, item),
             **_rates(window, "item", item, smoothing),
             **_rates(window, "category", catalog.category_M[item], smoothing),
+            **({"picture": pictures(config, catalog)[item]} if schema.vectors("item") else {}),
         },
         "event": {
             **_item_columns(config, catalog, history.item[event]),
@@ -201,6 +182,7 @@ def _pack_day(
         features = schema.of_side(side)
         return torch.from_numpy(np.stack([f.encode(columns[side][f.column]) for f in features], axis=1))
 
+    shown = [f.normalize(pictures(config, catalog)[item]) for f in schema.vectors("item")]
     requests = len(user)
     batch = RequestBatch(
         user_RU=rows("user"),
@@ -214,6 +196,7 @@ def _pack_day(
         request_time_R=torch.from_numpy(day.ts_R),
         click_N=torch.from_numpy(day.click_RK[r, k].astype(np.float32)),
         conversion_N=torch.from_numpy(day.conversion_RK[r, k].astype(np.float32)),
+        item_vector_NX=torch.from_numpy(np.concatenate(shown, axis=1)) if shown else None,
     )
     batch.check()
     return PackedDay(batch, user[r], day.true_ctr_RK[r, k], day.true_cvr_RK[r, k])
@@ -227,6 +210,30 @@ def _item_columns(config: WorldConfig, catalog: Catalog, item: Ints) -> dict[str
         "offer": _texts(OFFERS)[catalog.offer_M[item]],
         "price": catalog.price_M[item],
     }
+
+
+PICTURE_DIM = 32
+"""Numbers of an item's picture."""
+
+
+def pictures(config: WorldConfig, catalog: Catalog) -> npt.NDArray[np.float32]:
+    """Return what an encoder would give for each item's picture, shape (items, PICTURE_DIM).
+
+    A picture shows the category, the brand, the price tier, the offer and how appealing the item is, all mixed by a
+    fixed random matrix, with noise of a tenth of their size.
+    """
+    seen = (
+        np.eye(config.categories)[catalog.category_M],
+        np.eye(config.brands)[catalog.brand_M],
+        np.eye(len(OFFERS))[catalog.offer_M],
+        catalog.price_tier_M[:, None] / 4,
+        catalog.click_appeal_M[:, None],
+        catalog.purchase_appeal_M[:, None],
+    )
+    rng = stream(config.seed, "pictures")
+    facts = np.concatenate(seen, axis=1)
+    clear = facts @ rng.normal(size=(facts.shape[1], PICTURE_DIM))
+    return (clear + 0.1 * clear.std() * rng.normal(size=clear.shape)).astype(np.float32)
 
 
 def _hashes(prefix: str, count: int) -> Ints:

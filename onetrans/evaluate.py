@@ -33,16 +33,14 @@ from onetrans.loader import LoaderConfig, RequestData, prefetch
 from onetrans.metrics import Metrics
 from onetrans.models import RankingModel
 from onetrans.models.compute import Compute
-from onetrans.plan import FINISHED_FILE, Plan, add_day_arguments, plan_of
+from onetrans.plan import FINISHED_FILE, METRICS_FILE, SCORES_FILE, TRUTH, Plan, add_day_arguments, plan_of
 from onetrans.progress import Progress
 from onetrans.settings import Settings, load_settings
+from onetrans.tracking import log_evaluation, recorded_step
 from onetrans.train import MODEL_FOLDER, choose_compute, choose_device
 
 logger = logging.getLogger(__name__)
 
-SCORES_FILE = "scores.parquet"
-METRICS_FILE = "metrics.json"
-TRUTH = "truth"
 
 EXAMPLES = """examples:
   onetrans evaluate --plan var/runs/ds=2022-05-06/0123456789ab
@@ -56,24 +54,23 @@ def evaluate(plan: Plan, settings: Settings) -> dict[str, Any]:
         NotReadyError: if a model is not trained.
         BadDataError: if an evaluation row is not new, or a score is not finite.
     """
-    models = {name: load_trained(plan, name) for name in plan.models}
-    check_rows_are_new(plan)
-    began = time.monotonic()
-    scores = score_day(plan, models, settings)
-    metrics = {
-        "ds": str(plan.ds),
-        "plan_id": plan.plan_id,
-        "seconds": round(time.monotonic() - began, 3),
-        **{name: figures.to_dict() for name, figures in compute_metrics(scores, list(models)).items()},
-    }
-    sink = pa.BufferOutputStream()
-    pq.write_table(scores, sink)
-    storage.write_bytes(storage.join(plan.path, SCORES_FILE), sink.getvalue().to_pybytes())
-    storage.write_json(storage.join(plan.path, METRICS_FILE), metrics)
-    if plan.mlflow_run_id:
-        from onetrans.tracking import log_evaluation
-
-        log_evaluation(settings, plan, metrics)
+    with recorded_step(settings, plan, "evaluate"):
+        models = {name: load_trained(plan, name) for name in plan.models}
+        check_rows_are_new(plan)
+        began = time.monotonic()
+        scores = score_day(plan, models, settings)
+        metrics = {
+            "ds": str(plan.ds),
+            "plan_id": plan.plan_id,
+            "seconds": round(time.monotonic() - began, 3),
+            **{name: figures.to_dict() for name, figures in compute_metrics(scores, list(models)).items()},
+        }
+        sink = pa.BufferOutputStream()
+        pq.write_table(scores, sink)
+        storage.write_bytes(storage.join(plan.path, SCORES_FILE), sink.getvalue().to_pybytes())
+        storage.write_json(storage.join(plan.path, METRICS_FILE), metrics)
+        if plan.mlflow_run_id:
+            log_evaluation(settings, plan, metrics)
     return metrics
 
 

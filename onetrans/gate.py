@@ -40,16 +40,15 @@ from onetrans import storage
 from onetrans.bootstrap import Lift, ResampledAuc, paired_lifts
 from onetrans.errors import BadDataError, NotReadyError
 from onetrans.metrics import Metrics
-from onetrans.plan import Plan
+from onetrans.plan import GATE_FILE, SCORES_FILE, Plan
 from onetrans.settings import GateSettings, Settings, load_settings
+from onetrans.tracking import log_gate, recorded_step
 
 logger = logging.getLogger(__name__)
 
 CANDIDATE = "onetrans"
 BASELINE = "dcnv2_din"
 TASKS = ("ctr", "cvr")
-SCORES_FILE = "scores.parquet"
-GATE_FILE = "gate.json"
 
 EXAMPLES = """examples:
   onetrans gate --plan var/runs/ds=2022-05-06/1a2b3c4d5e6f
@@ -336,21 +335,20 @@ def run_gate(settings: Settings, plan: Plan) -> dict[str, Any]:
         BadDataError: if the scores cannot be right; an earlier verdict is removed, so nothing can rest on it.
     """
     scores_path, gate_path = storage.join(plan.path, SCORES_FILE), storage.join(plan.path, GATE_FILE)
-    if storage.exists(gate_path):
-        storage.delete_file(gate_path)
-    table, digest = read_scores(scores_path, plan)
-    verdict = {
-        "ds": str(plan.ds),
-        "plan_id": plan.plan_id,
-        **judge(Scores.from_table(table, f"scores of {plan.ds}"), settings.gate).to_dict(),
-        "scores_sha256": digest,
-        "decided_at": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    storage.write_json(gate_path, verdict)
-    if plan.mlflow_run_id:
-        from onetrans.tracking import log_gate
-
-        log_gate(settings, plan, verdict)
+    with recorded_step(settings, plan, "gate"):
+        if storage.exists(gate_path):
+            storage.delete_file(gate_path)
+        table, digest = read_scores(scores_path, plan)
+        verdict = {
+            "ds": str(plan.ds),
+            "plan_id": plan.plan_id,
+            **judge(Scores.from_table(table, f"scores of {plan.ds}"), settings.gate).to_dict(),
+            "scores_sha256": digest,
+            "decided_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        storage.write_json(gate_path, verdict)
+        if plan.mlflow_run_id:
+            log_gate(settings, plan, verdict)
     return verdict
 
 

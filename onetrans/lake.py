@@ -57,6 +57,11 @@ TABLES = (
 QUARANTINE = "quarantine"
 """Rows refused by a job, with the reason; partitioned by day and table, committed without an audit."""
 
+CATALOG_FILE = "catalog.db"
+"""SQLite catalog in the warehouse, where the settings name no other."""
+AUDIT_FILE = "_audit.json"
+"""The audit's verdict, beside the staged files it is about."""
+
 _COMMIT_TRIES = 20
 _COMMIT_WAIT_SECONDS = 0.2
 
@@ -122,6 +127,12 @@ class Lake:
         self.settings = settings
         self.warehouse = storage.resolve(storage.refuse_special("lake.warehouse", settings.warehouse))
 
+    def exists(self) -> bool:
+        """Tell whether there is a lake; only a SQLite catalog of its own can be missing.  Nothing is made."""
+        if self.settings.catalog_uri:
+            return True
+        return (storage.local_path(self.warehouse) / CATALOG_FILE).is_file()
+
     @cached_property
     def catalog(self) -> Catalog:
         """The Iceberg catalog; made, with its namespace, on first use."""
@@ -129,7 +140,7 @@ class Lake:
         if not uri:
             folder = storage.local_path(self.warehouse)
             folder.mkdir(parents=True, exist_ok=True)
-            address = URL.create("sqlite", database=str(folder / "catalog.db"), query={"timeout": "60"})
+            address = URL.create("sqlite", database=str(folder / CATALOG_FILE), query={"timeout": "60"})
             uri = address.render_as_string()
         for attempt in range(1, _COMMIT_TRIES + 1):
             try:
@@ -174,11 +185,11 @@ class Lake:
 
     def write_verdict(self, staged: Staged, verdict: Mapping[str, Any]) -> None:
         """Keep the audit's verdict beside the audited files: ``passed``, and ``failure`` in words if it did not."""
-        storage.write_json(storage.join(staged.path, "_audit.json"), verdict)
+        storage.write_json(storage.join(staged.path, AUDIT_FILE), verdict)
 
     def verdict(self, staged: Staged) -> dict[str, Any] | None:
         """Return the audit's verdict on exactly these files, or None if they were not audited."""
-        path = storage.join(staged.path, "_audit.json")
+        path = storage.join(staged.path, AUDIT_FILE)
         return storage.read_json(path) if storage.exists(path) else None
 
     # Publishing

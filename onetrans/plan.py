@@ -43,7 +43,19 @@ logger = logging.getLogger(__name__)
 
 TABLE = "training_requests"
 PLAN_FILE = "plan.json"
+"""Files of a plan's folder; this one is the plan itself."""
+SCORES_FILE = "scores.parquet"
+"""A row per impression of the day, with every model's scores."""
+METRICS_FILE = "metrics.json"
+"""Figures by model name."""
+GATE_FILE = "gate.json"
+"""The verdict."""
+PROMOTION_FILE = "promotion.json"
+"""What was done in the registry."""
 FINISHED_FILE = "finished.json"
+"""In a model's folder: its training is done."""
+TRUTH = "truth"
+"""Name in the metrics of a simulator's true probabilities."""
 
 EXAMPLES = """examples:
   onetrans plan --ds 2022-05-06

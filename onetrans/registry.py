@@ -32,8 +32,8 @@ from typing import TYPE_CHECKING, Any
 
 from onetrans import storage
 from onetrans.errors import BadConfigError, BadDataError, NotReadyError, PipelineError
-from onetrans.gate import CANDIDATE, GATE_FILE, SCORES_FILE
-from onetrans.plan import Plan
+from onetrans.gate import CANDIDATE
+from onetrans.plan import GATE_FILE, PROMOTION_FILE, SCORES_FILE, Plan
 from onetrans.settings import MlflowSettings, Settings, load_settings
 from onetrans.tracking import (
     MODEL_FOLDER,
@@ -55,7 +55,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PROMOTION_FILE = "promotion.json"
 
 CHAMPION = "champion"
 CHALLENGER = "challenger"

@@ -16,13 +16,9 @@ from typing import Any
 from onetrans import storage
 from onetrans.days import day_range, parse_day
 from onetrans.errors import BadConfigError
-from onetrans.gate import BASELINE, CANDIDATE, GATE_FILE
-from onetrans.plan import PLAN_FILE
+from onetrans.gate import BASELINE, CANDIDATE
+from onetrans.plan import GATE_FILE, METRICS_FILE, PLAN_FILE, PROMOTION_FILE, TRUTH
 from onetrans.settings import Settings, load_settings
-
-METRICS_FILE = "metrics.json"
-PROMOTION_FILE = "promotion.json"
-TRUTH = "truth"
 
 EXAMPLES = """examples:
   onetrans report --from 2022-05-04 --to 2022-05-06

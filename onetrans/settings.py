@@ -10,6 +10,7 @@ or from an Airflow connection.
 
 from __future__ import annotations
 
+import difflib
 import os
 import tomllib
 import types
@@ -29,6 +30,13 @@ TrainingPrecision = Literal["auto", "float32", "bfloat16"]
 GateMode = Literal["enabled", "dry_run", "off"]
 
 
+OWN_FILE = "onetrans.toml"
+"""Configuration file of the working directory."""
+
+NOT_SETTINGS = frozenset({"ONETRANS_CONFIG", "ONETRANS_TRACEBACK"})
+"""Variables of this name's family that are no field: which file to read, and whether to show tracebacks."""
+
+
 @dataclass(frozen=True)
 class SourceSettings:
     """Where raw events come from."""
@@ -41,6 +49,11 @@ class SourceSettings:
     """Feature schema file; empty: ``schema.toml`` in ``path``, or the one that comes with the source."""
     absent_days: tuple[date, ...] = ()
     """Days the log lost for good, such as an outage; the days after them are built and trained on without them."""
+    wait_hours: float = 12.0
+    """Hours after the end of a day for which ``feature_tables`` waits for its files; then the day fails."""
+
+    def __post_init__(self) -> None:
+        _within("source.wait_hours", self.wait_hours, 0.0, 36.0)
 
 
 @dataclass(frozen=True)
@@ -228,6 +241,19 @@ class Settings:
     """Where runs and models are recorded."""
 
 
+def config_file(environ: Mapping[str, str] | None = None) -> Path | None:
+    """Return the configuration file in force: ``$ONETRANS_CONFIG``, else ``onetrans.toml`` here if there is one.
+
+    Raises:
+        BadConfigError: if ``$ONETRANS_CONFIG`` names no file.
+    """
+    named = (os.environ if environ is None else environ).get("ONETRANS_CONFIG", "")
+    if named and not Path(named).is_file():
+        raise BadConfigError(f"ONETRANS_CONFIG names {named}, which is not a file")
+    path = Path(named or OWN_FILE)
+    return path if path.is_file() else None
+
+
 def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
     """Read the settings of this process.
 
@@ -235,12 +261,9 @@ def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
         BadConfigError: on an unknown section, field or variable, or a value of the wrong type or range.
     """
     environ = os.environ if environ is None else environ
-    named = environ.get("ONETRANS_CONFIG", "")
-    path = Path(named or "onetrans.toml")
-    if named and not path.is_file():
-        raise BadConfigError(f"ONETRANS_CONFIG names {named}, which is not a file")
+    path = config_file(environ)
     data: dict[str, Any] = {}
-    if path.is_file():
+    if path is not None:
         try:
             data = tomllib.loads(path.read_text(encoding="utf-8"))
         except tomllib.TOMLDecodeError as error:
@@ -270,10 +293,11 @@ def _as_text(value: Any) -> str:
 
 def _refuse_unknown_variables(environ: Mapping[str, str], sections: Mapping[str, type[Any]]) -> None:
     known = {f"ONETRANS_{s}_{f.name}".upper() for s, cls in sections.items() for f in fields(cls)}
-    prefixes = tuple(f"ONETRANS_{s}_".upper() for s in sections)
     for name in sorted(environ):
-        if name.startswith(prefixes) and name not in known:
-            raise BadConfigError(f"environment variable {name} names no setting; see docs/configuration.md")
+        if name.startswith("ONETRANS_") and name not in known and name not in NOT_SETTINGS:
+            close = difflib.get_close_matches(name, sorted(known), 1)
+            hint = f"did you mean {close[0]}?" if close else "see docs/configuration.md"
+            raise BadConfigError(f"environment variable {name} names no setting; {hint}")
 
 
 def _section(cls: type[Any], section: str, data: Any, environ: Mapping[str, str], path: str) -> Any:

@@ -29,7 +29,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from onetrans import __version__, storage
 from onetrans.errors import BadConfigError, BadDataError, PipelineError
-from onetrans.plan import Plan
+from onetrans.lake import AUDIT_FILE
+from onetrans.plan import GATE_FILE, METRICS_FILE, PLAN_FILE, PROMOTION_FILE, Plan
 from onetrans.schema import Feature, FeatureSchema, Kind
 from onetrans.settings import MlflowSettings, Settings
 
@@ -50,6 +51,7 @@ TAG_DAY = "ds"
 TAG_PLAN = "plan_id"
 TAG_MODEL = "model"
 TAG_DECISION = "decision"
+TAG_ERROR = "error"
 TAG_MODEL_ID = "logged_model_id"
 TAG_MODEL_DIGEST = "model_digest"
 
@@ -197,7 +199,7 @@ def start_day(settings: Settings, plan: Plan) -> str:
             },
         )
         _again(lambda: client.set_tag(run_id, "audit", _audit_summary(audits)))
-        _again(lambda: client.log_dict(run_id, plan.to_dict(), "plan.json"))
+        _again(lambda: client.log_dict(run_id, plan.to_dict(), PLAN_FILE))
         _again(lambda: client.log_dict(run_id, audits, "audit.json"))
     return str(run.info.run_id)
 
@@ -208,9 +210,46 @@ def find_model_run(settings: Settings, plan: Plan, model_name: str) -> Run | Non
 
 
 @contextmanager
+def recorded_step(settings: Settings, plan: Plan, step: str) -> Iterator[None]:
+    """Do a step of the day: if it fails, the parent run ends FAILED with the reason as its tag ``error.<step>``.
+
+    The next attempt takes the tag away, and opens the run again unless another step's failure still stands: the two
+    models train side by side.  Nothing is recorded for a plan without a parent run.
+    """
+    if not plan.mlflow_run_id:
+        yield
+        return
+    parent, client = start_day(settings, plan), connect(settings.mlflow)
+    _take_error_away(client, parent, step)
+    try:
+        yield
+    except BaseException as error:
+        _end_as_failed(client, parent, f"{TAG_ERROR}.{step}", error)
+        raise
+
+
+def _take_error_away(client: MlflowClient, parent: str, step: str) -> None:
+    run = _again(lambda: client.get_run(parent))
+    failed = {tag for tag in run.data.tags if tag.startswith(f"{TAG_ERROR}.")}
+    if f"{TAG_ERROR}.{step}" in failed:
+        _again(lambda: client.delete_tag(parent, f"{TAG_ERROR}.{step}"))
+    if run.info.status == "FAILED" and failed <= {f"{TAG_ERROR}.{step}"}:
+        _again(lambda: client.update_run(parent, status="RUNNING"))
+
+
+def _end_as_failed(client: MlflowClient, run_id: str, tag: str, error: BaseException) -> None:
+    try:
+        client.set_tag(run_id, tag, f"{type(error).__name__}: {_first_line(error)}"[:500])
+        client.set_terminated(run_id, "FAILED")
+    except Exception as second:  # the first error is the one that matters
+        logger.warning("MLflow did not take the failure: %s", _first_line(second))
+
+
+@contextmanager
 def start_model(settings: Settings, plan: Plan, model_name: str) -> Iterator[ModelRun]:
-    """Open the child run of one model; it ends FINISHED, or FAILED with the error's text as a tag."""
+    """Open the child run of one model; it ends FINISHED, or FAILED with the error's text as a tag, as its parent."""
     parent = start_day(settings, plan)
+    _take_error_away(connect(settings.mlflow), parent, model_name)
     wanted = {TAG_KIND: "model", TAG_PLAN: plan.plan_id, TAG_MODEL: model_name}
     tags = {
         **wanted,
@@ -223,20 +262,16 @@ def start_model(settings: Settings, plan: Plan, model_name: str) -> Iterator[Mod
     client = connect(settings.mlflow)
     if not created:
         _again(lambda: client.update_run(run.info.run_id, status="RUNNING"))
-        if "error" in run.data.tags:
-            _again(lambda: client.delete_tag(run.info.run_id, "error"))
+        if TAG_ERROR in run.data.tags:
+            _again(lambda: client.delete_tag(run.info.run_id, TAG_ERROR))
     model_run = ModelRun(settings, plan, model_name, client, str(run.info.run_id))
     try:
         yield model_run
         model_run.flush()
     except BaseException as error:
-        text = f"{type(error).__name__}: {_first_line(error)}"
         logger.error("%s of %s failed; its MLflow run is %s", model_name, plan.ds, model_run.run_id)
-        try:
-            client.set_tag(model_run.run_id, "error", text[:500])
-            client.set_terminated(model_run.run_id, "FAILED")
-        except Exception as second:  # the first error is the one that matters
-            logger.warning("MLflow did not take the failure: %s", _first_line(second))
+        _end_as_failed(client, model_run.run_id, TAG_ERROR, error)
+        _end_as_failed(client, parent, f"{TAG_ERROR}.{model_name}", error)
         raise
     _again(lambda: client.set_terminated(model_run.run_id, "FINISHED"))
 
@@ -333,7 +368,7 @@ def log_evaluation(settings: Settings, plan: Plan, metrics: Mapping[str, Any]) -
         child = find_model_run(settings, plan, model_name) if model_name in plan.models else None
         if child is not None:
             _log_metrics(client, child.info.run_id, {f"eval.{figure}": value for figure, value in values.items()})
-    _again(lambda: client.log_dict(parent, dict(metrics), "metrics.json"))
+    _again(lambda: client.log_dict(parent, dict(metrics), METRICS_FILE))
 
 
 def log_gate(settings: Settings, plan: Plan, verdict: Mapping[str, Any]) -> None:
@@ -349,7 +384,7 @@ def log_gate(settings: Settings, plan: Plan, verdict: Mapping[str, Any]) -> None
     _set_tags(
         client, parent, {TAG_DECISION: verdict["verdict"], "mlflow.note.content": f"**{plan.ds}**: {verdict['reason']}"}
     )
-    _again(lambda: client.log_dict(parent, dict(verdict), "gate.json"))
+    _again(lambda: client.log_dict(parent, dict(verdict), GATE_FILE))
     _again(lambda: client.set_terminated(parent, "FINISHED"))
 
 
@@ -357,7 +392,7 @@ def log_promotion(settings: Settings, plan: Plan, promotion: Mapping[str, Any]) 
     """Record what was done in the registry (the content of ``promotion.json``) on the parent run."""
     client, parent = connect(settings.mlflow), start_day(settings, plan)
     _set_tags(client, parent, {"registered_version": promotion["version"], "aliases": ", ".join(promotion["aliases"])})
-    _again(lambda: client.log_dict(parent, dict(promotion), "promotion.json"))
+    _again(lambda: client.log_dict(parent, dict(promotion), PROMOTION_FILE))
 
 
 # The model
@@ -498,7 +533,7 @@ def folder_digest(folder: str) -> str:
 def audit_verdicts(plan: Plan) -> dict[str, Any]:
     """Return the audit's verdict on exactly the files a plan reads, by folder; None where there is none."""
     folders = dict.fromkeys(file.rsplit("/", 1)[0] for file in (*plan.train_files, *plan.evaluation_files))
-    return {folder: _read_verdict(storage.join(folder, "_audit.json")) for folder in folders}
+    return {folder: _read_verdict(storage.join(folder, AUDIT_FILE)) for folder in folders}
 
 
 def _read_verdict(path: str) -> Any:

@@ -15,10 +15,10 @@ from worlds import World, publish_days, settings_in, small_schema
 from onetrans import storage
 from onetrans.artifact import save_model
 from onetrans.evaluate import compute_metrics
-from onetrans.gate import SCORES_FILE, run_gate
+from onetrans.gate import run_gate
 from onetrans.lake import Lake
 from onetrans.models import RankingModel, build_model
-from onetrans.plan import Plan, make_plan
+from onetrans.plan import SCORES_FILE, Plan, make_plan
 from onetrans.settings import GateSettings, Settings
 from onetrans.tracking import log_evaluation, start_model
 

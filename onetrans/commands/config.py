@@ -1,4 +1,4 @@
-"""``onetrans config``: every setting with its value, where it may be set, and its meaning.
+"""``onetrans config``: the file and variables in force, every setting with its value, where it is set, its meaning.
 
 The meanings are the docstrings under the fields of ``onetrans/settings.py``;
 ``docs/configuration.md`` is this command's ``--markdown`` output.
@@ -10,11 +10,12 @@ import argparse
 import ast
 import inspect
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any, get_type_hints
 
-from onetrans.settings import Settings, load_settings
+from onetrans.settings import NOT_SETTINGS, OWN_FILE, Settings, config_file, load_settings
 
 EXAMPLES = """examples:
   onetrans config
@@ -37,6 +38,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(asdict(settings), indent=2, default=_plain))
         return 0
+    path = config_file()
+    print(f"# file: {path.resolve() if path else f'none ({OWN_FILE} is not here, ONETRANS_CONFIG is not set)'}")
+    changed = sorted(name for name in os.environ if name.startswith("ONETRANS_") and name not in NOT_SETTINGS)
+    print(f"# environment: {', '.join(changed) or 'none'}")
     for section in fields(Settings):
         print(f"[{section.name}]")
         for name, value in vars(getattr(settings, section.name)).items():
@@ -80,8 +85,10 @@ def reference_page() -> str:
         lines += ["", f"## [{section.name}]", "", " ".join((cls.__doc__ or "").split()), ""]
         lines += ["| field | default | variable | meaning |", "|---|---|---|---|"]
         for name, value in vars(cls()).items():
-            variable = f"ONETRANS_{section.name}_{name}".upper()
-            lines.append(f"| `{name}` | `{_toml(value)}` | `{variable}` | {meanings[name].replace('|', '/')} |")
+            variable = (
+                f"`ONETRANS_{section.name}_{name}`".upper() if not isinstance(value, Mapping) else "in the file only"
+            )
+            lines.append(f"| `{name}` | `{_toml(value)}` | {variable} | {meanings[name].replace('|', '/')} |")
     return "\n".join(lines) + "\n"
 
 

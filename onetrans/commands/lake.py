@@ -9,9 +9,9 @@ from datetime import datetime
 from typing import Any
 
 from onetrans.days import describe_days
-from onetrans.errors import EXIT_OK, BadConfigError
+from onetrans.errors import EXIT_OK, BadConfigError, NotReadyError
 from onetrans.lake import QUARANTINE, TABLES, Lake
-from onetrans.settings import load_settings
+from onetrans.settings import config_file, load_settings
 
 EXAMPLES = """examples:
   onetrans lake                          every table, its days, rows and newest snapshot
@@ -32,8 +32,16 @@ def run(arguments: argparse.Namespace) -> int:
 
     Raises:
         BadConfigError: if ``--snapshots`` is asked for without a table.
+        NotReadyError: if there is no lake; none is made.
     """
     lake = Lake(load_settings().lake)
+    if not lake.exists():
+        file = config_file()
+        raise NotReadyError(
+            f"there is no lake in {lake.warehouse}. Its place is the setting lake.warehouse; "
+            f"{f'the configuration file is {file.resolve()}' if file else 'no configuration file was found here'}, and "
+            "`onetrans config` shows what is in force"
+        )
     if arguments.snapshots:
         if arguments.table is None:
             raise BadConfigError("--snapshots needs a table, for example: onetrans lake impressions --snapshots")

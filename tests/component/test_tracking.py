@@ -16,7 +16,8 @@ from tracked_days import Shop
 
 from onetrans import storage
 from onetrans.artifact import load_model, save_model
-from onetrans.errors import BadConfigError, PipelineError
+from onetrans.errors import BadConfigError, NotReadyError, PipelineError
+from onetrans.evaluate import evaluate
 from onetrans.gate import run_gate
 from onetrans.models import build_model
 from onetrans.requests import score
@@ -27,6 +28,7 @@ from onetrans.tracking import (
     experiment_id,
     fetch_folder,
     find_model_run,
+    recorded_step,
     start_day,
     start_model,
 )
@@ -37,6 +39,24 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory):
     return Shop.open(tmp_path_factory.mktemp("shop"), days=4)
+
+
+def test_a_step_that_fails_ends_the_run_of_the_day_and_the_next_attempt_opens_it(shop):
+    plan = shop.plan(shop.days[1], seed=23)
+    with pytest.raises(NotReadyError, match="is not trained"):
+        evaluate(plan, shop.settings)
+    day = _client(shop).get_run(plan.mlflow_run_id)
+    assert day.info.status == "FAILED"
+    assert day.data.tags["error.evaluate"].startswith(f"NotReadyError: onetrans of {plan.ds} is not trained")
+    with pytest.raises(NotReadyError, match="run: onetrans evaluate"):
+        run_gate(shop.settings, plan)
+    assert "error.gate" in _client(shop).get_run(plan.mlflow_run_id).data.tags
+    with recorded_step(shop.settings, plan, "gate"):
+        assert _client(shop).get_run(plan.mlflow_run_id).info.status == "FAILED"  # the evaluation's error still stands
+    with recorded_step(shop.settings, plan, "evaluate"):
+        day = _client(shop).get_run(plan.mlflow_run_id)
+        assert day.info.status == "RUNNING"
+        assert not any(tag.startswith("error") for tag in day.data.tags)
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +131,14 @@ def test_a_training_that_fails_says_so_and_the_next_attempt_goes_on_in_the_same_
         raise ZeroDivisionError("division by zero")
     failed = _client(shop).get_run(run.run_id)
     assert (failed.info.status, failed.data.tags["error"]) == ("FAILED", "ZeroDivisionError: division by zero")
+    day = _client(shop).get_run(plan.mlflow_run_id)
+    assert (day.info.status, day.data.tags["error.onetrans"]) == ("FAILED", "ZeroDivisionError: division by zero")
+    with start_model(shop.settings, plan, "dcnv2_din"):  # the other one goes on, and the day stays failed
+        assert _client(shop).get_run(plan.mlflow_run_id).info.status == "FAILED"
     with start_model(shop.settings, plan, "onetrans") as again:
         assert again.run_id == run.run_id
+        day = _client(shop).get_run(plan.mlflow_run_id)
+        assert (day.info.status, "error.onetrans" in day.data.tags) == ("RUNNING", False)
         again.log_params({"config": {"hidden_dim": 32}})
         for step in range(1200):
             again.log_metrics({"loss": 1.0 / (step + 1)}, step=step)

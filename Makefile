@@ -1,5 +1,5 @@
 # Every target creates the environment first if it is not there (infra/setup.sh).
-# DATA=DIR makes `demo` and `ui` use a real log (the KuaiRand release) instead of generated data.
+# DATA=DIR makes `demo` use a real log (the KuaiRand release) instead of generated data.
 
 PY := .venv/bin/python
 DATA ?=
@@ -16,7 +16,7 @@ env: ## create .venv from constraints.txt
 demo: env ## run three days of the whole pipeline through Airflow, from nothing
 	@$(PY) -m examples.demo $(if $(DATA),--data "$(DATA)")
 
-ui: env ## open Airflow, MLflow and Data Docs on the demo's data, on loopback, until Ctrl-C
+ui: env ## open Airflow, MLflow and Data Docs on loopback: of onetrans.toml, else of the demo; until Ctrl-C
 	@$(PY) -m infra.local ui
 
 test: env ## run all tests but the nightly ones

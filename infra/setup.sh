@@ -18,11 +18,16 @@ java_major=$("$java_bin" -version 2>&1 | sed -n 's/.*version "\([0-9]*\).*/\1/p'
 
 [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ] && exit 0
 
+fits() { # whether a program is a Python of a supported version
+  command -v "$1" >/dev/null 2>&1 &&
+    "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null
+}
 python=${PYTHON:-}
-if [ -z "$python" ]; then
+if [ -n "$python" ]; then
+  fits "$python" || fail "PYTHON=$python is not Python 3.11 or 3.12 ($("$python" --version 2>&1 | head -1))"
+else
   for candidate in python3.11 python3.12 python3; do
-    if command -v "$candidate" >/dev/null 2>&1 &&
-      "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
+    if fits "$candidate"; then
       python=$candidate
       break
     fi

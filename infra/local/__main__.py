@@ -3,8 +3,9 @@
     python -m infra.local ui          Airflow, MLflow and Data Docs, until Ctrl-C
     python -m infra.local airflow     Airflow alone, until Ctrl-C
 
-The settings are those of ``--config``; default: ``$ONETRANS_CONFIG``, else the
-demo's (``var/demo/onetrans.toml``) if there was one, else the usual ones.
+The settings are those of ``--config``; default: ``$ONETRANS_CONFIG``, else
+``onetrans.toml`` in the checkout's folder, else the demo's
+(``var/demo/onetrans.toml``) if there was one, else the defaults.
 Airflow's home lies beside the configuration file.  Everything runs in the
 checkout's folder, so relative paths in the settings are relative to it.
 """
@@ -16,6 +17,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
@@ -23,9 +25,9 @@ from infra.local import pages
 from infra.local.airflow import REPOSITORY, LocalAirflow
 from infra.local.processes import stop
 from onetrans.errors import PipelineError
-from onetrans.settings import Settings, load_settings
+from onetrans.settings import OWN_FILE, Settings, load_settings
 
-DEMO_CONFIG = REPOSITORY / "var" / "demo" / "onetrans.toml"
+DEMO_CONFIG = Path("var", "demo", "onetrans.toml")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -54,10 +56,9 @@ def run(what: str, config: Path | None, home: Path | None) -> None:
     Raises:
         PipelineError: if a server cannot start, or ends.
     """
-    named = os.environ.get("ONETRANS_CONFIG")
-    path = config or (Path(named) if named else DEMO_CONFIG if DEMO_CONFIG.exists() else None)
-    path, home = path and path.resolve(), home and home.resolve()
+    path, home = chosen_config(config), home and home.resolve()
     os.chdir(REPOSITORY)
+    print(f"configuration: {path or 'none, so every setting has its default'}", flush=True)
     environment = {"ONETRANS_CONFIG": str(path)} if path else {}
     settings = load_settings({**os.environ, **environment})
     airflow_home = home or (path.parent if path else REPOSITORY / "var") / "airflow"
@@ -82,6 +83,24 @@ def run(what: str, config: Path | None, home: Path | None) -> None:
     finally:
         airflow.stop()
         stop(servers)
+
+
+def chosen_config(
+    named: Path | None, environ: Mapping[str, str] = os.environ, folder: Path = REPOSITORY
+) -> Path | None:
+    """Return the configuration file to use, the demo's only where a user has none of their own.
+
+    Args:
+        named: file of ``--config``.
+        environ: environment.
+        folder: the checkout.
+    """
+    own, demo = folder / OWN_FILE, folder / DEMO_CONFIG
+    if named is not None:
+        return named.resolve()
+    if environ.get("ONETRANS_CONFIG"):
+        return Path(environ["ONETRANS_CONFIG"]).resolve()
+    return next((path.resolve() for path in (own, demo) if path.is_file()), None)
 
 
 def _other_pages(settings: Settings, logs: Path) -> list[pages.Page]:

@@ -1,0 +1,47 @@
+"""How the local servers and the environment are started: which configuration, which Python."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from infra.local.__main__ import DEMO_CONFIG, chosen_config
+from infra.local.airflow import REPOSITORY
+
+
+def test_a_users_own_configuration_goes_before_the_demos(tmp_path: Path) -> None:
+    assert chosen_config(None, {}, tmp_path) is None
+    demo, own, named = tmp_path / DEMO_CONFIG, tmp_path / "onetrans.toml", tmp_path / "other.toml"
+    demo.parent.mkdir(parents=True)
+    demo.touch()
+    assert chosen_config(None, {}, tmp_path) == demo
+    own.touch()
+    assert chosen_config(None, {}, tmp_path) == own
+    assert chosen_config(None, {"ONETRANS_CONFIG": str(named)}, tmp_path) == named
+    assert chosen_config(demo, {"ONETRANS_CONFIG": str(named)}, tmp_path) == demo
+
+
+@pytest.mark.parametrize("version", ["3.10.2", "3.13.0"])
+def test_a_python_of_another_version_is_refused_by_name(tmp_path: Path, version: str) -> None:
+    """`PYTHON=` chooses the interpreter of the environment; the wrong one failed minutes later, in a package."""
+    (tmp_path / "infra").mkdir()
+    shutil.copy(REPOSITORY / "infra" / "setup.sh", tmp_path / "infra")
+    for name in ("pyproject.toml", "constraints.txt"):
+        shutil.copy(REPOSITORY / name, tmp_path)
+    other = tmp_path / "other-python"
+    other.write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo "Python {version}" && exit 0\nexit 1\n')
+    other.chmod(0o755)
+    done = subprocess.run(
+        ["bash", str(tmp_path / "infra" / "setup.sh")],
+        env={**os.environ, "PYTHON": str(other)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert done.stderr.strip() == f"setup: PYTHON={other} is not Python 3.11 or 3.12 (Python {version})"
+    assert not (tmp_path / ".venv").exists()

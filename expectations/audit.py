@@ -11,15 +11,15 @@ from __future__ import annotations
 import argparse
 import gc
 import logging
-import os
 import sys
 import time
 from datetime import date
 from typing import TYPE_CHECKING, Any
 
 from onetrans.days import parse_day
-from onetrans.errors import EXIT_OK, BadDataError, PipelineError
+from onetrans.errors import EXIT_OK, BadDataError
 from onetrans.lake import Lake
+from onetrans.process import Parser, exit_code_of
 from onetrans.schema import FeatureSchema, load_schema
 from onetrans.settings import AuditSettings, load_settings
 
@@ -144,25 +144,22 @@ def _start_spark() -> SparkSession:
 
 def main(argv: list[str] | None = None) -> int:
     """Audit one table's day; return the process's exit code (``onetrans/errors.py``)."""
-    parser = argparse.ArgumentParser(prog="python -m expectations.audit", description=__doc__.split("\n", 1)[0])
+    parser = Parser(prog="python -m expectations.audit", description=__doc__.split("\n", 1)[0])
     parser.add_argument("table", help="table whose staged day is audited")
     parser.add_argument("--ds", required=True, help="day, YYYY-MM-DD")
-    arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-    try:
-        settings = load_settings()
-        lake = Lake(settings.lake)
-        ds = parse_day(arguments.ds)
-        lake.staged(arguments.table, ds)
-        verdict = audit_staged(lake, load_schema(settings.source), arguments.table, ds, settings=settings.audit)
-        tell_warnings(verdict)
-        if not verdict["passed"]:
-            raise BadDataError(verdict["failure"])
-    except PipelineError as error:
-        if os.environ.get("ONETRANS_TRACEBACK"):
-            raise
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
+    return exit_code_of(lambda: _run(parser.parse_args(argv)))
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    settings = load_settings()
+    lake = Lake(settings.lake)
+    ds = parse_day(arguments.ds)
+    lake.staged(arguments.table, ds)
+    verdict = audit_staged(lake, load_schema(settings.source), arguments.table, ds, settings=settings.audit)
+    tell_warnings(verdict)
+    if not verdict["passed"]:
+        raise BadDataError(verdict["failure"])
     print(f"{arguments.table} {ds}: passed; {_summary(verdict)}; Data Docs: {verdict['data_docs']}")
     return EXIT_OK
 

@@ -15,13 +15,14 @@ import time
 
 from jobs.runner import Opened, add_days, audit_and_publish, build_day, chosen_days, guarded, present
 from onetrans.lake import TABLES
+from onetrans.process import Parser
 
 logger = logging.getLogger(__name__)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m jobs.backfill",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -30,9 +31,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--skip-published", action="store_true", help="leave days alone that are published in every table"
     )
-    arguments = parser.parse_args(argv)
 
     def run() -> None:
+        arguments = parser.parse_args(argv)
         days = chosen_days(arguments)
         with Opened() as work:
             if arguments.skip_published:

@@ -5,19 +5,20 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
-import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import date
 
-from py4j.protocol import Py4JJavaError
+from py4j.protocol import Py4JError
 from pyspark.errors import PySparkException
 
 from jobs.workspace import Workspace
 from onetrans.days import day_range, describe_days, parse_day
-from onetrans.errors import BadConfigError, BadDataError, NotReadyError, PipelineError
+from onetrans.errors import EXIT_OK, BadConfigError, BadDataError, NotReadyError, PipelineError
 from onetrans.lake import Staged
+from onetrans.process import Parser, exit_code_of
 from onetrans.settings import load_settings
 
 Build = Callable[[Workspace, date], Staged]
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 def main(table: str, build: Build, argv: list[str] | None = None) -> int:
     """Build one table for one day or a range of days in one session; return the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"python -m jobs.{table}",
         description=f"Stage one or more days of table {table}.",
         epilog="exit codes: 0 done, 65 bad data, 75 not ready yet, 78 bad configuration, 1 anything else",
@@ -39,11 +40,11 @@ def main(table: str, build: Build, argv: list[str] | None = None) -> int:
         help="audit and publish each day before the next is built; needed over a range of a table that reads "
         "its own previous day",
     )
-    arguments = parser.parse_args(argv)
 
     def run() -> None:
+        arguments = parser.parse_args(argv)
         days = chosen_days(arguments)
-        with Opened() as work:
+        with telling(table), Opened() as work:
             for ds in present(work, days):
                 build_day(work, table, build, ds)
                 if arguments.publish:
@@ -96,15 +97,10 @@ def build_day(work: Workspace, table: str, build: Build, ds: date) -> None:
     """Stage one day of a table.
 
     Raises:
-        BadDataError: also for a file whose damage shows only when Spark reads its rows.
+        PipelineError: also where Spark failed, naming table and day.
     """
-    try:
+    with telling(f"{table} {ds}"):
         build(work, ds)
-    except (PySparkException, Py4JJavaError) as error:
-        found = _unreadable_file(error, f"{table} {ds}")
-        if found is None:
-            raise
-        raise found from error
 
 
 def audit_and_publish(work: Workspace, table: str, ds: date) -> None:
@@ -114,9 +110,14 @@ def audit_and_publish(work: Workspace, table: str, ds: date) -> None:
         BadDataError: if the audit fails; the day stays unpublished.
     """
     audit = importlib.import_module("expectations.audit")
-    verdict = audit.audit_staged(work.lake, work.schema, table, ds, spark=work.spark, settings=work.settings.audit)
+    with telling(f"{table} {ds}"):
+        verdict = audit.audit_staged(work.lake, work.schema, table, ds, spark=work.spark, settings=work.settings.audit)
     audit.tell_warnings(verdict)
     work.lake.publish(table, ds)
+
+
+class SparkFailedError(PipelineError):
+    """Spark gave up for a reason that is not in the data; running the step again can help."""
 
 
 def guarded(run: Callable[[], None]) -> int:
@@ -124,21 +125,46 @@ def guarded(run: Callable[[], None]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     for library in ("py4j", "great_expectations", "pyiceberg"):
         logging.getLogger(library).setLevel(logging.WARNING)
+
+    def ran() -> int:
+        with telling("the job"):
+            run()
+        return EXIT_OK
+
+    return exit_code_of(ran)
+
+
+@contextmanager
+def telling(what: str) -> Iterator[None]:
+    """Turn an error of Spark's into one of the pipeline that says ``what`` was being built.
+
+    Raises:
+        NotReadyError: if a file has vanished.
+        BadDataError: if a file breaks only when its pages are read.
+        SparkFailedError: for anything else, with the innermost reason in place of Java's stack.
+    """
     try:
-        run()
-    except PipelineError as error:
-        if os.environ.get("ONETRANS_TRACEBACK"):
-            raise
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+        yield
+    except (PySparkException, Py4JError) as error:
+        raise _told(error, what) from error
 
 
-def _unreadable_file(error: Exception, place: str) -> PipelineError | None:
-    """Return bad data for a file that breaks only when its rows are read; None for any other Spark error."""
+def _told(error: Exception, what: str) -> PipelineError:
     found = re.search(r"\[FAILED_READ_FILE[^\n]*", str(error))
-    if found is None:
-        return None
-    if "FILE_NOT_EXIST" in found[0]:
-        return NotReadyError(f"{place}: a file vanished while it was read: {found[0]}")
-    return BadDataError(f"{place}: a file is damaged: {found[0]}")
+    if found and "FILE_NOT_EXIST" in found[0]:
+        return NotReadyError(f"{what}: a file vanished while it was read: {found[0]}")
+    if found:
+        return BadDataError(f"{what}: a file is damaged: {found[0]}")
+    return SparkFailedError(
+        f"{what}: Spark failed: {_reason(error)}. Published data is as it was. Run the step again; if it fails "
+        "with the same words, ONETRANS_TRACEBACK=1 shows Java's stack"
+    )
+
+
+def _reason(error: Exception) -> str:
+    """Return Java's exception in a line: the first one, and the one it comes from; of Python's own the first line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    thrown = [line.lstrip(": ") for line in lines if re.match(r":? ?(?:[\w$]+\.)+[\w$]*(?:Error|Exception)\b", line)]
+    causes = [line.removeprefix("Caused by: ") for line in lines if line.startswith("Caused by: ")]
+    found = list(dict.fromkeys([*(thrown[:1] or lines[:1]), *causes[-1:]])) or [type(error).__name__]
+    return ", from ".join(text.rstrip(".") for text in found)

@@ -10,11 +10,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
-import os
 import sys
 
 from onetrans import __version__
-from onetrans.errors import EXIT_BAD_CONFIG, EXIT_OK, PipelineError
+from onetrans.errors import EXIT_BAD_CONFIG
+from onetrans.process import Parser, exit_code_of
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "simulate": ("jobs.sources.simulated.write", "write the raw log of a small simulated world"),
@@ -39,31 +39,17 @@ def main(argv: list[str] | None = None) -> int:
     if argv and argv[0] in COMMANDS:
         module_name, summary = COMMANDS[argv[0]]
         module = importlib.import_module(module_name)
-        parser = argparse.ArgumentParser(
+        parser = Parser(
             prog=f"onetrans {argv[0]}",
             description=summary[0].upper() + summary[1:] + ".",
             epilog=getattr(module, "EXAMPLES", None),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.add_arguments(parser)
-        arguments = parser.parse_args(argv[1:])
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-        return _run(module.run, arguments)
+        # Reading the arguments is part of it: a day that is none is refused there.
+        return exit_code_of(lambda: int(module.run(parser.parse_args(argv[1:]))))
     return _overview(argv)
-
-
-def _run(run: object, arguments: argparse.Namespace) -> int:
-    try:
-        return int(run(arguments))  # type: ignore[operator]
-    except BrokenPipeError:
-        # The reader of our output (`| head`) has gone; Python would complain again when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_OK
-    except PipelineError as error:
-        if os.environ.get("ONETRANS_TRACEBACK"):
-            raise
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
 
 
 def _overview(argv: list[str]) -> int:

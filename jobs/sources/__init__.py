@@ -19,7 +19,7 @@ from onetrans.settings import SourceSettings
 class Source(Protocol):
     """A raw log, one day at a time.
 
-    Every method raises NotReadyError for a day that is not there (the text names the place and the days that
+    Every method that reads raises NotReadyError for a day that is not there (the text names the place and the days that
     are), and BadDataError for files that cannot be read or lack a column.
     """
 
@@ -37,6 +37,9 @@ class Source(Protocol):
 
     def items(self, spark: SparkSession, ds: date) -> DataFrame:
         """Return the item attributes that hold on one day."""
+
+    def missing(self, ds: date) -> str:
+        """Say what of one day's files is not there yet; empty if nothing is missing.  Opens no file."""
 
 
 def open_source(settings: SourceSettings, schema: FeatureSchema) -> Source:

@@ -45,6 +45,22 @@ class Files:
         """Return the items of one day, or the one snapshot."""
         return self._snapshot(spark, "items", ds)
 
+    def missing(self, ds: date) -> str:
+        """Say which table has no file of the day yet; empty if every one has."""
+        per_day: list[InputTable] = ["impressions"]
+        if not self.schema.derived_behaviors:
+            per_day.append("behaviors")
+        snapshots: tuple[InputTable, ...] = ("users", "items")
+        per_day += [table for table in snapshots if self.days(table)]
+        for table in per_day:
+            folder = storage.join(self.path, table, f"ds={ds}")
+            if not data_files(folder):
+                return (
+                    f"{table} {ds}: there is no file in {folder}; days that are there: "
+                    f"{describe_days(self.days(table))}"
+                )
+        return ""
+
     def days(self, table: InputTable) -> list[date]:
         """Return the days a table has a folder for.
 

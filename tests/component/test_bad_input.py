@@ -22,7 +22,7 @@ from jobs import behaviors, impressions, item_features
 from jobs.runner import main
 from jobs.sources.files import Files
 from jobs.workspace import Workspace
-from onetrans.errors import EXIT_BAD_DATA, EXIT_NOT_READY, BadDataError, NotReadyError
+from onetrans.errors import EXIT_BAD_DATA, EXIT_FAILED, EXIT_NOT_READY, BadDataError, NotReadyError
 from onetrans.lake import Lake
 from onetrans.schema import Feature, FeatureSchema, Sequence
 from onetrans.settings import AuditSettings, SourceSettings, SparkSettings, as_environment
@@ -445,6 +445,21 @@ def test_a_column_that_cannot_hold_vectors(
     write_rows(tmp_path / "items", [{"item_id": "i1", "price": 1.0, "image": value}], {"image": kind})
     with pytest.raises(BadDataError, match=f"items snapshot: column image is {found}; expected a list of numbers"):
         Files(str(tmp_path), with_image()).items(work.spark, DS)
+
+
+def test_a_lake_that_cannot_be_written(
+    work: Workspace, says: Says, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Java says it in dozens of lines; the person who is on call gets one."""
+    write_rows(folder_of(work), shown())
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("ONETRANS_LAKE_WAREHOUSE", str(tmp_path / "file" / "lake"))
+    monkeypatch.setenv("ONETRANS_LAKE_CATALOG_URI", f"sqlite:///{tmp_path / 'catalog.db'}")
+    code, message = says(impressions)
+    assert code == EXIT_FAILED
+    assert message.startswith(f"SparkFailedError: impressions {DS}: Spark failed: org.apache.")
+    assert str(tmp_path / "file") in message
+    assert "Published data is as it was. Run the step again" in message
 
 
 def test_every_message_can_be_traced(work: Workspace, says: Says, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,14 +1,19 @@
 """The command line: help without heavy imports, exit codes, and the generated configuration page."""
 
+import ast
+import functools
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from expectations import audit
+from jobs import backfill, impressions, raw, runner
 from onetrans import cli
 from onetrans.commands.config import reference_page
-from onetrans.errors import EXIT_BAD_CONFIG
+from onetrans.errors import EXIT_BAD_CONFIG, EXIT_NOT_READY
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -43,3 +48,83 @@ def test_the_configuration_page_is_current() -> None:
     assert page.read_text(encoding="utf-8") == reference_page(), (
         "run: onetrans config --markdown > docs/configuration.md"
     )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["plan", "--ds", "tomorrow"],
+        ["train", "--model", "onetrans", "--ds", "2022-02-30"],
+        ["evaluate", "--ds", "20220504"],
+        ["report", "--from", "x", "--to", "y"],
+        ["published", "impressions", "--ds", "yesterday"],
+    ],
+)
+def test_a_day_that_is_none_is_bad_configuration(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(arguments) == EXIT_BAD_CONFIG
+    assert capsys.readouterr().err.splitlines()[-1].startswith("BadConfigError: ")
+
+
+@pytest.mark.parametrize("arguments", [["plan", "--day", "2022-05-04"], ["train", "--ds", "2022-05-04"], ["publish"]])
+def test_a_wrong_argument_is_bad_configuration(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Airflow would try the 2 of argparse again and again."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == EXIT_BAD_CONFIG
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"BadConfigError: onetrans {arguments[0]}: ")
+
+
+JOBS: dict[str, Callable[[list[str]], int]] = {
+    "jobs.raw": raw.main,
+    "jobs.impressions": functools.partial(runner.main, impressions.TABLE, impressions.build),
+    "jobs.backfill": backfill.main,
+    "expectations.audit": audit.main,
+}
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_a_wrong_argument_of_a_job_is_bad_configuration(job: str) -> None:
+    with pytest.raises(SystemExit) as stop:
+        JOBS[job](["--no-such-option"])
+    assert stop.value.code == EXIT_BAD_CONFIG
+
+
+def test_the_configuration_in_force_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    cli.main(["config"])
+    assert "# file: none" in capsys.readouterr().out
+    Path("onetrans.toml").write_text("[training]\nepochs = 2\n")
+    monkeypatch.setenv("ONETRANS_GATE_SEED", "4")
+    cli.main(["config"])
+    printed = capsys.readouterr().out
+    assert f"# file: {tmp_path}/onetrans.toml\n# environment: ONETRANS_GATE_SEED\n" in printed
+    assert "epochs = 2" in printed
+
+
+def test_a_mistyped_section_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("ONETRANS_TRAIN_PRESET", "base")
+    assert cli.main(["config"]) == EXIT_BAD_CONFIG
+    assert "ONETRANS_TRAIN_PRESET names no setting; did you mean ONETRANS_TRAINING_PRESET?" in capsys.readouterr().err
+
+
+def test_a_lake_that_is_not_there_is_named_and_not_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["lake"]) == EXIT_NOT_READY
+    assert f"there is no lake in file://{tmp_path}/var/lake" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_library_knows_nothing_of_what_is_built_on_it() -> None:
+    """But for the simulator, which `onetrans simulate` starts by name (docs/architecture.md)."""
+    above = {"dags", "jobs", "expectations"}
+    for file in (Path(__file__).parents[2] / "onetrans").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert not above & {name.split(".")[0] for name in names}, file
+    implemented = {module for module, _ in cli.COMMANDS.values() if module.split(".")[0] in above}
+    assert implemented == {"jobs.sources.simulated.write"}

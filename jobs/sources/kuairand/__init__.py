@@ -97,6 +97,13 @@ class KuaiRand:
         videos = videos.withColumnRenamed("video_id", "item_id")
         return require_columns(with_video_columns(videos), contract(self.schema, "items"), where, self.schema)
 
+    def missing(self, ds: date) -> str:
+        """Say that the day has no folder; the official release is one log, whose days only reading it tells."""
+        folder = storage.join(self.path, "daily", f"date={ds:%Y%m%d}")
+        if not self._cut_days() or data_files(folder):
+            return ""
+        return f"impressions {ds}: there is no file in {folder}; days that are there: {describe_days(self._cut_days())}"
+
     # Files
 
     def _holds_log(self, path: str) -> bool:

@@ -1,0 +1,76 @@
+"""Is a day's raw log there?  ``python -m jobs.raw --ds D``: exit 0: yes; 75: it may come; 65: it is overdue.
+
+A day is there when it has ended in the log's time zone and every table has files
+of it; no file is opened.  It is overdue ``source.wait_hours`` after its end: a
+day of last year that is missing is an error at once.  With ``--wait`` one
+process looks again and again.  No Spark session is started.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from datetime import UTC, date, datetime, timedelta
+
+from jobs.sources import Source, open_source
+from onetrans.days import day_bounds, parse_day
+from onetrans.errors import EXIT_OK, BadConfigError, BadDataError, NotReadyError
+from onetrans.process import Parser, exit_code_of
+from onetrans.schema import FeatureSchema, load_schema
+from onetrans.settings import Settings, load_settings
+
+
+def check(settings: Settings, schema: FeatureSchema, source: Source, ds: date, now: datetime) -> None:
+    """Return if the raw log of a day is there.
+
+    Raises:
+        NotReadyError: if the day has not ended at ``now``, or its files may still come.
+        BadDataError: if files are missing and overdue.
+    """
+    end = day_bounds(ds, schema.timezone)[1]
+    missing = source.missing(ds)
+    if missing and now >= end + timedelta(hours=settings.source.wait_hours):
+        raise BadDataError(
+            f"{missing}. The day ended at {end:%Y-%m-%d %H:%M} UTC, and source.wait_hours = "
+            f"{settings.source.wait_hours:g} have gone by"
+        )
+    if now < end:
+        raise NotReadyError(f"{ds} ends at {end:%Y-%m-%d %H:%M} UTC, as the log's time zone is {schema.timezone}")
+    if missing:
+        raise NotReadyError(missing)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command and return the exit code."""
+    parser = Parser(
+        prog="python -m jobs.raw", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--ds", required=True, metavar="DAY", help="the day, YYYY-MM-DD")
+    parser.add_argument("--wait", type=float, default=0.0, metavar="SECONDS", help="longest wait (default: 0)")
+    parser.add_argument("--every", type=float, default=10.0, metavar="SECONDS", help="between two looks (default: 10)")
+    return exit_code_of(lambda: _run(parser.parse_args(argv)))
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    if arguments.every <= 0:
+        raise BadConfigError(f"--every = {arguments.every} must be more than 0")
+    ds = parse_day(arguments.ds)
+    settings = load_settings()
+    schema = load_schema(settings.source)
+    source = open_source(settings.source, schema)
+    deadline = time.monotonic() + arguments.wait
+    while True:
+        try:
+            check(settings, schema, source, ds, datetime.now(UTC))
+        except NotReadyError:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise
+            time.sleep(min(arguments.every, left))
+        else:
+            print(f"the raw log of {ds} is there")
+            return EXIT_OK
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,103 @@
+"""When a day's raw log counts as there: ended in its time zone, files of every table, or overdue."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs import raw
+from jobs.sources.files import Files
+from jobs.sources.kuairand import KuaiRand
+from onetrans.errors import EXIT_BAD_DATA, EXIT_NOT_READY, EXIT_OK, BadDataError, NotReadyError
+from onetrans.schema import Feature, FeatureSchema, Sequence
+from onetrans.settings import Settings, SourceSettings
+
+DS = date(2026, 1, 10)
+SCHEMA = FeatureSchema(
+    name="shop",
+    features=(
+        Feature("user", "user", "hashed", "user_id", hash_size=9),
+        Feature("item", "item", "hashed", "item_id", hash_size=9),
+        Feature("event_item", "event", "hashed", "item_id", hash_size=9, embedding="item"),
+    ),
+    sequences=(Sequence("click", "click", 3),),
+)
+
+
+def put(folder: Path, name: str = "part-0.parquet") -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).touch()
+
+
+def check(path: Path, now: datetime, **changes: Any) -> None:
+    schema = replace(SCHEMA, **changes)
+    settings = Settings(source=SourceSettings(path=str(path), wait_hours=6))
+    raw.check(settings, schema, Files(str(path), schema), DS, now)
+
+
+def test_a_day_has_to_end_in_the_logs_time_zone(tmp_path: Path) -> None:
+    for table in ("impressions", "behaviors"):
+        put(tmp_path / table / f"ds={DS}")
+    midnight = datetime(2026, 1, 11, tzinfo=UTC)
+    check(tmp_path, midnight)
+    with pytest.raises(NotReadyError, match="ends at 2026-01-11 08:00 UTC, as the log's time zone is America/Los_Ange"):
+        check(tmp_path, midnight, timezone="America/Los_Angeles")
+    check(tmp_path, midnight + timedelta(hours=8), timezone="America/Los_Angeles")
+
+
+def test_every_table_that_comes_by_day_is_waited_for(tmp_path: Path) -> None:
+    now = datetime(2026, 1, 11, 1, tzinfo=UTC)
+    with pytest.raises(NotReadyError, match=r"impressions 2026-01-10: there is no file in .*; days .*: none"):
+        check(tmp_path, now)
+    put(tmp_path / "impressions" / f"ds={DS}", "_SUCCESS")
+    with pytest.raises(NotReadyError, match="impressions 2026-01-10: there is no file"):
+        check(tmp_path, now)
+    put(tmp_path / "impressions" / f"ds={DS}")
+    check(tmp_path, now, derived_behaviors=("click",))
+    with pytest.raises(NotReadyError, match="behaviors 2026-01-10"):
+        check(tmp_path, now)
+    put(tmp_path / "behaviors" / f"ds={DS}")
+    put(tmp_path / "users")
+    check(tmp_path, now)
+    put(tmp_path / "items" / "ds=2026-01-09")
+    with pytest.raises(NotReadyError, match=r"items 2026-01-10: .* days that are there: 2026-01-09"):
+        check(tmp_path, now)
+
+
+def test_a_day_that_is_overdue_is_bad_data(tmp_path: Path) -> None:
+    with pytest.raises(NotReadyError):
+        check(tmp_path, datetime(2026, 1, 11, 5, 59, tzinfo=UTC))
+    with pytest.raises(BadDataError, match=r"ended at 2026-01-11 00:00 UTC, and source.wait_hours = 6 have gone by"):
+        check(tmp_path, datetime(2026, 1, 11, 6, tzinfo=UTC))
+
+
+def test_a_real_log_cut_into_days_is_waited_for_too(tmp_path: Path) -> None:
+    put(tmp_path / "daily" / "date=20260109")
+    log = KuaiRand(str(tmp_path), SCHEMA)
+    assert log.missing(date(2026, 1, 9)) == ""
+    assert "days that are there: 2026-01-09" in log.missing(DS)
+
+
+def test_the_command_looks_until_the_day_is_there_and_starts_no_session(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    today = datetime.now(UTC).date()
+    yesterday = today - timedelta(days=1)
+    example = Path(__file__).parents[2] / "jobs" / "sources" / "simulated" / "schema.toml"
+    (tmp_path / "schema.toml").write_text(example.read_text())
+    put(tmp_path / "behaviors" / f"ds={yesterday}")
+    monkeypatch.setenv("ONETRANS_SOURCE_PATH", str(tmp_path))
+    monkeypatch.setenv("ONETRANS_SOURCE_WAIT_HOURS", "36")
+    monkeypatch.setattr("jobs.spark._start", None)
+    assert raw.main(["--ds", str(today)]) == EXIT_NOT_READY
+    assert raw.main(["--ds", "2020-01-01"]) == EXIT_BAD_DATA
+    capsys.readouterr()
+    timer = threading.Timer(0.5, put, [tmp_path / "impressions" / f"ds={yesterday}"])
+    timer.start()
+    assert raw.main(["--ds", str(yesterday), "--wait", "20", "--every", "0.1"]) == EXIT_OK
+    assert f"the raw log of {yesterday} is there" in capsys.readouterr().out

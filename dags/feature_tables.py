@@ -5,6 +5,7 @@ Builds, audits and publishes the six tables of one day.
 
 | step | what it does | when it fails |
 |---|---|---|
+| `wait_for_log` | waits, without a worker, for the day before if it runs too, and for the day's files | nothing began |
 | `build` | a Spark job writes the day's rows to files of their own | nothing is published |
 | `audit` | Great Expectations judges exactly those files; pages in Data Docs | the day stops, published data stays |
 | `publish` | one Iceberg commit replaces the day | readers see the old day or the new one, never a part |
@@ -14,12 +15,19 @@ Builds, audits and publishes the six tables of one day.
 `behavior_sequences` adds today's events to yesterday's tail. `training_requests` joins them all, with yesterday's tail
 for what was known before each request. Days are therefore run one after another.
 
-**Run one day by hand:** *Trigger*, fill in *Day*. **Run a range again:** *Trigger* -> *Backfill*; a day that is run
-again replaces its rows and gives the same ones.
+**The log may be late:** a day is due when it has ended in the log's time zone and its files are there. They may come
+`source.wait_hours` after that; then the day fails as `BAD DATA`.
 
-**When a step fails:** its log ends with one paragraph that names table, day, column and an example. `BAD DATA` and
-`BAD CONFIGURATION` are not retried, anything else is. Correct the cause, then *Clear* the task: what follows it runs
-too. Single bad rows do not fail a step: they go to the table `quarantine`, with the reason.
+**Run one day by hand:** *Trigger*, fill in *Day*. **Run a range:** *Trigger* -> *Backfill*. Choose under *Reprocess
+Behavior* what happens to days that were run before: *Missing Runs*, where the form begins, runs none of them again;
+*Missing and Errored Runs* runs the failed ones, *All Runs* every day. A day that is run again replaces its rows and
+gives the same ones. Days run in order, whatever *Max Active Runs* says: each waits for the day before, and if that
+fails, those after it do not start. *Run Backwards* cannot work: a day does not start while the one before is queued.
+
+**When a step fails:** its log ends with one paragraph: table, day, what is wrong with an example, whether published
+data is affected, what to do. `BAD DATA` and `BAD CONFIGURATION` are not retried, anything else is. Correct the cause,
+then *Clear* the task: what follows it runs too; then clear the days after it that did not start. Single bad rows do
+not fail a step: they go to the table `quarantine`, with the reason.
 """
 
 from __future__ import annotations
@@ -29,7 +37,8 @@ from datetime import timedelta
 from airflow.sdk import DAG, Asset, TaskGroup
 
 from dags.days import DAILY, START, day_param
-from dags.steps import DAY, DEFAULTS, Step
+from dags.others import Other
+from dags.steps import DAY, DEFAULTS, Step, WaitStep
 
 NEEDS: dict[str, tuple[str, ...]] = {
     "impressions": (),
@@ -57,19 +66,40 @@ def table_asset(table: str) -> Asset:
     return Asset(name=f"ranking.{table}", uri=f"iceberg://ranking/{table}", group="feature_tables")
 
 
+DAY_BEFORE = Other(
+    "feature_tables",
+    days_back=1,
+    why="The tables of a day are built on those of the day before: tails of sequences, counts and rates.",
+    # Where runs are made one at a time, a run that was cleared cannot begin before this one ends.
+    patience_s={"queued": 15 * 60},
+)
+"""The run of the day before has to end first; if it failed, this one would be built on what it was to replace."""
+
+WAIT_AT_MOST = timedelta(hours=50)
+"""``source.wait_hours`` is at most 36 and begins when the day ends in the log's time zone, up to 12 h after UTC's."""
+
 with DAG(
     dag_id="feature_tables",
     description="One day's tables: built by Spark, audited, published as Iceberg commits",
     schedule=DAILY,
     start_date=START,
     catchup=False,
-    max_active_runs=1,  # Today's tail is built on yesterday's.
-    dagrun_timeout=timedelta(hours=12),
+    max_active_runs=1,  # The limit of scheduled runs; in a backfill, which has its own, DAY_BEFORE keeps the order.
+    dagrun_timeout=WAIT_AT_MOST + timedelta(hours=12),
     default_args=DEFAULTS,
     params={"ds": day_param()},
     tags=["ranking", "data"],
     doc_md=__doc__,
 ) as dag:
+    wait_for_log = WaitStep(
+        task_id="wait_for_log",
+        module="jobs.raw",
+        arguments=["--ds", DAY],
+        at_most=WAIT_AT_MOST,
+        others=[DAY_BEFORE],
+        execution_timeout=timedelta(minutes=10),
+        doc_md="Looks at once, then from the triggerer. By hand: `python -m jobs.raw --ds DAY`",
+    )
     groups: dict[str, TaskGroup] = {}
     for table, needed in NEEDS.items():
         with TaskGroup(group_id=table, tooltip=ABOUT[table]) as groups[table]:
@@ -94,9 +124,12 @@ with DAG(
                 arguments=["publish", table, "--ds", DAY],
                 execution_timeout=timedelta(minutes=30),
                 outlets=[table_asset(table)],
+                unharmed=f"Readers see the day as it was, or whole as it is now; `onetrans lake {table}` tells which.",
                 doc_md=f"Makes the audited day of `{table}` what readers see.\n\n"
                 f"By hand: `onetrans publish {table} --ds DAY`",
             )
             build >> audit >> publish
         for other in needed:
             groups[other] >> groups[table]
+        if not needed:
+            wait_for_log >> groups[table]

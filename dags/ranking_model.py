@@ -6,20 +6,26 @@ which neither has seen, and makes OneTrans the champion if it is better beyond n
 
 | step | what it does |
 |---|---|
-| `wait_for_day` | waits until `training_requests` of the day is published, by whatever means; holds no worker |
+| `wait_for_day` | waits, without a worker, until the day's `training_requests` is published, by whatever means |
 | `plan` | pins data snapshot, training days and the checkpoint to go on from; opens the day's MLflow run |
 | `train_*` | both models, side by side; a killed training goes on where it was |
 | `evaluate` | scores the day's rows with both: AUC, per-user AUC, log loss, calibration |
 | `gate` | compares them, paired, by a bootstrap over users |
 | `promote` | registers the model and moves the alias `champion`, if the gate says so |
 
+**No tables, no wait:** if the day's `feature_tables` has failed and the rows are not published, `wait_for_day` fails at
+once and says so.
+
 **Not better is not a failure:** the run succeeds, and `gate` and `promote` say why the champion stayed.
 
-**Run one day by hand:** *Trigger*, fill in *Day*. **Train a range again:** *Trigger* -> *Backfill*. Each day goes on
-from the one before, so days are run in order, one after another.
+**Run one day by hand:** *Trigger*, fill in *Day*. **Train a range:** *Trigger* -> *Backfill*. Choose under *Reprocess
+Behavior* what happens to days that were run before: *Missing Runs*, where the form begins, runs none of them again;
+*Missing and Errored Runs* runs the failed ones, *All Runs* every day. Where the tables are run again too, start their
+backfill first: a day waits for its tables while they are under way. Each day's training goes on from the one before, so
+days run in order, whatever *Max Active Runs* says; after a day that failed, training goes on from an earlier one.
 
-**When a step fails:** its log ends with one paragraph. `BAD DATA` and `BAD CONFIGURATION` are not retried, anything
-else is. *Clear* the task to run it again: a step that was finished finds its own work and ends at once.
+**When a step fails:** its log ends with one paragraph that says what to do. `BAD DATA` and `BAD CONFIGURATION` are not
+retried, anything else is. *Clear* the task to run it again: a step that was finished finds its own work.
 """
 
 from __future__ import annotations
@@ -29,6 +35,7 @@ from datetime import timedelta
 from airflow.sdk import DAG, Asset, Param
 
 from dags.days import DAILY, START, day_param
+from dags.others import Other
 from dags.steps import DAY, DEFAULTS, Step, WaitStep
 
 AS_CONFIGURED = "as configured"
@@ -58,14 +65,38 @@ gate_mode, gate_variable = choice(
 )
 VARIABLES = {**preset_variable, **gate_variable}
 
+TABLES_OF_THE_DAY = Other(
+    "feature_tables",
+    "training_requests.publish",
+    if_failed="stop unless ready",
+    why="It makes the rows this run trains on and is measured by.",
+    patience_s={"none": 12 * 3600},
+)
+"""While it is under way, what is published is about to be replaced; once it failed, nothing will be published."""
+
+DAY_BEFORE = Other(
+    "ranking_model",
+    days_back=1,
+    if_failed="go on",  # Then training goes on from an earlier day and reads the days since.
+    why="Each day's training goes on from the one before.",
+    # Where runs are made one at a time, a run that was cleared cannot begin before this one ends.
+    patience_s={"queued": 15 * 60},
+)
+"""The run of the day before has to end first, however it ends."""
+
+WAIT_AT_MOST = timedelta(hours=62)
+"""What feature_tables may take: its own wait for the log, and 12 hours."""
+
+UNHARMED = "Published tables and the champion are as they were."
+
 with DAG(
     dag_id="ranking_model",
     description="Trains OneTrans and its baseline, compares them on the day, promotes what is better",
     schedule=DAILY,
     start_date=START,
     catchup=False,
-    max_active_runs=1,  # Today's training goes on from yesterday's.
-    dagrun_timeout=timedelta(hours=36),
+    max_active_runs=1,  # The limit of scheduled runs; in a backfill, which has its own, DAY_BEFORE keeps the order.
+    dagrun_timeout=WAIT_AT_MOST + timedelta(hours=24),
     # Where workers are few, the model of a day goes before the tables of the days after it.
     default_args={**DEFAULTS, "priority_weight": 10},
     params={
@@ -83,7 +114,14 @@ with DAG(
     doc_md=__doc__,
 ) as dag:
 
-    def command(task_id: str, *arguments: str, timeout: timedelta, doc: str, outlets: tuple[Asset, ...] = ()) -> Step:
+    def command(
+        task_id: str,
+        *arguments: str,
+        timeout: timedelta,
+        doc: str,
+        outlets: tuple[Asset, ...] = (),
+        unharmed: str = UNHARMED,
+    ) -> Step:
         """Return the step that runs one `onetrans` command with the choices of the form."""
         return Step(
             task_id=task_id,
@@ -92,6 +130,7 @@ with DAG(
             environment=VARIABLES,
             execution_timeout=timeout,
             outlets=list(outlets),
+            unharmed=unharmed,
             doc_md=doc,
         )
 
@@ -99,7 +138,9 @@ with DAG(
         task_id="wait_for_day",
         module="onetrans.cli",
         arguments=["published", "training_requests", "--ds", DAY],
-        at_most=timedelta(hours=12),
+        at_most=WAIT_AT_MOST,
+        others=[DAY_BEFORE, TABLES_OF_THE_DAY],
+        unharmed=UNHARMED,
         execution_timeout=timedelta(minutes=10),
         doc_md="Looks at once, then from the triggerer. By hand: `onetrans published training_requests --ds DAY`",
     )
@@ -135,6 +176,7 @@ with DAG(
         "promote",
         *("promote", "--plan", PLAN),
         timeout=timedelta(minutes=30),
+        unharmed="Published tables are as they were; `onetrans registry list` tells which version is the champion.",
         outlets=(Asset(name="ranking.model", uri="mlflow://onetrans-ranker", group="ranking_model"),),
         doc="Registers the model and moves the aliases the gate allows. By hand: `onetrans promote --plan PLAN`",
     )

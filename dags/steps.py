@@ -30,12 +30,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 from airflow.sdk import BaseOperator
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
 
 from dags.days import run_day
+from dags.others import Other, look_at
 from dags.triggers import StepTrigger
 
 EXIT_OK = 0
@@ -56,10 +57,14 @@ DEFAULTS: dict[str, Any] = {
 }
 """Arguments of every task."""
 
+UNHARMED = "Published data is as it was."
+"""What a step that fails says of published data, unless the step knows better."""
+
 _GRACE_S = 3.0
 """Seconds between asking a step to end and killing it; Airflow kills the task itself after five."""
 _READ = 1 << 16
-_ERROR_LINE = re.compile(r"^\w*(?:Error|Exception): ")
+_ERROR_LINE = re.compile(r"^(?:[\w$]+\.)*\w*(?:Error|Exception): ")
+_JAVA_FRAME = re.compile(r"\s*(?:at [\w.$]|\.\.\. \d+ more)")
 _SEVERITY = (
     (re.compile(r"\b(?:ERROR|CRITICAL|FATAL)\b"), logging.ERROR),
     (re.compile(r"\bWARN(?:ING)?\b"), logging.WARNING),
@@ -78,6 +83,7 @@ class Step(BaseOperator):
         module: str,
         arguments: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
+        unharmed: str = UNHARMED,
         **kwargs: Any,
     ) -> None:
         """Describe a step.
@@ -86,12 +92,14 @@ class Step(BaseOperator):
             module: what ``python -m`` runs.
             arguments: its arguments; templated, with :data:`DAY` for the run's day; one that renders empty is left out.
             environment: variables set on top of the worker's; templated; one that renders empty is left as it is.
+            unharmed: what a failure of this step leaves as it was, a sentence.
             **kwargs: those of every operator.
         """
         super().__init__(**kwargs)
         self.module = module
         self.arguments = list(arguments)
         self.environment = dict(environment or {})
+        self.unharmed = unharmed
         self._group: int | None = None
 
     def render_template_fields(self, context: Any, jinja_env: Any = None) -> None:
@@ -112,7 +120,7 @@ class Step(BaseOperator):
     def execute(self, context: Any) -> str | None:
         """Run the process to its end; the text it printed last becomes the task's result."""
         ended = self.run_process()
-        raise_for(self._title(context), ended)
+        self._raise_for(context, ended)
         self._tell_assets(context, ended.result)
         return ended.result
 
@@ -175,6 +183,9 @@ class Step(BaseOperator):
         timer.daemon = True
         timer.start()
 
+    def _raise_for(self, context: Any, ended: Ended) -> None:
+        raise_for(self._title(context), ended, self.unharmed, *_tries(context))
+
     def _title(self, context: Any) -> str:
         return f"{self.task_id} of {run_day(context)}"
 
@@ -188,46 +199,65 @@ class WaitStep(Step):
 
     The first look is made at once, in the worker, so that a day that is there
     costs one short process.  Else the triggerer runs the same command with
-    ``--wait``; a look that fails otherwise counts as "not yet".
+    ``--wait``; a look that fails otherwise counts as "not yet".  Other runs may
+    have to end first, and one that has failed may leave nothing to wait for.
     """
 
-    def __init__(self, *, at_most: timedelta, **kwargs: Any) -> None:
+    def __init__(self, *, at_most: timedelta, others: Sequence[Other] = (), **kwargs: Any) -> None:
         """Describe a wait.
 
         Args:
             at_most: how long to wait.
+            others: other runs that matter.
             **kwargs: those of :class:`Step`.
         """
         super().__init__(**kwargs)
         self.at_most = at_most
+        self.others = list(others)
 
     def execute(self, context: Any) -> str | None:
         """Look once; if it is too early, wait in the triggerer."""
-        ended = self.run_process()
-        if ended.code == EXIT_OK or ended.code in NEVER_RETRIED:
-            raise_for(self._title(context), ended)
-            return ended.result
-        self.log.info("not ready yet; the triggerer waits for it, at most %s", self.at_most)
+        others = [other.of(run_day(context)) for other in self.others]
+        seen = look_at(others)
+        if seen.stop:
+            self._stop(context, seen.stop)
+        if not seen.waiting:
+            ended = self.run_process()
+            if ended.code == EXIT_OK or ended.code in NEVER_RETRIED:
+                self._raise_for(context, ended)
+                return ended.result
+            if seen.unless_ready:
+                self._stop(context, seen.unless_ready)
+        self.log.info("%s", f"{seen.waiting} not ready yet; the triggerer waits for it, at most {self.at_most}".strip())
         self.defer(
             trigger=StepTrigger(
                 command=self.command,
                 variables=self.variables,
                 until=(datetime.now(UTC) + self.at_most).isoformat(),
                 final_codes=[EXIT_OK, *NEVER_RETRIED],
+                others=others,
             ),
             method_name="resume",
         )
 
     def resume(self, context: Any, event: Mapping[str, Any]) -> str | None:
-        """Take over from the triggerer once it is ready, or too late."""
+        """Take over from the triggerer once it is ready, too late, or there is nothing to wait for."""
         ended = Ended(event["code"], event["result"], event["error"])
+        if event["stop"]:
+            self._stop(context, event["stop"])
         if event["late"]:
             raise AirflowFailException(
-                f"{self._title(context)}: still not ready after {self.at_most}. {ended.error} "
-                "Clear this task once it is, or run the day again."
+                f"{self._title(context)}: still not ready after {self.at_most}. {ended.error} {self.unharmed} "
+                "Airflow does not retry this: clear this task once it is ready, or run the day again."
             )
-        raise_for(self._title(context), ended)
+        self._raise_for(context, ended)
         return ended.result
+
+    def _stop(self, context: Any, why: str) -> NoReturn:
+        raise AirflowFailException(
+            f"{self._title(context)}: NOT STARTED. {why} {self.unharmed} To go on with what is published by now, mark "
+            "this task as success."
+        )
 
 
 @dataclass(frozen=True)
@@ -242,31 +272,52 @@ class Ended:
     """The error at the end of stderr, or its last lines."""
 
 
-def raise_for(title: str, ended: Ended) -> None:
+def raise_for(title: str, ended: Ended, unharmed: str = UNHARMED, this_try: int = 0, tries: int = 0) -> None:
     """Turn a failed process into the exception that makes Airflow do what the exit code asks for.
+
+    Its text is one paragraph: step and day, what is wrong, what is unharmed, what happens next or is to be done.
+
+    Args:
+        title: the step and its day.
+        ended: how the process ended.
+        unharmed: what the failure leaves as it was, a sentence.
+        this_try: number of this try, from 1.
+        tries: tries the task has in all.
 
     Raises:
         AirflowFailException: bad data or bad configuration; not retried.
-        AirflowException: anything else that is not success; retried.
+        AirflowException: anything else that is not success; retried while tries are left.
     """
     if ended.code == EXIT_OK:
         return
+    error = ended.error.rstrip()
+    error = error if not error or error[-1] in ".!?" else f"{error}."
+    found = error if unharmed in error else f"{error} {unharmed}".strip()
     if ended.code == EXIT_BAD_DATA:
         raise AirflowFailException(
-            f"{title}: BAD DATA. {ended.error} Published data is as it was. Airflow does not retry this: "
-            "correct the data, then clear this task."
+            f"{title}: BAD DATA. {found} Airflow does not retry this: correct the data, then clear this task."
         )
     if ended.code == EXIT_BAD_CONFIG:
         raise AirflowFailException(
-            f"{title}: BAD CONFIGURATION. {ended.error} Airflow does not retry this: correct it, then clear this task."
+            f"{title}: BAD CONFIGURATION. {found} Airflow does not retry this: correct it, then clear this task."
         )
+    if this_try < tries:
+        then = f"Airflow tries it again: this was try {this_try} of {tries}."
+    else:
+        then = "This was the last try: mend the cause, then clear this task."
     if ended.code == EXIT_NOT_READY:
-        raise AirflowException(f"{title}: NOT READY. {ended.error} It is tried again while tries are left.")
+        raise AirflowException(f"{title}: NOT READY. {found} {then}")
     if ended.code < 0:
         name = signal.Signals(-ended.code).name
         hint = " The system does this when memory runs out." if ended.code == -signal.SIGKILL else ""
-        raise AirflowException(f"{title}: ended by {name}.{hint} {ended.error}".rstrip())
-    raise AirflowException(f"{title}: FAILED with exit code {ended.code}. {ended.error}".rstrip())
+        raise AirflowException(f"{title}: ended by {name}.{hint} {found} {then}")
+    raise AirflowException(f"{title}: FAILED with exit code {ended.code}. {found} {then}")
+
+
+def _tries(context: Mapping[str, Any]) -> tuple[int, int]:
+    """Return the number of this try and of all tries, those after a clear included."""
+    task_instance = context["ti"]
+    return task_instance.try_number, task_instance.max_tries + 1
 
 
 @dataclass
@@ -290,8 +341,8 @@ class _ErrorText:
     lines: deque[str] = field(default_factory=lambda: deque(maxlen=40))
 
     def add(self, line: str) -> None:
-        """Take one line."""
-        if line.strip():
+        """Take one line; Java's stack frames would push out the line that says what went wrong."""
+        if line.strip() and not _JAVA_FRAME.match(line):
             self.lines.append(line.rstrip())
 
     @property

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
+from airflow.sdk.exceptions import AirflowRuntimeError
 from airflow.triggers.base import BaseTrigger, TriggerEvent
+
+from dags.others import Seen, State, look_at, name_of
 
 
 class StepTrigger(BaseTrigger):
@@ -16,8 +21,11 @@ class StepTrigger(BaseTrigger):
 
     The command gets ``--wait SECONDS`` with the time that is left.  If it ends
     with any other code (a catalog that does not answer), it is started again
-    after a pause.  The event holds ``code``, ``result`` (last line of stdout),
-    ``error`` (last lines of stderr) and ``late``.
+    after a pause.  It runs only while no other run has to end first, and the wait
+    ends at once when another run's failure leaves nothing to wait for.
+
+    The event holds ``code``, ``result`` (last line of stdout), ``error`` (last
+    lines of stderr), ``late``, and ``stop``: why another run ended the wait, else empty.
     """
 
     def __init__(
@@ -26,7 +34,9 @@ class StepTrigger(BaseTrigger):
         variables: Mapping[str, str],
         until: str,
         final_codes: Sequence[int],
+        others: Sequence[Mapping[str, Any]] = (),
         pause_s: float = 30.0,
+        look_s: float = 5.0,
     ) -> None:
         """Describe the wait.
 
@@ -35,14 +45,19 @@ class StepTrigger(BaseTrigger):
             variables: environment variables on top of the triggerer's.
             until: instant (ISO 8601) after which to give up; an instant, so that a restarted triggerer keeps it.
             final_codes: exit codes that end the wait.
+            others: other runs to look at (:meth:`dags.others.Other.of`).
             pause_s: seconds before the command is started again.
+            look_s: seconds between two looks at other runs.
         """
         super().__init__()
         self.command = list(command)
         self.variables = dict(variables)
         self.until = until
         self.final_codes = list(final_codes)
+        self.others = [dict(other) for other in others]
         self.pause_s = pause_s
+        self.look_s = look_s
+        self._since: dict[int, tuple[State, float]] = {}
 
     def serialize(self) -> tuple[str, dict[str, Any]]:
         """Return what Airflow keeps of the wait; the environment of the triggerer is not part of it."""
@@ -53,23 +68,77 @@ class StepTrigger(BaseTrigger):
                 "variables": self.variables,
                 "until": self.until,
                 "final_codes": self.final_codes,
+                "others": self.others,
                 "pause_s": self.pause_s,
+                "look_s": self.look_s,
             },
         )
 
     async def run(self) -> AsyncIterator[TriggerEvent]:
         """Wait and yield one event."""
+        told = ""
         while True:
-            code, result, error = await self._look(max(self._left(), 0.0))
+            seen = await self._others()
+            code, result, error, pause = -1, None, seen.waiting, self.look_s
+            if not (seen.stop or seen.waiting):
+                answer = await self._answer()
+                if isinstance(answer, Seen):
+                    seen = answer
+                else:
+                    (code, result, error), pause = answer, self.pause_s
+            stop = seen.stop or (seen.unless_ready if code not in self.final_codes else "")
             final = code in self.final_codes
-            if final or self._left() <= 0:
-                yield TriggerEvent({"code": code, "result": result, "error": error, "late": not final})
+            if stop or final or self._left() <= 0:
+                late = not (stop or final)
+                yield TriggerEvent({"code": code, "result": result, "error": error, "late": late, "stop": stop})
                 return
-            self.log.info("no answer yet (exit code %s): %s", code, error)
-            await asyncio.sleep(min(self.pause_s, max(self._left(), 0.0)))
+            if error != told:
+                self.log.info("not yet: %s", error)
+                told = error
+            await asyncio.sleep(min(pause, max(self._left(), 0.0)))
 
     def _left(self) -> float:
         return (datetime.fromisoformat(self.until) - datetime.now(UTC)).total_seconds()
+
+    async def _others(self) -> Seen:
+        """Look at the other runs; what stays ``none`` or ``queued`` for too long ends the wait."""
+        if not self.others:
+            return Seen()
+        from asgiref.sync import sync_to_async
+
+        try:
+            seen = await sync_to_async(look_at)(self.others)
+        except AirflowRuntimeError as error:
+            return Seen(waiting=f"Airflow does not say how other runs stand: {error}")
+        for number, (other, state) in enumerate(zip(self.others, seen.states, strict=True)):
+            before, since = self._since.get(number, ("", 0.0))
+            if state != before:
+                self._since[number] = (state, since := time.monotonic())
+            patience = other["patience_s"].get(state)
+            if patience is not None and time.monotonic() - since >= patience:
+                has = "has not been run" if state == "none" else f"has been {state}"
+                return Seen(
+                    stop=f"{name_of(other)} {has} for {patience / 60:.0f} minutes. {other['why']} "
+                    "Run it first, then clear this task."
+                )
+        return seen
+
+    async def _answer(self) -> tuple[int, str | None, str] | Seen:
+        """Return what the command says, or what became of another run meanwhile."""
+        looking = asyncio.create_task(self._look(max(self._left(), 0.0)))
+        try:
+            while True:
+                done, _ = await asyncio.wait({looking}, timeout=self.look_s if self.others else None)
+                if done:
+                    return looking.result()
+                seen = await self._others()
+                if seen.stop or seen.unless_ready or seen.waiting:
+                    return seen
+        finally:
+            if not looking.done():
+                looking.cancel()
+                with suppress(asyncio.CancelledError):
+                    await looking
 
     async def _look(self, seconds: float) -> tuple[int, str | None, str]:
         process = await asyncio.create_subprocess_exec(
@@ -84,9 +153,10 @@ class StepTrigger(BaseTrigger):
         try:
             output, errors = await process.communicate()
         finally:
-            # The task was cleared, or the triggerer ends: nobody listens any more.
+            # The task was cleared, another run ended the wait, or the triggerer ends: nobody listens any more.
             if process.returncode is None:
                 process.kill()
+                await process.wait()
         printed = [line.strip() for line in output.decode(errors="replace").splitlines() if line.strip()]
         noted = [line.strip() for line in errors.decode(errors="replace").splitlines() if line.strip()]
         assert process.returncode is not None

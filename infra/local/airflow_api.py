@@ -121,8 +121,9 @@ class AirflowApi:
         last: date,
         conf: Mapping[str, Any] | None = None,
         reprocess: str = "completed",
+        at_once: int = 1,
     ) -> int:
-        """Create a run of every day from ``first`` to ``last``, one at a time, and return the backfill's id.
+        """Create a run of every day from ``first`` to ``last``, ``at_once`` at a time, and return the backfill's id.
 
         Days that were run already are run again (``reprocess``: ``none``, ``failed`` or ``completed``).
         """
@@ -135,7 +136,7 @@ class AirflowApi:
                 "to_date": f"{last}T00:00:00Z",
                 "dag_run_conf": dict(conf or {}),
                 "reprocess_behavior": reprocess,
-                "max_active_runs": 1,
+                "max_active_runs": at_once,
             },
         )
         return int(answer["id"])

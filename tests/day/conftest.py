@@ -29,18 +29,25 @@ PROBES = '''
 from datetime import timedelta
 from airflow.sdk import DAG
 from dags.days import DAILY, START, day_param
-from dags.steps import DAY, DEFAULTS, Step
+from dags.others import Other
+from dags.steps import DAY, DEFAULTS, Step, WaitStep
 
 QUICK = {**DEFAULTS, "retries": 2, "retry_delay": timedelta(seconds=1), "retry_exponential_backoff": 0}
 for name in ("transient", "lasting"):
     with DAG(name, schedule=DAILY, start_date=START, catchup=False, default_args=QUICK, params={"ds": day_param()}):
         Step(task_id="step", module="probe", arguments=[name, DAY])
+with DAG("ordered", schedule=DAILY, start_date=START, catchup=False, default_args=QUICK, params={"ds": day_param()}):
+    before = Other("ordered", days_back=1, why="Each day is built on the one before.")
+    wait = WaitStep(
+        task_id="wait", module="probe", arguments=["ready", DAY], others=[before], at_most=timedelta(minutes=5)
+    )
+    wait >> Step(task_id="step", module="probe", arguments=["ordered", DAY])
 '''
 
 PROBE = '''
 """What the probes run."""
 import pathlib, subprocess, sys, time
-name, day = sys.argv[1:]
+name, day = sys.argv[1:3]
 here = pathlib.Path(__file__).parent
 if name == "transient":  # A lost connection: fails twice, then works.
     tries = here / f"tries-{day}"
@@ -49,6 +56,14 @@ if name == "transient":  # A lost connection: fails twice, then works.
         print("ConnectionError: the catalog does not answer", file=sys.stderr)
         sys.exit(1)
     print("works now")
+elif name == "ready":
+    print("ready")
+elif name == "ordered":  # One day after another; the second is bad.
+    with (here / "order").open("a") as order:
+        print("begins", day, file=order, flush=True)
+        time.sleep(3)
+        print("ends", day, file=order)
+    sys.exit(65 if day == "2026-01-02" else 0)
 else:  # Something long that started something else.
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     (here / "child").write_text(str(child.pid))
@@ -100,14 +115,19 @@ class Deployment:
 
     def backfill(self, dag_id: str, ds: date) -> tuple[str, str]:
         """Create a backfill of one day and return (dag id, run id)."""
-        self.airflow.api.backfill(dag_id, ds, ds)
+        return self.backfill_range(dag_id, ds, ds)[0]
+
+    def backfill_range(self, dag_id: str, first: date, last: date, at_once: int = 1) -> list[tuple[str, str]]:
+        """Create a backfill of several days and return (dag id, run id) of each."""
+        self.airflow.api.backfill(dag_id, first, last, at_once=at_once)
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
-            for run in self.airflow.api.runs(dag_id):
-                if run.logical_date == ds:
-                    return dag_id, run.run_id
+            runs = {run.logical_date: run.run_id for run in self.airflow.api.runs(dag_id)}
+            days = [first + timedelta(days=offset) for offset in range((last - first).days + 1)]
+            if runs.keys() >= set(days):
+                return [(dag_id, runs[ds]) for ds in days]
             time.sleep(0.2)
-        return pytest.fail(f"the backfill of {dag_id} for {ds} has created no run")
+        return pytest.fail(f"the backfill of {dag_id} for {first} to {last} has not created every run")
 
 
 @pytest.fixture(scope="session")

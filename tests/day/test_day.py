@@ -10,10 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from expectations.site import site_path
+from infra.local import pages
+from infra.local.processes import stop
 from onetrans.lake import TABLES
 from tests.day.conftest import BAD, HISTORY, TODAY, Deployment
 
@@ -103,6 +107,7 @@ def test_bad_data_stops_the_day_at_once_and_leaves_what_is_published(deployment:
     click[: len(click) // 2] = 7
     pq.write_table(raw.set_column(raw.schema.get_field_index("click"), "click", pa.array(click.astype(np.int32))), path)
 
+    model = deployment.backfill("ranking_model", BAD)
     dag_id, run_id = deployment.backfill("feature_tables", BAD)
     (ended,) = deployment.wait((dag_id, run_id))
 
@@ -117,6 +122,67 @@ def test_bad_data_stops_the_day_at_once_and_leaves_what_is_published(deployment:
         assert said in message
     assert deployment.lake.published("impressions") == before["impressions"]
     assert deployment.lake.published("training_requests") == before["training_requests"]
+
+    # The model's run has nothing to wait for any more, and says so.
+    (ended,) = deployment.wait(model, seconds=120)
+    waited = deployment.task(*model, "wait_for_day")
+    assert (ended.state, waited.state, waited.tries) == ("failed", "failed", 1)
+    text = "\n".join(deployment.airflow.api.log(waited))
+    assert f"feature_tables's task training_requests.publish of {BAD} has failed" in text
+    assert "Published data" not in text
+    assert "Published tables and the champion are as they were." in text
+
+
+def test_days_that_are_backfilled_at_once_run_in_order(deployment: Deployment) -> None:
+    """A backfill's own limit replaces the DAG's, so the DAG's first step keeps the order."""
+    runs = deployment.backfill_range("ordered", HISTORY, BAD, at_once=3)
+    ended = deployment.wait(*runs, seconds=240)
+    assert [run.state for run in ended] == ["success", "failed", "failed"]
+    order = deployment.folder / "order"
+    events = [(word, str(ds)) for ds in (HISTORY, TODAY) for word in ("begins", "ends")]
+    assert [tuple(line.split()) for line in order.read_text().splitlines()] == events
+    stopped = deployment.task(*runs[2], "wait")
+    assert (stopped.state, stopped.tries) == ("failed", 1)
+    text = "\n".join(deployment.airflow.api.log(stopped))
+    assert f"ordered of {TODAY} has failed. Each day is built on the one before. Clear that run" in text
+
+    # A person decides to go on without the second day, and clears the third.
+    skipped, cleared = (run_id for _, run_id in runs[1:])
+    deployment.airflow.api.call("PATCH", f"/dags/ordered/dagRuns/{skipped}", {"state": "success"})
+    deployment.airflow.api.call(
+        "POST", "/dags/ordered/clearTaskInstances", {"dag_run_id": cleared, "dry_run": False, "only_failed": False}
+    )
+    (ended_again,) = deployment.wait(runs[2], seconds=120)
+    assert ended_again.state == "success"
+    assert order.read_text().splitlines()[-2:] == [f"begins {BAD}", f"ends {BAD}"]
+
+
+def test_every_server_listens_on_loopback_alone(deployment: Deployment) -> None:
+    logs = deployment.folder / "airflow" / "logs"
+    site = site_path(deployment.settings.lake, deployment.settings.audit)
+    shown = [pages.mlflow_page(deployment.settings, logs), pages.docs_page(site, logs)]
+    servers = [page.server for page in shown if page.server]
+    try:
+        for server in servers:
+            server.start()
+        for page in shown:
+            pages.wait_for(page)
+        family = {
+            member.pid
+            for server in (*servers, *deployment.airflow.servers)
+            for root in [psutil.Process(server.pid)]
+            for member in (root, *root.children(recursive=True))
+        }
+        listening = [
+            connection.laddr
+            for connection in psutil.net_connections("inet")
+            if connection.pid in family and connection.status == psutil.CONN_LISTEN
+        ]
+    finally:
+        stop(servers)
+    ports = {int(address.rsplit(":", 1)[1]) for address in (deployment.airflow.address, *(p.address for p in shown))}
+    assert {address.port for address in listening} >= ports
+    assert {address.ip for address in listening} == {"127.0.0.1"}
 
 
 def test_a_lost_connection_is_tried_again(deployment: Deployment) -> None:

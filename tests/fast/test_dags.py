@@ -18,10 +18,11 @@ os.environ.setdefault("AIRFLOW_HOME", tempfile.mkdtemp(prefix="airflow-"))
 
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
 
-from dags import steps
+from dags import others, steps
 from dags.days import run_day
 from dags.feature_tables import NEEDS
 from dags.feature_tables import dag as feature_tables
+from dags.others import Other
 from dags.ranking_model import dag as ranking_model
 from dags.steps import Ended, Step, WaitStep, raise_for
 from dags.triggers import StepTrigger
@@ -90,12 +91,26 @@ def test_every_table_is_built_audited_and_published_after_what_it_needs():
 
     tasks = by_id(feature_tables)
     assert tuple(NEEDS) == TABLES
-    assert set(tasks) == {f"{table}.{step}" for table in TABLES for step in ("build", "audit", "publish")}
+    steps_of_tables = {f"{table}.{step}" for table in TABLES for step in ("build", "audit", "publish")}
+    assert set(tasks) == {"wait_for_log", *steps_of_tables}
     for table, needed in NEEDS.items():
-        assert tasks[f"{table}.build"].upstream_task_ids == {f"{other}.publish" for other in needed}
+        before = {f"{other}.publish" for other in needed} or {"wait_for_log"}
+        assert tasks[f"{table}.build"].upstream_task_ids == before
         assert tasks[f"{table}.audit"].upstream_task_ids == {f"{table}.build"}
         assert tasks[f"{table}.publish"].upstream_task_ids == {f"{table}.audit"}
         assert [asset.name for asset in tasks[f"{table}.publish"].outlets] == [f"ranking.{table}"]
+
+
+def test_what_a_wait_looks_at_exists():
+    """A run is found by names that nothing else checks: a typo would find none, and wait for nothing."""
+    dags_by_id = {dag.dag_id: dag for dag in DAGS}
+    watched = [other for task in TASKS if isinstance(task, WaitStep) for other in task.others]
+    assert {(other.dag_id, other.days_back) for other in watched} == {
+        *{("feature_tables", 1), ("feature_tables", 0), ("ranking_model", 1)}
+    }
+    for other in watched:
+        assert not other.task_id or other.task_id in by_id(dags_by_id[other.dag_id])
+        assert other.why.endswith(".")
 
 
 def test_both_models_train_side_by_side():
@@ -132,7 +147,11 @@ def test_exit_codes_are_those_of_the_library():
 
 
 def context(**given):
-    return {"params": {}, "logical_date": None, "partition_key": None, "triggering_asset_events": {}, **given}
+    return {
+        **{"params": {}, "logical_date": None, "partition_key": None, "triggering_asset_events": {}},
+        **{"ti": SimpleNamespace(try_number=1, max_tries=3)},
+        **given,
+    }
 
 
 def event(ds, second):
@@ -192,6 +211,19 @@ def test_an_exit_code_decides_whether_airflow_retries(code, kind, text):
     assert "column click: 3 rows" in str(raised.value)
 
 
+@pytest.mark.parametrize("code", [65, 75, 78, 1, 2, -9])
+@pytest.mark.parametrize("this_try", [1, 4])
+def test_a_failure_says_what_is_unharmed_and_what_happens_next(code, this_try):
+    with pytest.raises(AirflowException) as raised:
+        raise_for("x.build of 2022-05-04", Ended(code, None, "3 rows"), "Readers see the day as it was.", this_try, 4)
+    text = str(raised.value)
+    assert "Readers see the day as it was." in text
+    retried = code not in (65, 78) and this_try < 4
+    assert ("Airflow tries it again: this was try 1 of 4." in text) is retried
+    assert ("clear this task" in text) is not retried
+    assert "tried again" not in text
+
+
 def test_success_raises_nothing():
     raise_for("plan of 2022-05-04", Ended(0, "var/runs/x", ""))
 
@@ -242,6 +274,27 @@ def test_the_error_is_what_the_process_said_last(script):
     ended = step.run_process()
     assert ended.code == 65
     assert ended.error == "BadDataError: impressions 2022-05-04: 3 rows have click = 7,\nfor example request r1"
+
+
+def test_a_spark_error_is_found_before_its_stack(script):
+    """Java's frames come last, in dozens; they say nothing of table, day or cause."""
+    step = script(
+        """
+        import sys
+        print("py4j.protocol.Py4JJavaError: An error occurred while calling o83.parquet.", file=sys.stderr)
+        print(": org.apache.spark.SparkException: Job aborted.", file=sys.stderr)
+        for n in range(60):
+            print(f"\\tat org.apache.spark.sql.Some$Thing.run(Some.scala:{n})", file=sys.stderr)
+        print("Caused by: java.io.IOException: No space left on device", file=sys.stderr)
+        print("\\t... 53 more", file=sys.stderr)
+        sys.exit(1)
+        """
+    )
+    assert step.run_process().error.splitlines() == [
+        "py4j.protocol.Py4JJavaError: An error occurred while calling o83.parquet.",
+        ": org.apache.spark.SparkException: Job aborted.",
+        "Caused by: java.io.IOException: No space left on device",
+    ]
 
 
 def test_what_a_step_started_ends_with_it(script, tmp_path):
@@ -339,16 +392,18 @@ def test_the_triggerer_looks_until_the_answer_is_final(tmp_path):
         "print('published' if seen else '', sys.argv[2:]); sys.exit(0 if seen else 1)"
     )
     until = (datetime.now(UTC) + timedelta(minutes=5)).isoformat()
-    payload = look(StepTrigger([sys.executable, "-c", program, str(tmp_path / "seen")], {}, until, [0, 65, 78], 0.1))
+    command = [sys.executable, "-c", program, str(tmp_path / "seen")]
+    payload = look(StepTrigger(command, {}, until, [0, 65, 78], pause_s=0.1))
     waited = int(payload["result"].split("'")[-2])
     assert 280 < waited <= 300
-    assert payload == {"code": 0, "result": f"published ['--wait', '{waited}']", "error": "", "late": False}
+    answer = f"published ['--wait', '{waited}']"
+    assert payload == {"code": 0, "result": answer, "error": "", "late": False, "stop": ""}
 
 
 def test_the_triggerer_gives_up_at_the_deadline():
     command = [sys.executable, "-c", "import sys; print('not there', file=sys.stderr); sys.exit(75)"]
     payload = look(StepTrigger(command, {}, datetime.now(UTC).isoformat(), [0, 65, 78]))
-    assert payload == {"code": 75, "result": None, "error": "not there", "late": True}
+    assert payload == {"code": 75, "result": None, "error": "not there", "late": True, "stop": ""}
     step = WaitStep(task_id="wait", module="x", at_most=timedelta(seconds=1))
     with pytest.raises(AirflowFailException, match="still not ready"):
         step.resume(context(logical_date=LOGICAL), payload)
@@ -356,7 +411,77 @@ def test_the_triggerer_gives_up_at_the_deadline():
 
 def test_an_answer_from_the_triggerer_ends_the_wait():
     step = WaitStep(task_id="wait", module="x", at_most=timedelta(seconds=1))
-    payload = {"code": 0, "result": "published", "error": "", "late": False}
+    payload = {"code": 0, "result": "published", "error": "", "late": False, "stop": ""}
     assert step.resume(context(logical_date=LOGICAL), payload) == "published"
     with pytest.raises(AirflowFailException, match="BAD CONFIGURATION"):
         step.resume(context(logical_date=LOGICAL), {**payload, "code": 78})
+
+
+# Other runs; tests/day asks a real Airflow how they stand
+
+TABLES_FAIL = Other("feature_tables", "publish", if_failed="stop unless ready", why="It makes the rows.")
+DAY_BEFORE = Other("feature_tables", days_back=1, why="Tails are built on it.", patience_s={"queued": 0.3})
+
+
+@pytest.fixture
+def stands(monkeypatch):
+    """Return a list of the states other runs are found in, look by look; the last one stays."""
+    states = []
+    monkeypatch.setattr(others, "state_of", lambda dag_id, task_id, day: states.pop(0) if states[1:] else states[0])
+    return states
+
+
+@pytest.mark.parametrize(
+    ("other", "state", "code", "outcome"),
+    [
+        (DAY_BEFORE, "none", 0, "done"),
+        (DAY_BEFORE, "done", 0, "done"),
+        (DAY_BEFORE, "failed", 0, "feature_tables of 2022-05-03 has failed. Tails are built on it. Clear that run"),
+        (DAY_BEFORE, "running", 0, "deferred"),
+        (DAY_BEFORE, "queued", 0, "deferred"),
+        (TABLES_FAIL, "running", 0, "deferred"),
+        (TABLES_FAIL, "failed", 0, "done"),
+        (TABLES_FAIL, "failed", 75, "feature_tables's task publish of 2022-05-04 has failed. It makes the rows."),
+        (Other("ranking_model", days_back=1, if_failed="go on"), "failed", 0, "done"),
+    ],
+)
+def test_how_another_run_stands_decides_whether_a_step_begins(script, stands, other, state, code, outcome):
+    from airflow.sdk.exceptions import TaskDeferred
+
+    stands.append(state)
+    step = script(f"raise SystemExit({code})", cls=WaitStep, at_most=timedelta(hours=2), others=[other])
+    given = context(logical_date=LOGICAL)
+    if outcome == "done":
+        step.execute(given)
+        return
+    with pytest.raises(TaskDeferred if outcome == "deferred" else AirflowFailException) as raised:
+        step.execute(given)
+    if outcome != "deferred":
+        assert outcome in str(raised.value)
+        assert "Published data is as it was." in str(raised.value)
+
+
+def waiting(program, other, **kwargs):
+    until = (datetime.now(UTC) + timedelta(minutes=5)).isoformat()
+    command = [sys.executable, "-c", program]
+    return StepTrigger(command, {}, until, [0, 65, 78], [other.of("2022-05-04")], look_s=0.1, **kwargs)
+
+
+def test_the_triggerer_lets_another_run_end_first(stands):
+    stands += ["queued", "running", "running", "done"]
+    assert look(waiting("print('there')", DAY_BEFORE))["result"] == "there"
+    assert stands == ["done"]
+
+
+def test_a_failure_elsewhere_ends_a_wait_that_is_under_way(stands):
+    stands += ["none", "none", "running", "running", "none", "failed"]
+    begun = time.monotonic()
+    payload = look(waiting("import time; time.sleep(600)", TABLES_FAIL))
+    assert time.monotonic() - begun < 20
+    assert "publish of 2022-05-04 has failed" in payload["stop"]
+
+
+def test_a_run_that_cannot_begin_is_not_waited_for_without_end(stands):
+    stands.append("queued")
+    payload = look(waiting("print('there')", DAY_BEFORE))
+    assert "feature_tables of 2022-05-03 has been queued for" in payload["stop"]

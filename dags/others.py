@@ -72,7 +72,8 @@ def look_at(others: Sequence[Mapping[str, Any]]) -> Seen:
         if state == "failed" and other["if_failed"] != "go on":
             kind = "stop" if other["if_failed"] == "stop" else "unless_ready"
             seen[kind] = seen[kind] or (
-                f"{name} has failed. {other['why']} Clear that run when its cause is mended, then this task."
+                f"{name} has failed. {other['why']} Clear that run when its cause is mended (or mark it as success, if "
+                "the day is to be left out), then clear this task."
             )
         elif state in ("queued", "running"):
             seen["waiting"] = seen["waiting"] or f"{name} is {state}. {other['why']}"

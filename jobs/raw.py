@@ -32,7 +32,7 @@ def check(settings: Settings, schema: FeatureSchema, source: Source, ds: date, n
     if missing and now >= end + timedelta(hours=settings.source.wait_hours):
         raise BadDataError(
             f"{missing}. The day ended at {end:%Y-%m-%d %H:%M} UTC, and source.wait_hours = "
-            f"{settings.source.wait_hours:g} have gone by"
+            f"{settings.source.wait_hours:g} have gone by. Days lost for good go into source.absent_days"
         )
     if now < end:
         raise NotReadyError(f"{ds} ends at {end:%Y-%m-%d %H:%M} UTC, as the log's time zone is {schema.timezone}")

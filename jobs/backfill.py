@@ -12,12 +12,30 @@ import argparse
 import importlib
 import logging
 import time
+from datetime import date
 
-from jobs.runner import Opened, add_days, audit_and_publish, build_day, chosen_days, guarded, present
+from jobs.runner import Opened, add_days, audit_and_publish, build_day, chosen_days, guarded, present, tell_stale
+from jobs.workspace import Workspace
 from onetrans.lake import TABLES
 from onetrans.process import Parser
 
 logger = logging.getLogger(__name__)
+
+
+def publish_all(work: Workspace, days: list[date]) -> None:
+    """Build, audit and publish all tables of some days, in order."""
+    began = time.monotonic()
+    for done, ds in enumerate(days, start=1):
+        started = time.monotonic()
+        for table in TABLES:
+            build_day(work, table, importlib.import_module(f"jobs.{table}").build, ds)
+            audit_and_publish(work, table, ds)
+        now = time.monotonic()
+        left = (now - began) / done * (len(days) - done)
+        logger.info(
+            "%s: all tables published in %.1f s; day %d of %d, about %.0f s left",
+            ds, now - started, done, len(days), left,
+        )  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,18 +58,11 @@ def main(argv: list[str] | None = None) -> int:
                 whole = set.intersection(*(set(work.lake.days(table)) for table in TABLES))
                 days = [ds for ds in days if ds not in whole]
             days = present(work, days)
-            began = time.monotonic()
-            for done, ds in enumerate(days, start=1):
-                started = time.monotonic()
-                for table in TABLES:
-                    build_day(work, table, importlib.import_module(f"jobs.{table}").build, ds)
-                    audit_and_publish(work, table, ds)
-                now = time.monotonic()
-                left = (now - began) / done * (len(days) - done)
-                logger.info(
-                    "%s: all tables published in %.1f s; day %d of %d, about %.0f s left",
-                    ds, now - started, done, len(days), left,
-                )  # fmt: skip
+            try:
+                publish_all(work, days)
+            finally:
+                if days:
+                    tell_stale(work, days[0])
 
     return guarded(run)
 

@@ -114,13 +114,18 @@ def yesterdays_tails(work: Workspace, ds: date) -> DataFrame | None:
     )
 
 
+def tail_days(work: Workspace, ds: date) -> tuple[date, date]:
+    """Return the days whose tails decide those of ``ds``: yesterday's, and before days that the log lost an earlier."""
+    return work.day_before(TABLE, ds), ds - timedelta(days=1)
+
+
 def build(work: Workspace, ds: date) -> Staged:
     """Stage one day."""
     tails = yesterdays_tails(work, ds)
     frame = behavior_sequences(tails, work.read("behaviors", [ds]), work.schema, ds)
     if not work.schema.sequences:
         raise BadDataError(f"{TABLE} {ds}: the schema declares no sequence, so this table cannot be built")
-    return work.stage(TABLE, ds, frame, work.snapshots("behaviors", TABLE))
+    return work.stage(TABLE, ds, frame, {"behaviors": (ds, ds), TABLE: tail_days(work, ds)})
 
 
 if __name__ == "__main__":

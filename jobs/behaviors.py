@@ -77,9 +77,9 @@ def build(work: Workspace, ds: date) -> Staged:
     Of several rows of one event, exact repeats count once, and rows that disagree are all refused.
     """
     schema = work.schema
-    inputs: dict[str, int] = {}
+    reads = {}
     if schema.derived_behaviors:
-        inputs = work.snapshots("impressions")
+        reads = {"impressions": (ds, ds)}
         raw = derived(work.read("impressions", [ds]), schema)
     else:
         raw = work.source.behaviors(work.spark, ds)
@@ -97,7 +97,7 @@ def build(work: Workspace, ds: date) -> Staged:
     if set(event_columns(schema)) - set(checked.columns):
         items = good_rows(attributes(work.source.items(work.spark, ds), "items", schema))
         checked = with_item_columns(checked, items, schema)
-    return work.stage_checked(TABLE, ds, checked, inputs)
+    return work.stage_checked(TABLE, ds, checked, reads)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import date
+from datetime import date, timedelta
 
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
@@ -44,10 +44,13 @@ def build(work: Workspace, ds: date) -> Staged:
     """Stage one day."""
     checked = attributes(work.source.items(work.spark, ds), "items", work.schema)
     quarantined = work.quarantine_attributes(TABLE, ds, checked)
-    days = work.window("impressions", ds, max(work.schema.aggregates.windows))
+    longest = max(work.schema.aggregates.windows)
+    days = work.window("impressions", ds, longest)
     impressions = work.read("impressions", days) if days else None
     frame = item_features(good_rows(checked), impressions, work.schema, ds)
-    return work.stage(TABLE, ds, frame, work.snapshots("impressions"), quarantined)
+    return work.stage(
+        TABLE, ds, frame, {"impressions": (ds - timedelta(days=longest), ds - timedelta(days=1))}, quarantined
+    )
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from jobs.workspace import Workspace
 from onetrans.days import day_range, describe_days, parse_day
 from onetrans.errors import EXIT_OK, BadConfigError, BadDataError, NotReadyError, PipelineError
 from onetrans.lake import Staged
+from onetrans.lineage import describe_stale, stale_days
 from onetrans.process import Parser, exit_code_of
 from onetrans.settings import load_settings
 
@@ -45,10 +46,14 @@ def main(table: str, build: Build, argv: list[str] | None = None) -> int:
         arguments = parser.parse_args(argv)
         days = chosen_days(arguments)
         with telling(table), Opened() as work:
-            for ds in present(work, days):
-                build_day(work, table, build, ds)
+            try:
+                for ds in present(work, days):
+                    build_day(work, table, build, ds)
+                    if arguments.publish:
+                        audit_and_publish(work, table, ds)
+            finally:
                 if arguments.publish:
-                    audit_and_publish(work, table, ds)
+                    tell_stale(work, days[0])
 
     return guarded(run)
 
@@ -114,6 +119,13 @@ def audit_and_publish(work: Workspace, table: str, ds: date) -> None:
         verdict = audit.audit_staged(work.lake, work.schema, table, ds, spark=work.spark, settings=work.settings.audit)
     audit.tell_warnings(verdict)
     work.lake.publish(table, ds)
+
+
+def tell_stale(work: Workspace, first: date) -> None:
+    """Log which published days after ``first`` rest on days that were replaced since."""
+    told = describe_stale(stale_days(work.lake, after=first))
+    if told:
+        logger.warning("there are %s", told)
 
 
 class SparkFailedError(PipelineError):

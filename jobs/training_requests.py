@@ -9,7 +9,7 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
-from jobs.behavior_sequences import collected, merged, yesterdays_tails
+from jobs.behavior_sequences import collected, merged, tail_days, yesterdays_tails
 from jobs.contract import context_columns
 from jobs.encoding import stored, stored_all
 from jobs.runner import main
@@ -105,8 +105,9 @@ def build(work: Workspace, ds: date) -> Staged:
         work.read("behaviors", [ds]),
         work.schema,
     )
-    read = work.snapshots("impressions", "user_features", "item_features", "behaviors", "behavior_sequences")
-    return work.stage(TABLE, ds, frame.sortWithinPartitions("ts", "request_id"), read)
+    today = dict.fromkeys(("impressions", "user_features", "item_features", "behaviors"), (ds, ds))
+    reads = {**today, "behavior_sequences": tail_days(work, ds)}
+    return work.stage(TABLE, ds, frame.sortWithinPartitions("ts", "request_id"), reads)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from datetime import date, timedelta
 
 import pyarrow.parquet as pq
@@ -23,6 +23,9 @@ from onetrans.errors import BadDataError, NotReadyError
 from onetrans.lake import QUARANTINE, Lake, Staged
 from onetrans.schema import FeatureSchema, load_schema
 from onetrans.settings import Settings
+
+Reads = Mapping[str, tuple[date, date]]
+"""Table -> first and last day that decide what is built."""
 
 logger = logging.getLogger(__name__)
 
@@ -93,31 +96,33 @@ class Workspace:
             before -= timedelta(days=1)
         return before
 
-    def snapshots(self, *tables: str) -> dict[str, int]:
-        """Return the current snapshot of those tables that have one: what a build read."""
+    def _snapshots(self, tables: Iterable[str]) -> dict[str, int]:
+        """Return the current snapshot of those tables that have one."""
         found = {table: self.lake.snapshot_id(table) for table in tables}
         return {table: snapshot for table, snapshot in found.items() if snapshot is not None}
 
     # Staging
 
-    def stage(self, table: str, ds: date, frame: DataFrame, inputs: Mapping[str, int], quarantined: int = 0) -> Staged:
-        """Write one day of a table and its manifest.
+    def stage(self, table: str, ds: date, frame: DataFrame, reads: Reads, quarantined: int = 0) -> Staged:
+        """Write one day of a table and its manifest; ``reads`` says which published days the rows rest on.
 
         Raises:
             BadDataError: if the day has no rows.
         """
         started = time.monotonic()
+        inputs = self._snapshots(reads)
         path = self.lake.new_stage_path(table, ds)
         write(frame.withColumn("ds", F.lit(ds)).select("ds", *(c for c in frame.columns if c != "ds")), path)
-        return self._mark(table, ds, path, inputs, quarantined, started)
+        return self._mark(Staged(table, ds, path, 0, quarantined, inputs, reads), started)
 
-    def stage_checked(self, table: str, ds: date, checked: DataFrame, inputs: Mapping[str, int]) -> Staged:
+    def stage_checked(self, table: str, ds: date, checked: DataFrame, reads: Reads) -> Staged:
         """Write the good rows of a checked frame as one day of a table, the refused ones to the quarantine.
 
         Raises:
             BadDataError: if more rows are refused than the settings allow, or none is left.
         """
         started = time.monotonic()
+        inputs = self._snapshots(reads)
         path = self.lake.new_stage_path(table, ds)
         seen = Observation()
         reason = F.col("reason")
@@ -133,7 +138,7 @@ class Workspace:
         if repeats:
             logger.info("%s %s: dropped %s exact repeats", table, ds, f"{repeats:,}")
         self.quarantine(table, ds, checked, refused, seen.get["rows"] - repeats)
-        return self._mark(table, ds, path, inputs, refused, started)
+        return self._mark(Staged(table, ds, path, 0, refused, inputs, reads), started)
 
     def quarantine_attributes(self, table: str, ds: date, checked: DataFrame) -> int:
         """Put the refused rows of a checked snapshot into the quarantine of a feature table; return how many.
@@ -180,14 +185,12 @@ class Workspace:
             )
         logger.warning("%s %s: %s; they are in table %s", table, ds, text, QUARANTINE)
 
-    def _mark(
-        self, table: str, ds: date, path: str, inputs: Mapping[str, int], quarantined: int, started: float
-    ) -> Staged:
-        rows = sum(_rows(file) for file in storage.list_files(path, ".parquet"))
+    def _mark(self, staged: Staged, started: float) -> Staged:
+        rows = sum(_rows(file) for file in storage.list_files(staged.path, ".parquet"))
         if not rows:
-            raise BadDataError(f"{table} {ds}: no row is left, so there is nothing to publish")
-        staged = self.lake.mark_staged(Staged(table, ds, path, rows, quarantined, inputs))
-        logger.info("%s %s: staged %s rows in %.1f s", table, ds, f"{rows:,}", time.monotonic() - started)
+            raise BadDataError(f"{staged.table} {staged.ds}: no row is left, so there is nothing to publish")
+        staged = self.lake.mark_staged(replace(staged, rows=rows))
+        logger.info("%s %s: staged %s rows in %.1f s", staged.table, staged.ds, f"{rows:,}", time.monotonic() - started)
         return staged
 
 

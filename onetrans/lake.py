@@ -62,6 +62,7 @@ CATALOG_FILE = "catalog.db"
 AUDIT_FILE = "_audit.json"
 """The audit's verdict, beside the staged files it is about."""
 
+_BUILT = "_staged.json"
 _COMMIT_TRIES = 20
 _COMMIT_WAIT_SECONDS = 0.2
 
@@ -91,17 +92,21 @@ class Staged:
     """Rows refused while building them."""
     inputs: Mapping[str, int] = field(default_factory=dict)
     """Snapshot id of every published table that was read."""
+    reads: Mapping[str, tuple[date, date]] = field(default_factory=dict)
+    """First and last day of every published table that the rows rest on, whether or not each day was there."""
     created_at: str = ""
     """When the manifest was written, UTC."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for the manifest file."""
-        return {**asdict(self), "ds": self.ds.isoformat(), "inputs": dict(self.inputs)}
+        reads = {table: [str(first), str(last)] for table, (first, last) in self.reads.items()}
+        return {**asdict(self), "ds": self.ds.isoformat(), "inputs": dict(self.inputs), "reads": reads}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Staged:
         """Read what :meth:`to_dict` wrote."""
-        return cls(**{**data, "ds": parse_day(data["ds"])})
+        reads = {table: (parse_day(first), parse_day(last)) for table, (first, last) in data.get("reads", {}).items()}
+        return cls(**{**data, "ds": parse_day(data["ds"]), "reads": reads})
 
 
 @dataclass(frozen=True)
@@ -162,8 +167,12 @@ class Lake:
         return storage.join(self.warehouse, "data", _known(table), f"ds={ds}", uuid.uuid4().hex[:16])
 
     def mark_staged(self, staged: Staged) -> Staged:
-        """Write the manifest that makes staged files visible to the audit; the last act of a build."""
+        """Write the manifest that makes staged files visible to the audit; the last act of a build.
+
+        A copy beside the files says what they were built from, for as long as they are read.
+        """
         stamped = Staged(**{**staged.__dict__, "created_at": datetime.now(UTC).isoformat(timespec="seconds")})
+        storage.write_json(storage.join(staged.path, _BUILT), stamped.to_dict())
         storage.write_json(self._manifest(staged.table, staged.ds), stamped.to_dict())
         return stamped
 
@@ -177,6 +186,16 @@ class Lake:
         if not storage.exists(path):
             raise NotReadyError(f"{table} {ds} is not staged; run: python -m jobs.{table} --ds {ds}")
         return Staged.from_dict(storage.read_json(path))
+
+    def staged_days(self) -> set[date]:
+        """Return every day of which some table was ever staged."""
+        files = storage.list_files(storage.join(self.warehouse, "staged"), ".json")
+        return {parse_day(file.rsplit("/", 1)[1].removesuffix(".json")) for file in files}
+
+    def built(self, folder: str) -> Staged | None:
+        """Return the manifest of the files in a folder, staged or published; None if they have none."""
+        path = storage.join(folder, _BUILT)
+        return Staged.from_dict(storage.read_json(path)) if storage.exists(path) else None
 
     def _manifest(self, table: str, ds: date) -> str:
         return storage.join(self.warehouse, "staged", _known(table), f"{ds}.json")
@@ -317,7 +336,7 @@ class Lake:
             return []
         days: dict[date, list[int]] = {}
         for file in (task.file for task in scan.plan_files()):
-            ds = _partition_day(file.partition[0])
+            ds = partition_day(file.partition[0])
             totals = days.setdefault(ds, [0, 0, 0])
             totals[0] += file.record_count
             totals[1] += 1
@@ -341,7 +360,7 @@ class Lake:
             scan = self._scan(table, snapshot_id, _among("ds", wanted))
         except NoSuchTableError as error:
             raise NotReadyError(f"table {table} has no published day; needed: {describe_days(wanted)}") from error
-        found = sorted((_partition_day(task.file.partition[0]), task.file.file_path) for task in scan.plan_files())
+        found = sorted((partition_day(task.file.partition[0]), task.file.file_path) for task in scan.plan_files())
         missing = sorted(set(wanted) - {day for day, _ in found})
         if missing:
             raise NotReadyError(
@@ -433,7 +452,8 @@ def _optional(column: pa.Field) -> pa.Field:
     return pa.field(column.name, kind)
 
 
-def _partition_day(value: Any) -> date:
+def partition_day(value: Any) -> date:
+    """Return the day of a file's partition value, which PyIceberg gives as a date or as days since 1970."""
     if isinstance(value, date):
         return value
     return date.fromordinal(date(1970, 1, 1).toordinal() + int(value))

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import logging
 
 from onetrans.days import parse_day
 from onetrans.errors import EXIT_OK
 from onetrans.lake import TABLES, Lake
+from onetrans.lineage import describe_stale, stale_days
 from onetrans.settings import load_settings
+
+logger = logging.getLogger(__name__)
 
 EXAMPLES = """example:
   onetrans publish impressions --ds 2022-05-04
 
-The day must have been staged by its job and passed its audit; publishing it again changes nothing."""
+The day must have been staged by its job and passed its audit; publishing it again changes nothing.
+Later days that were built on what the day was before are named, with the commands that build them again."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Publish the day and print the snapshot.
+    """Publish the day, print the snapshot, and warn of later days that rest on what was there before.
 
     Raises:
         NotReadyError: if the day is not staged, or the staged files were not audited.
@@ -34,5 +39,8 @@ def run(arguments: argparse.Namespace) -> int:
     snapshot = lake.publish(arguments.table, ds)
     rows = lake.staged(arguments.table, ds).rows
     done = "was published already, nothing changed" if snapshot == before else "published"
+    told = describe_stale(stale_days(lake, after=ds))
+    if told:
+        logger.warning("%s %s is published; there are %s", arguments.table, ds, told)
     print(f"{arguments.table} {ds}: {done}; {rows:,} rows, snapshot {snapshot}")
     return EXIT_OK

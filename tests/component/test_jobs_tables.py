@@ -12,8 +12,10 @@ import pytest
 from pyspark.sql import SparkSession
 
 from jobs import behavior_sequences, behaviors, impressions, item_features, training_requests, user_features
+from jobs.runner import tell_stale
 from jobs.workspace import Workspace
 from onetrans.errors import NotReadyError
+from onetrans.lineage import stale_days
 from tests import oracle
 from tests.oracle import FIRST_DAY, SCHEMA, World, random_world
 from tests.raw_log import open_workspace, publish, write_rows
@@ -115,14 +117,20 @@ def test_requests_lie_in_the_order_of_time(work: Workspace) -> None:
         assert times == sorted(times)
 
 
-def test_a_day_built_again_is_the_same_day(work: Workspace) -> None:
+def test_a_day_built_again_is_the_same_day(work: Workspace, caplog: pytest.LogCaptureFixture) -> None:
+    """The day after it is then built on what the day was before, and is named."""
     ds = DAYS[1]
+    assert stale_days(work.lake, after=date.min) == {}
     before = {job.TABLE: _as_text(rows_of(work, job.TABLE, ds)) for job in JOBS}
     files = {job.TABLE: work.lake.files(job.TABLE, [ds]) for job in JOBS}
     for job in JOBS:
         publish(work, job, ds)
     assert {job.TABLE: _as_text(rows_of(work, job.TABLE, ds)) for job in JOBS} == before
     assert all(set(work.lake.files(job.TABLE, [ds])).isdisjoint(files[job.TABLE]) for job in JOBS)
+    tables = ("user_features", "item_features", "behavior_sequences", "training_requests")
+    assert stale_days(work.lake, after=ds) == {table: [DAYS[2]] for table in tables}
+    tell_stale(work, ds)
+    assert caplog.messages[-1].endswith(f"&& python -m jobs.training_requests --ds {DAYS[2]} --publish")
 
 
 def test_a_day_after_an_outage_is_built_on_the_day_before_it(

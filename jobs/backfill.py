@@ -54,10 +54,10 @@ def main(argv: list[str] | None = None) -> int:
         arguments = parser.parse_args(argv)
         days = chosen_days(arguments)
         with Opened() as work:
+            days = present(work, days)
             if arguments.skip_published:
                 whole = set.intersection(*(set(work.lake.days(table)) for table in TABLES))
                 days = [ds for ds in days if ds not in whole]
-            days = present(work, days)
             try:
                 publish_all(work, days)
             finally:

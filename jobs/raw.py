@@ -25,10 +25,12 @@ def check(settings: Settings, schema: FeatureSchema, source: Source, ds: date, n
 
     Raises:
         NotReadyError: if the day has not ended at ``now``, or its files may still come.
-        BadDataError: if files are missing and overdue.
+        BadDataError: if files are missing and overdue, or known to be lost.
     """
     end = day_bounds(ds, schema.timezone)[1]
     missing = source.missing(ds)
+    if missing and ds in settings.source.absent_days:
+        raise BadDataError(f"{missing}. source.absent_days says that the log lost this day, so it is not waited for")
     if missing and now >= end + timedelta(hours=settings.source.wait_hours):
         raise BadDataError(
             f"{missing}. The day ended at {end:%Y-%m-%d %H:%M} UTC, and source.wait_hours = "

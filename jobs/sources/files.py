@@ -46,7 +46,11 @@ class Files:
         return self._snapshot(spark, "items", ds)
 
     def missing(self, ds: date) -> str:
-        """Say which table has no file of the day yet; empty if every one has."""
+        """Say which table has no file of the day yet; empty if every one has.
+
+        Raises:
+            BadConfigError: if the path holds no log at all.
+        """
         per_day: list[InputTable] = ["impressions"]
         if not self.schema.derived_behaviors:
             per_day.append("behaviors")
@@ -55,6 +59,7 @@ class Files:
         for table in per_day:
             folder = storage.join(self.path, table, f"ds={ds}")
             if not data_files(folder):
+                self._require_log()
                 return (
                     f"{table} {ds}: there is no file in {folder}; days that are there: "
                     f"{describe_days(self.days(table))}"

@@ -49,7 +49,7 @@ class Files:
         """Say which table has no file of the day yet; empty if every one has.
 
         Raises:
-            BadConfigError: if the path holds no log at all.
+            BadConfigError: if the path is no folder.
         """
         per_day: list[InputTable] = ["impressions"]
         if not self.schema.derived_behaviors:
@@ -59,7 +59,7 @@ class Files:
         for table in per_day:
             folder = storage.join(self.path, table, f"ds={ds}")
             if not data_files(folder):
-                self._require_log()
+                self._require_path()
                 return (
                     f"{table} {ds}: there is no file in {folder}; days that are there: "
                     f"{describe_days(self.days(table))}"
@@ -95,10 +95,13 @@ class Files:
             raise NotReadyError(f"{table} {ds}: there is no {folder}; days that are there: {describe_days(days)}{hint}")
         return self._read(spark, table, str(ds), folder)
 
-    def _require_log(self) -> None:
-        """Tell a place that holds no log from a log that lacks a day: only the second is worth waiting for."""
+    def _require_path(self) -> None:
         if not storage.exists(self.path):
             raise BadConfigError(f"source.path = {self.path!r} is no folder")
+
+    def _require_log(self) -> None:
+        """Tell a place that holds no log from a log that lacks a day: only the second is worth waiting for."""
+        self._require_path()
         tables = get_args(InputTable)
         if not any(storage.exists(storage.join(self.path, table)) for table in tables):
             raise BadConfigError(f"source.path = {self.path!r} holds none of the folders {', '.join(tables)}")

@@ -13,7 +13,7 @@ import pytest
 from jobs import raw
 from jobs.sources.files import Files
 from jobs.sources.kuairand import KuaiRand
-from onetrans.errors import EXIT_BAD_DATA, EXIT_NOT_READY, EXIT_OK, BadDataError, NotReadyError
+from onetrans.errors import EXIT_BAD_DATA, EXIT_NOT_READY, EXIT_OK, BadConfigError, BadDataError, NotReadyError
 from onetrans.schema import Feature, FeatureSchema, Sequence
 from onetrans.settings import Settings, SourceSettings
 
@@ -101,3 +101,19 @@ def test_the_command_looks_until_the_day_is_there_and_starts_no_session(
     timer.start()
     assert raw.main(["--ds", str(yesterday), "--wait", "20", "--every", "0.1"]) == EXIT_OK
     assert f"the raw log of {yesterday} is there" in capsys.readouterr().out
+
+
+def test_a_lost_day_is_not_waited_for(tmp_path: Path) -> None:
+    settings = Settings(source=SourceSettings(path=str(tmp_path), wait_hours=6, absent_days=(DS,)))
+    source = Files(str(tmp_path), SCHEMA)
+    now = datetime(2026, 1, 11, 1, tzinfo=UTC)
+    with pytest.raises(BadDataError, match=r"source.absent_days says that the log lost this day"):
+        raw.check(settings, SCHEMA, source, DS, now)
+    for table in ("impressions", "behaviors"):
+        put(tmp_path / table / f"ds={DS}")
+    raw.check(settings, SCHEMA, source, DS, now)
+
+
+def test_a_mistyped_path_is_not_waited_for(tmp_path: Path) -> None:
+    with pytest.raises(BadConfigError, match=r"source.path = .*/nowhere' is no folder"):
+        check(tmp_path / "nowhere", datetime(2026, 1, 11, 1, tzinfo=UTC))

@@ -70,8 +70,9 @@ DAY_BEFORE = Other(
     "feature_tables",
     days_back=1,
     why="The tables of a day are built on those of the day before: tails of sequences, counts and rates.",
-    # Where runs are made one at a time, a run that was cleared cannot begin before this one ends.
-    patience_s={"queued": 15 * 60},
+    # Where runs are made one at a time, a run that was cleared cannot begin before this one ends; a queued one that
+    # is part of a long backfill can.
+    patience_s={"stuck": 15 * 60, "queued": 6 * 3600},
 )
 """The run of the day before has to end first; if it failed, this one would be built on what it was to replace."""
 

@@ -19,7 +19,7 @@ from datetime import UTC, date, datetime, timedelta
 from typing import Any, Literal
 
 Failed = Literal["stop", "stop unless ready", "go on"]
-State = Literal["none", "queued", "running", "done", "failed"]
+State = Literal["none", "stuck", "queued", "running", "done", "failed"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Other:
     why: str = ""
     """Why it matters, a sentence for the person who reads that it failed."""
     patience_s: Mapping[State, float] | None = None
-    """Seconds after which to give up while it stays ``none`` or ``queued``; a state not named: no limit of its own."""
+    """Seconds in one state after which its end is not waited for any more; a state not named: no limit of its own."""
 
     def of(self, ds: str) -> dict[str, Any]:
         """Return what a trigger needs to look at it, as plain data, for a run of the day ``ds``."""
@@ -75,8 +75,9 @@ def look_at(others: Sequence[Mapping[str, Any]]) -> Seen:
                 f"{name} has failed. {other['why']} Clear that run when its cause is mended (or mark it as success, if "
                 "the day is to be left out), then clear this task."
             )
-        elif state in ("queued", "running"):
-            seen["waiting"] = seen["waiting"] or f"{name} is {state}. {other['why']}"
+        elif state in ("stuck", "queued", "running"):
+            words = "queued, and nothing of that DAG runs but this" if state == "stuck" else state
+            seen["waiting"] = seen["waiting"] or f"{name} is {words}. {other['why']}"
     return Seen(**seen, states=states)
 
 
@@ -87,11 +88,16 @@ def name_of(other: Mapping[str, Any]) -> str:
 
 
 def state_of(dag_id: str, task_id: str, day: str) -> State:
-    """Return the state of the run of a day, or of one of its tasks; a person's "mark as success" is done."""
+    """Return the state of the run of a day, or of one of its tasks; a person's "mark as success" is done.
+
+    A queued run is stuck if at most one run of its DAG is running: most likely the one that asks, whose end it needs
+    where runs are made one at a time.
+    """
     dates = [datetime.combine(date.fromisoformat(day), datetime.min.time(), tzinfo=UTC)]
 
-    def runs(*states: str) -> int:
-        return _airflow().get_dr_count(dag_id=dag_id, logical_dates=dates, states=list(states) or None)
+    def runs(*states: str, of: list[datetime] | None = dates) -> int:
+        count: int = _airflow().get_dr_count(dag_id=dag_id, logical_dates=of, states=list(states) or None)
+        return count
 
     def tasks(*states: str) -> int:
         return _airflow().get_ti_count(
@@ -105,7 +111,7 @@ def state_of(dag_id: str, task_id: str, day: str) -> State:
     if task_id and tasks("failed", "upstream_failed"):
         return "failed"
     if runs("queued"):
-        return "queued"
+        return "queued" if runs("running", of=None) > 1 else "stuck"
     if runs("running"):
         return "running"
     return "failed" if runs("failed") else "done"

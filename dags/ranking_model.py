@@ -79,10 +79,11 @@ DAY_BEFORE = Other(
     days_back=1,
     if_failed="go on",  # Then training goes on from an earlier day and reads the days since.
     why="Each day's training goes on from the one before.",
-    # Where runs are made one at a time, a run that was cleared cannot begin before this one ends.
-    patience_s={"queued": 15 * 60},
+    # Where runs are made one at a time, a run that was cleared cannot begin before this one ends; a queued one that
+    # is part of a long backfill can.
+    patience_s={"stuck": 15 * 60, "queued": 6 * 3600},
 )
-"""The run of the day before has to end first, however it ends."""
+"""The run of the day before has to end first, however it ends; if it does not even begin, this one goes on."""
 
 WAIT_AT_MOST = timedelta(hours=62)
 """What feature_tables may take: its own wait for the log, and 12 hours."""

@@ -58,6 +58,7 @@ class StepTrigger(BaseTrigger):
         self.pause_s = pause_s
         self.look_s = look_s
         self._since: dict[int, tuple[State, float]] = {}
+        self._left_aside: set[int] = set()
 
     def serialize(self) -> tuple[str, dict[str, Any]]:
         """Return what Airflow keeps of the wait; the environment of the triggerer is not part of it."""
@@ -101,26 +102,31 @@ class StepTrigger(BaseTrigger):
         return (datetime.fromisoformat(self.until) - datetime.now(UTC)).total_seconds()
 
     async def _others(self) -> Seen:
-        """Look at the other runs; what stays ``none`` or ``queued`` for too long ends the wait."""
-        if not self.others:
+        """Look at the other runs; one that stays in a state for too long ends the wait, or is left aside."""
+        looked = [number for number in range(len(self.others)) if number not in self._left_aside]
+        if not looked:
             return Seen()
         from asgiref.sync import sync_to_async
 
         try:
-            seen = await sync_to_async(look_at)(self.others)
+            seen = await sync_to_async(look_at)([self.others[number] for number in looked])
         except AirflowRuntimeError as error:
             return Seen(waiting=f"Airflow does not say how other runs stand: {error}")
-        for number, (other, state) in enumerate(zip(self.others, seen.states, strict=True)):
+        for number, state in zip(looked, seen.states, strict=True):
+            other = self.others[number]
             before, since = self._since.get(number, ("", 0.0))
             if state != before:
                 self._since[number] = (state, since := time.monotonic())
             patience = other["patience_s"].get(state)
-            if patience is not None and time.monotonic() - since >= patience:
-                has = "has not been run" if state == "none" else f"has been {state}"
-                return Seen(
-                    stop=f"{name_of(other)} {has} for {patience / 60:.0f} minutes. {other['why']} "
-                    "Run it first, then clear this task."
-                )
+            if patience is None or time.monotonic() - since < patience:
+                continue
+            has = "has not been run" if state == "none" else "has been queued"
+            text = f"{name_of(other)} {has} for {patience / 60:.0f} minutes. {other['why']}"
+            if other["if_failed"] == "go on":
+                self.log.info("%s It is not waited for any longer.", text)
+                self._left_aside.add(number)
+                return await self._others()
+            return Seen(stop=f"{text} Run it first, then clear this task.")
         return seen
 
     async def _answer(self) -> tuple[int, str | None, str] | Seen:

@@ -7,6 +7,7 @@ import sys
 import tempfile
 import textwrap
 import time
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 from types import SimpleNamespace
@@ -420,7 +421,7 @@ def test_an_answer_from_the_triggerer_ends_the_wait():
 # Other runs; tests/day asks a real Airflow how they stand
 
 TABLES_FAIL = Other("feature_tables", "publish", if_failed="stop unless ready", why="It makes the rows.")
-DAY_BEFORE = Other("feature_tables", days_back=1, why="Tails are built on it.", patience_s={"queued": 0.3})
+DAY_BEFORE = Other("feature_tables", days_back=1, why="Tails are built on it.", patience_s={"stuck": 0.3})
 
 
 @pytest.fixture
@@ -468,7 +469,7 @@ def waiting(program, other, **kwargs):
 
 
 def test_the_triggerer_lets_another_run_end_first(stands):
-    stands += ["queued", "running", "running", "done"]
+    stands += ["stuck", "queued", "running", "running", "done"]
     assert look(waiting("print('there')", DAY_BEFORE))["result"] == "there"
     assert stands == ["done"]
 
@@ -482,6 +483,8 @@ def test_a_failure_elsewhere_ends_a_wait_that_is_under_way(stands):
 
 
 def test_a_run_that_cannot_begin_is_not_waited_for_without_end(stands):
-    stands.append("queued")
+    stands.append("stuck")
     payload = look(waiting("print('there')", DAY_BEFORE))
     assert "feature_tables of 2022-05-03 has been queued for" in payload["stop"]
+    payload = look(waiting("print('there')", replace(DAY_BEFORE, if_failed="go on")))
+    assert (payload["stop"], payload["result"]) == ("", "there")

@@ -97,7 +97,7 @@ def build(work: Workspace, ds: date) -> Staged:
     if set(event_columns(schema)) - set(checked.columns):
         items = good_rows(attributes(work.source.items(work.spark, ds), "items", schema))
         checked = with_item_columns(checked, items, schema)
-    return work.stage_checked(TABLE, ds, checked, reads)
+    return work.stage_checked(TABLE, ds, checked, reads, ("user_id", "item_id", "type", "ts"))
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def _from_clock(name: str, schema: FeatureSchema) -> SparkColumn:
 def build(work: Workspace, ds: date) -> Staged:
     """Stage one day."""
     checked = impressions(work.source.impressions(work.spark, ds), work.schema, ds)
-    return work.stage_checked(TABLE, ds, checked, reads={})
+    return work.stage_checked(TABLE, ds, checked, {}, ("request_id", "item_id"))
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def item_features(items: DataFrame, impressions: DataFrame | None, schema: Featu
 def build(work: Workspace, ds: date) -> Staged:
     """Stage one day."""
     checked = attributes(work.source.items(work.spark, ds), "items", work.schema)
-    quarantined = work.quarantine_attributes(TABLE, ds, checked)
+    quarantined = work.quarantine_attributes(TABLE, ds, checked, "item_id")
     longest = max(work.schema.aggregates.windows)
     days = work.window("impressions", ds, longest)
     impressions = work.read("impressions", days) if days else None

@@ -33,7 +33,7 @@ def user_features(users: DataFrame, impressions: DataFrame | None, schema: Featu
 def build(work: Workspace, ds: date) -> Staged:
     """Stage one day."""
     checked = attributes(work.source.users(work.spark, ds), "users", work.schema)
-    quarantined = work.quarantine_attributes(TABLE, ds, checked)
+    quarantined = work.quarantine_attributes(TABLE, ds, checked, "user_id")
     longest = max(work.schema.aggregates.windows)
     days = work.window("impressions", ds, longest)
     impressions = work.read("impressions", days) if days else None

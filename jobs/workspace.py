@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date, timedelta
 
 import pyarrow.parquet as pq
+from pyspark.sql import Column as SparkColumn
 from pyspark.sql import DataFrame, Observation, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
@@ -115,8 +116,10 @@ class Workspace:
         write(frame.withColumn("ds", F.lit(ds)).select("ds", *(c for c in frame.columns if c != "ds")), path)
         return self._mark(Staged(table, ds, path, 0, quarantined, inputs, reads), started)
 
-    def stage_checked(self, table: str, ds: date, checked: DataFrame, reads: Reads) -> Staged:
+    def stage_checked(self, table: str, ds: date, checked: DataFrame, reads: Reads, key: Sequence[str]) -> Staged:
         """Write the good rows of a checked frame as one day of a table, the refused ones to the quarantine.
+
+        ``key`` are the columns by which a person finds a row that was dropped as an exact repeat.
 
         Raises:
             BadDataError: if more rows are refused than the settings allow, or none is left.
@@ -130,26 +133,34 @@ class Workspace:
             seen,
             F.count("*").alias("rows"),
             F.count_if(reason == REPEAT).alias("repeats"),
+            _example(key).alias("example"),
             F.count_if(reason.isNotNull() & (reason != REPEAT)).alias("refused"),
         )
         good = watched.where(reason.isNull()).drop("raw", "reason")
         write(good.withColumn("ds", F.lit(ds)).select("ds", *(c for c in good.columns if c != "ds")), path)
         repeats, refused = seen.get["repeats"], seen.get["refused"]
-        if repeats:
-            logger.info("%s %s: dropped %s exact repeats", table, ds, f"{repeats:,}")
+        _tell_repeats(table, ds, repeats, key, seen.get["example"])
         self.quarantine(table, ds, checked, refused, seen.get["rows"] - repeats)
         return self._mark(Staged(table, ds, path, 0, refused, inputs, reads), started)
 
-    def quarantine_attributes(self, table: str, ds: date, checked: DataFrame) -> int:
+    def quarantine_attributes(self, table: str, ds: date, checked: DataFrame, key: str) -> int:
         """Put the refused rows of a checked snapshot into the quarantine of a feature table; return how many.
+
+        ``key`` is the column that names a row.
 
         Raises:
             BadDataError: if they are more than the settings allow.
         """
         reason = F.col("reason")
         refused = reason.isNotNull() & (reason != REPEAT)
-        counted = checked.agg(F.count_if(refused), F.count_if(reason.isNull() | refused)).first()
+        counted = checked.agg(
+            F.count_if(refused),
+            F.count_if(reason.isNull() | refused),
+            F.count_if(reason == REPEAT),
+            _example([key]),
+        ).first()
         assert counted is not None  # an aggregate without keys has one row
+        _tell_repeats(table, ds, counted[2], [key], counted[3])
         self.quarantine(table, ds, checked, counted[0], counted[1])
         return int(counted[0])
 
@@ -197,6 +208,18 @@ class Workspace:
 def write(frame: DataFrame, path: str) -> None:
     """Write Parquet with row groups a reader can hold many of."""
     frame.write.option("maxRecordsPerFile", _ROWS_PER_FILE).option("parquet.block.size", _ROW_GROUP_BYTES).parquet(path)
+
+
+def _example(key: Sequence[str]) -> SparkColumn:
+    """Return the key of one exact repeat; its raw text would have to travel with every row."""
+    return F.max(F.when(F.col("reason") == REPEAT, F.to_json(F.struct(*key))))
+
+
+def _tell_repeats(table: str, ds: date, count: int, key: Sequence[str], example: str) -> None:
+    if count:
+        logger.info(
+            "%s %s: dropped %s exact repeats of (%s), for example %s", table, ds, f"{count:,}", ", ".join(key), example
+        )
 
 
 def _rows(file: str) -> int:

@@ -271,7 +271,19 @@ def test_repeated_rows_are_dropped_and_counted(work: Workspace, caplog: pytest.L
     with caplog.at_level("INFO"):
         staged = impressions.build(work, DS)
     assert (staged.rows, staged.quarantined) == (ROWS, 0)
-    assert f"impressions {DS}: dropped 30 exact repeats" in caplog.text
+    told = f"impressions {DS}: dropped 30 exact repeats of (request_id, item_id), for example "
+    (message,) = [text for text in caplog.messages if text.startswith(told)]
+    example = json.loads(message.removeprefix(told))
+    assert example in [{"request_id": row["request_id"], "item_id": row["item_id"]} for row in shown()[:30]]
+
+
+def test_repeated_items_are_dropped_and_counted(work: Workspace, caplog: pytest.LogCaptureFixture) -> None:
+    write_rows(folder_of(work, "items").parent, [*on_sale(), on_sale()[7]])
+    with caplog.at_level("INFO"):
+        assert item_features.build(work, DS).quarantined == 0
+    assert (
+        f'item_features {DS}: dropped 1 exact repeats of (item_id), for example {{"item_id":"i7"}}' in caplog.messages
+    )
 
 
 def test_a_request_of_two_users(work: Workspace) -> None:

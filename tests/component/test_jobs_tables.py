@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import replace
 from datetime import date, timedelta
 from pathlib import Path
@@ -12,10 +13,11 @@ import pytest
 from pyspark.sql import SparkSession
 
 from jobs import behavior_sequences, behaviors, impressions, item_features, training_requests, user_features
-from jobs.runner import tell_stale
+from jobs.runner import audit_and_publish, tell_stale
 from jobs.workspace import Workspace
 from onetrans.errors import NotReadyError
 from onetrans.lineage import stale_days
+from onetrans.settings import AuditSettings
 from tests import oracle
 from tests.oracle import FIRST_DAY, SCHEMA, World, random_world
 from tests.raw_log import open_workspace, publish, write_rows
@@ -159,6 +161,20 @@ def test_a_day_after_an_outage_is_built_on_the_day_before_it(
     assert rounded(users) == rounded({name: {"ds": after, **row} for name, row in expected.items()})
     found = {row["request_id"]: row["seq_click"] for row in rows_of(own, "training_requests", after)}
     assert found == {name: row["seq_click"] for name, row in oracle.training_requests(log, after).items()}
+
+
+def test_a_job_that_publishes_tells_what_the_audit_warns_of(
+    work: Workspace, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    ds = DAYS[2]
+    strict = replace(work.settings, audit=AuditSettings(data_docs=str(tmp_path), min_row_share=1.0, max_row_share=1.0))
+    user_features.build(work, ds)
+    lake = work.lake
+    usual = statistics.median(day.rows for day in lake.published("user_features") if day.ds < ds)
+    assert lake.staged("user_features", ds).rows != usual, "or there is nothing to warn of"
+    audit_and_publish(replace(work, settings=strict), "user_features", ds)
+    (warning,) = [record.getMessage() for record in caplog.records if record.name == "expectations.audit"]
+    assert warning.startswith(f"user_features {ds}: the table: expected that ")
 
 
 def test_a_hole_before_a_day_is_named(work: Workspace) -> None:

@@ -12,9 +12,10 @@ import pytest
 
 from onetrans import storage
 from onetrans.cli import main as cli
+from onetrans.errors import EXIT_BAD_CONFIG
 from onetrans.lake import Lake, Staged
 from onetrans.lineage import describe_stale, stale_days
-from onetrans.settings import LakeSettings, Settings, as_environment
+from onetrans.settings import LakeSettings, Settings, SourceSettings, as_environment
 
 DAYS = [date(2024, 2, 26) + timedelta(days=n) for n in range(6)]
 ORDER = ("impressions", "item_features", "behavior_sequences", "training_requests")
@@ -115,3 +116,15 @@ def test_the_command_that_publishes_warns(
     )
     assert warning.endswith("python -m jobs.training_requests --ds 2024-02-27 --publish")
     assert capsys.readouterr().out.count("impressions") == 2
+
+
+def test_a_lost_day_is_not_waited_for(
+    lake: Lake, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = Settings(lake=lake.settings, source=SourceSettings(absent_days=(DAYS[0], DAYS[1])))
+    for name, value in as_environment(settings).items():
+        monkeypatch.setenv(name, value)
+    publish(lake, "impressions", DAYS[0])
+    assert cli(["published", "impressions", "--ds", str(DAYS[0])]) == 0, "it came after all"
+    assert cli(["published", "impressions", "--ds", str(DAYS[1]), "--wait", "60"]) == EXIT_BAD_CONFIG
+    assert "source.absent_days says that the log lost this day" in capsys.readouterr().err

@@ -249,6 +249,16 @@ def test_a_saved_model_that_is_not_the_trained_one_is_not_accepted(shop):
     assert TAG_MODEL_ID in _client(shop).get_run(run.run_id).data.tags
 
 
+def test_artifacts_may_lie_in_a_folder_of_any_name(shop, tmp_path):
+    root = tmp_path / "My Projects é 5%20 #1"
+    settings = dataclasses.replace(shop.settings.mlflow, experiment="oddly named", artifacts=str(root))
+    client = connect(settings)
+    run = client.create_run(experiment_id(settings)).info
+    client.log_text(run.run_id, "found", "a b.txt")
+    assert (root / run.run_id / "artifacts" / "a b.txt").read_text() == "found"
+    assert [path.name for path in tmp_path.iterdir()] == [root.name]
+
+
 _TRAIN_AND_LOG = """
     import socket, sys
     from pathlib import Path

@@ -317,7 +317,7 @@ def test_the_command_tells_warnings(deployment: Lake, caplog: pytest.LogCaptureF
     stage(deployment, "impressions", valid_table("impressions").append_column("fold", pa.array([1] * ROWS)))
     assert audit_module.main(["impressions", "--ds", str(DS)]) == EXIT_OK
     told = f"impressions {DS}: fold: expected that there is no column besides the declared ones"
-    assert [r.getMessage().split(";")[0] for r in caplog.records if r.levelname == "WARNING"] == [told]
+    assert [r.getMessage().split(";")[0] for r in caplog.records if r.name == "expectations.audit"] == [told]
 
 
 @pytest.mark.parametrize(

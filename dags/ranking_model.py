@@ -47,7 +47,8 @@ PLAN = "{{ ti.xcom_pull(task_ids='plan') }}"
 
 def choice(field: str, setting: str, choices: list[str], description: str) -> tuple[Param, dict[str, str]]:
     """Return a form field, and the variable by which the steps learn what was chosen."""
-    param = Param(AS_CONFIGURED, type="string", enum=[AS_CONFIGURED, *choices], description=description)
+    title = field.replace("_", " ").capitalize()
+    param = Param(AS_CONFIGURED, type="string", title=title, enum=[AS_CONFIGURED, *choices], description=description)
     return param, {setting: f"{{{{ '' if params.{field} == '{AS_CONFIGURED}' else params.{field} }}}}"}
 
 

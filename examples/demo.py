@@ -193,6 +193,7 @@ def _start_clean(log: Log) -> Path:
     """Empty the demo's folder, stop what an earlier demo may have left running, and write the configuration."""
     stop_remembered(HOME / "airflow" / "processes.json")
     if HOME.exists():
+        say(f"== empty {HOME.relative_to(REPOSITORY)}: tables, runs and models of an earlier demo go")
         shutil.rmtree(HOME)
     HOME.mkdir(parents=True)
     config = HOME / "onetrans.toml"

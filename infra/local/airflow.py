@@ -140,7 +140,7 @@ class LocalAirflow:
         try:
             for server in self.servers:
                 server.start()
-            remember(self._processes_file, self.servers)
+            remember(self._processes_file, self.servers, self.address)
             wait_until(self.api.healthy, self.servers, "Airflow", seconds)
             wait_until(self._parsed, self.servers, f"the DAGs of {self.dags}", seconds)
         except BaseException:
@@ -150,8 +150,9 @@ class LocalAirflow:
 
     def stop(self) -> None:
         """Stop the servers and every step that is still running."""
-        stop(self.servers)
-        self._processes_file.unlink(missing_ok=True)
+        if self.servers:  # else the file, if there is one, is another launcher's
+            stop(self.servers)
+            self._processes_file.unlink(missing_ok=True)
 
     def check(self) -> None:
         """Raise if a server has ended.

@@ -8,6 +8,7 @@ tasks do, and a scheduler that is merely asked to stop waits for them.
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import time
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -152,28 +154,54 @@ def wait_until(ready: Callable[[], bool], servers: Sequence[Server], what: str, 
         time.sleep(0.2)
 
 
-# A launcher that was killed leaves its servers running; the file below lets the next one find and stop them.
+# A launcher that was killed leaves its servers running; the file below lets the next one find and stop them, and
+# keeps it from stopping those of a launcher that still runs.
 
 
-def remember(path: Path, servers: Iterable[Server]) -> None:
-    """Write which processes run, so that :func:`stop_remembered` can find them after a crash."""
-    known = [
-        {"name": server.name, "pid": server.pid, "started": psutil.Process(server.pid).create_time()}
-        for server in servers
-        if server.pid
-    ]
+def remember(path: Path, servers: Iterable[Server], address: str) -> None:
+    """Write which processes run and who started them, for :func:`stop_remembered` of a later launcher."""
+    known = {
+        "address": address,
+        "launcher": _identity("launcher", os.getpid()),
+        "servers": [_identity(server.name, server.pid) for server in servers if server.pid],
+    }
     path.write_text(json.dumps(known) + "\n", encoding="utf-8")
 
 
 def stop_remembered(path: Path, grace: float = 8.0) -> list[str]:
-    """Stop the processes a file of :func:`remember` names, if they still are the same; return their names."""
-    if not path.exists():
+    """Stop the processes a file of :func:`remember` names, if they still are the same; return their names.
+
+    Raises:
+        ServerError: if the launcher that started them still runs: they are in use.
+    """
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
         return []
-    found = []
-    for entry in json.loads(path.read_text(encoding="utf-8")):
-        process = _process(entry["pid"])
-        if process is not None and abs(process.create_time() - entry["started"]) < 1.0:
-            found.append(entry)
+    launcher = known["launcher"]
+    if launcher["pid"] != os.getpid() and _is_same(launcher):
+        raise ServerError(
+            f"{path.parent} is in use: process {launcher['pid']} runs its servers, at {known['address']}; "
+            f"look there, or end it first (Ctrl-C, or kill {launcher['pid']})"
+        )
+    found = [entry for entry in known["servers"] if _is_same(entry)]
     stop_processes([entry["pid"] for entry in found], grace)
-    path.unlink()
+    path.unlink(missing_ok=True)
     return [entry["name"] for entry in found]
+
+
+def _identity(name: str, pid: int) -> dict[str, Any]:
+    return {"name": name, "pid": pid, "started": psutil.Process(pid).create_time()}
+
+
+def _is_same(entry: Mapping[str, Any]) -> bool:
+    """Tell whether a process still is the one that was remembered; numbers of ended ones are given again."""
+    process = _process(entry["pid"])
+    try:
+        return (
+            process is not None
+            and abs(process.create_time() - entry["started"]) < 1.0
+            and process.status() != psutil.STATUS_ZOMBIE
+        )
+    except psutil.NoSuchProcess:
+        return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import sys
@@ -73,7 +74,7 @@ def test_servers_of_a_launcher_that_was_killed_are_found_and_stopped(tmp_path: P
     running.start()
     child = child_of(running)
     file = tmp_path / "processes.json"
-    remember(file, [running])
+    remember(file, [running], "http://127.0.0.1:1")
     assert stop_remembered(file, grace=0.3) == ["example"]
     assert not runs(child)
     assert not file.exists()
@@ -87,7 +88,10 @@ def test_another_process_that_got_the_same_number_is_left_alone(tmp_path: Path) 
     try:
         file = tmp_path / "processes.json"
         assert running.pid
-        file.write_text(f'[{{"name": "example", "pid": {running.pid}, "started": 1.0}}]')
+        remember(file, [running], "http://127.0.0.1:1")
+        known = json.loads(file.read_text())
+        known["servers"][0]["started"] = 1.0
+        file.write_text(json.dumps(known))
         assert stop_remembered(file) == []
         running.check()
     finally:
@@ -114,3 +118,26 @@ def test_memory_counts_the_whole_tree(tmp_path: Path) -> None:
         running.process.wait(timeout=60)
     assert 200_000_000 < watch.peak - before < 400_000_000
     assert sum(watch.at_peak.values()) == watch.peak
+
+
+def test_servers_of_a_launcher_that_still_runs_are_left_to_it(tmp_path: Path) -> None:
+    launcher, running = server(tmp_path, "import time; time.sleep(600)"), server(tmp_path, STUBBORN)
+    launcher.start()
+    running.start()
+    file = tmp_path / "processes.json"
+    try:
+        remember(file, [running], "http://127.0.0.1:1")
+        known = json.loads(file.read_text())
+        known["launcher"] = {
+            "name": "launcher", "pid": launcher.pid, "started": psutil.Process(launcher.pid).create_time(),
+        }  # fmt: skip
+        file.write_text(json.dumps(known))
+        with pytest.raises(
+            ServerError, match=f"in use: process {launcher.pid} runs its servers, at http://127.0.0.1:1"
+        ):
+            stop_remembered(file)
+        running.check()
+        stop([launcher], grace=1)
+        assert stop_remembered(file, grace=0.3) == ["example"]
+    finally:
+        stop([launcher, running], grace=1)

@@ -172,13 +172,19 @@ def _value(value: SparkColumn, kind: T.DataType, column: Column, schema: Feature
         return value
     if isinstance(kind, T.TimestampNTZType):
         return F.to_utc_timestamp(value.cast("timestamp"), schema.timezone)
-    if schema.epoch:
-        whole = value.try_cast("bigint")
-        whole = F.when(whole.between(0, _LAST_SECOND * _PER_SECOND[schema.epoch]), whole)
-        if schema.epoch == "s":
-            return F.timestamp_seconds(whole)
-        return F.timestamp_millis(whole) if schema.epoch == "ms" else F.timestamp_micros(whole)
+    counted = _since_epoch(value, schema.epoch) if schema.epoch else None
     if not text:
-        raise TypeError(f"column {column.name} of type {kind.simpleString()} cannot hold a time")
+        if counted is None:
+            raise TypeError(f"column {column.name} of type {kind.simpleString()} cannot hold a time")
+        return counted
     parsed = F.when(value.rlike(_ISO_TIME), F.regexp_replace(value, ",", ".").try_cast("timestamp"))
-    return F.when(value.rlike(_ISO_OFFSET), parsed).otherwise(F.to_utc_timestamp(parsed, schema.timezone))
+    iso = F.when(value.rlike(_ISO_OFFSET), parsed).otherwise(F.to_utc_timestamp(parsed, schema.timezone))
+    return iso if counted is None else F.coalesce(counted, iso)
+
+
+def _since_epoch(value: SparkColumn, unit: str) -> SparkColumn:
+    whole = value.try_cast("bigint")
+    whole = F.when(whole.between(0, _LAST_SECOND * _PER_SECOND[unit]), whole)
+    if unit == "s":
+        return F.timestamp_seconds(whole)
+    return F.timestamp_millis(whole) if unit == "ms" else F.timestamp_micros(whole)

@@ -122,6 +122,7 @@ def as_renamed_parquet_with_epochs(folder: Path, rows: list[Row]) -> None:
         (as_parquet_with_lists_of_fixed_size, {}),
         (as_csv, {}),
         (as_json, {}),
+        (as_json, {"epoch": "ms"}),
         (as_json_with_epochs, {"epoch": "ms"}),
         (
             as_renamed_parquet_with_epochs,

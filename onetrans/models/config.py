@@ -59,7 +59,8 @@ Beyond the paper (each a field, off by default)
     L events tells would reach the tokens, and the gradient of its weight, at one part in
     L; so a head that looks at the latest is given, not searched for.  (After one day of
     the simulated shop, where the latest event matters much, a tiny model has a click
-    AUC of .64 to .71; with tables from zero .58, as without them.)  Slopes by head keep
+    AUC of .64 to .71; with tables from zero .58, as without them.  After eight days
+    little is left of that lead: benchmarks/results/ablation.md.)  Slopes by head keep
     others for the whole history.  The latest event and the NS-tokens start equal,
     else the steepest head would see the NS-tokens alone.
 

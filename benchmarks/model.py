@@ -7,9 +7,8 @@ padded, replicated per candidate, plain softmax attention.  Every further line
 adds one change to those above it; figures stand against the line before and
 against the reference.  A step is forward, backward and both optimizers on one
 batch; its time is the fastest of several, which other load on the machine
-disturbs least.  Beside it stands the time of all processors in this process,
-which other load disturbs less still, but which does not show what one thread
-waits for.  Every line runs in a process of its own, so that its peak
+disturbs least.  With ``--threads 1`` it is processor time: the same on an idle
+machine, and on a busy one without the waiting.  Every line runs in a process of its own, so that its peak
 memory is its own: what the process held at most, less what it held before the
 model was built.  Before anything is timed, the scores of model and reference
 are compared.
@@ -200,12 +199,10 @@ def _table(report: Report, arguments: argparse.Namespace, preset_name: str, shap
         if promised and arguments.device == "cpu" and number == _default_line("cpu"):
             speed, memory = _PROMISED.get(preset_name, ("", ""))
         report.add(case, "step", cost["step_s"] * 1e3, "ms")
-        report.add(case, "processors", cost["cpu_s"] * 1e3, "ms")
         report.add(case, "samples", shape.samples / cost["step_s"], "1/s")
         report.add(case, "peak", cost["peak"] / _MIB, "MiB")
         report.add(case, "speed, before", before["step_s"] / cost["step_s"], "x")
         report.add(case, "speed, reference", first["step_s"] / cost["step_s"], "x", speed)
-        report.add(case, "processors, reference", first["cpu_s"] / cost["cpu_s"], "x")
         report.add(case, "memory, before", cost["peak"] / before["peak"], "x")
         report.add(case, "memory, reference", cost["peak"] / first["peak"], "x", memory)
         report.add(case, "first step", cost["first_s"], "s")
@@ -253,15 +250,13 @@ def measure(
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     step = _stepper(model, line, batch, drawn, preset_name, device)
-    first_s = _timed(step, device)
+    clock = time.process_time if device == "cpu" and threads == 1 else time.perf_counter
+    first_s = _timed(step, device, clock)
     steps: list[float] = []
-    processors: list[float] = []
     while not steps or (first_s + sum(steps) < seconds and len(steps) < 200):
-        used_s = time.process_time()
-        steps.append(_timed(step, device))
-        processors.append(time.process_time() - used_s)
+        steps.append(_timed(step, device, clock))
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - held
-    cost: dict[str, Any] = {"step_s": min(steps), "cpu_s": min(processors), "first_s": first_s, "peak": used}
+    cost: dict[str, Any] = {"step_s": min(steps), "first_s": first_s, "peak": used}
     if device == "cuda":
         cost |= {"peak": torch.cuda.max_memory_allocated(), "ceiling": _matmul_ceiling()}
         cost["flops"] = training_flops(config, schema, batch)
@@ -298,14 +293,14 @@ def _attention(line: Line) -> AbstractContextManager[None]:
     return cast(AbstractContextManager[None], sdpa_kernel(SDPBackend.MATH)) if line.plain_attention else nullcontext()
 
 
-def _timed(step: Callable[[], None], device: str) -> float:
+def _timed(step: Callable[[], None], device: str, clock: Callable[[], float] = time.perf_counter) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
-    begun = time.perf_counter()
+    begun = clock()
     step()
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - begun
+    return clock() - begun
 
 
 @torch.no_grad()

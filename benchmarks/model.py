@@ -131,7 +131,7 @@ SHAPES: dict[str, dict[str, tuple[Shape, ...]]] = {
             Shape(16, 256, 32, skewed=False),
             Shape(16, 1190, 4, part=1),
         ),
-        "base": (Shape(16, 256, 16, part=4), Shape(16, 1190, 2, part=1)),
+        "base": (Shape(16, 256, 8, part=4), Shape(16, 1190, 2, part=1)),
     },
     "cuda": {
         "base": (Shape(16, 256, 128, part=16), Shape(16, 1190, 128, part=4), Shape(100, 1190, 20, part=1)),

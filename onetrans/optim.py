@@ -51,12 +51,28 @@ class RMSPropV2(torch.optim.Optimizer):
                 if not self.state[parameter]:
                     self.state[parameter]["square_sum"] = torch.zeros_like(parameter)
             sums: list[Tensor] = [self.state[p]["square_sum"] for p in parameters]
+            if parameters[0].device.type == "cpu":
+                for each in zip(parameters, gradients, sums, strict=True):
+                    self._step_in_pieces(*each, group)
+                continue
             torch._foreach_mul_(sums, group["alpha"])
             torch._foreach_addcmul_(sums, gradients, gradients)
             roots = torch._foreach_sqrt(sums)
             torch._foreach_add_(roots, group["eps"])
             torch._foreach_addcdiv_(parameters, gradients, roots, value=-group["lr"])
         return loss
+
+    @staticmethod
+    def _step_in_pieces(parameter: Tensor, gradient: Tensor, total: Tensor, group: dict[str, Any]) -> None:
+        """Update one parameter piece by piece, so that what lies between two operations stays in a core's cache."""
+        pieces = (x.view(-1).split(_PIECE) for x in (parameter, gradient.contiguous(), total))
+        for weight, slope, square_sum in zip(*pieces, strict=True):
+            square_sum.mul_(group["alpha"]).addcmul_(slope, slope)
+            weight.addcdiv_(slope, square_sum.sqrt().add_(group["eps"]), value=-group["lr"])
+
+
+_PIECE = 1 << 17
+"""Numbers of a tensor that RMSPropV2 updates at a time on a CPU."""
 
 
 class GradientNorms(NamedTuple):
@@ -160,5 +176,7 @@ def _clip(parameters: list[nn.Parameter], limit: float) -> float:
     if not values:
         return 0.0
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(values)))
-    torch._foreach_mul_(values, (limit / (norm + 1e-6)).clamp(max=1.0))
-    return float(norm)
+    found = float(norm)
+    if not found + 1e-6 <= limit:  # so also where it is not a number
+        torch._foreach_mul_(values, limit / (norm + 1e-6))
+    return found

@@ -93,8 +93,8 @@ class Band(NamedTuple):
     """Their keys and values."""
     groups: Groups
     """Their candidates in groups."""
-    candidates: slice
-    """Where these stand among the candidates of all bands."""
+    candidates: int
+    """How many these are; they stand after those of the bands before."""
     time_R: Tensor
     """Time of each request: int64, microseconds since 1970-01-01 UTC."""
 
@@ -190,10 +190,9 @@ class Block(nn.Module):
         q_PNM = self._queries(self.query.ns(normed_PNM), rotation).flatten(2)
         k_PNHD, v_PNM = self._keys_values(self.key_value.ns(normed_PNM), rotation)
         k_PNM = k_PNHD.flatten(2)
-        attended = [
-            self._attend_ns(q_PNM[:, band.candidates], k_PNM[:, band.candidates], v_PNM[:, band.candidates], band, of_s)
-            for band, of_s in zip(bands, keys, strict=True)
-        ]
+        counts = [band.candidates for band in bands]
+        q_of, k_of, v_of = (x_PNF.split(counts, dim=1) for x_PNF in (q_PNM, k_PNM, v_PNM))
+        attended = [self._attend_ns(*part) for part in zip(q_of, k_of, v_of, bands, keys, strict=True)]
         attended_PNM = torch.cat(attended).unflatten(1, (x_PNM.shape[0], -1)).transpose(0, 1)
         return self._finish_ns(x_PNM, normed_PNM, attended_PNM)
 
@@ -314,8 +313,7 @@ class OneTrans(RankingModel):
         all_bands: list[Band] = []
         for part, state in zip(parts, states, strict=True):
             groups = self._groups(part, state.layouts[0].width)
-            start = all_bands[-1].candidates.stop if all_bands else 0
-            all_bands.append(Band(state, groups, slice(start, start + part.num_candidates), part.request_time_R))
+            all_bands.append(Band(state, groups, part.num_candidates, part.request_time_R))
         views = [CandidateView(self.config, band, x_PNM.dtype) for band in all_bands]
         for number, block in enumerate(self.blocks):
             assert isinstance(block, Block)

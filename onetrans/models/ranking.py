@@ -95,8 +95,7 @@ class RequestCandidateLinear(nn.Module):
 
     def forward(self, request_RF: Tensor, candidate_NF: Tensor, request_N: Tensor) -> Tensor:
         """Return (N, out); ``request_N`` is the request of each candidate."""
-        weight_r = self.linear.weight[:, : self.request_dim]
-        weight_c = self.linear.weight[:, self.request_dim :]
+        weight_r, weight_c = self.linear.weight.split((self.request_dim, candidate_NF.shape[1]), dim=1)
         return F.linear(request_RF, weight_r).index_select(0, request_N) + F.linear(
             candidate_NF, weight_c, self.linear.bias
         )

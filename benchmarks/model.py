@@ -143,7 +143,7 @@ SHAPES: dict[str, dict[str, tuple[Shape, ...]]] = {
 _PROMISED = {"small": ("+ fused attention", ">= 8", "<= 0.3334"), "base": ("+ BF16", ">= 10", "")}
 """Line, and its speed and memory against the reference, promised on a CPU for the first shape of a preset.
 
-On a CPU that multiplies bfloat16 by itself the wide products of ``base`` gain from it, the narrow ones of ``small`` lose.
+On a CPU with bfloat16 products the wide ones of ``base`` gain from them, and the narrow ones of ``small`` lose.
 """
 
 

@@ -119,7 +119,6 @@ _LINES = (
     Line("+ fused attention"),
     Line("+ BF16", compute=Compute("bfloat16")),
     Line("+ recomputation", compute=Compute("bfloat16", recompute=True)),
-    Line("+ compile", compute=Compute("bfloat16", recompute=True, compile=True)),
 )
 
 SHAPES: dict[str, dict[str, tuple[Shape, ...]]] = {

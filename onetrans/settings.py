@@ -147,8 +147,6 @@ class TrainingSettings:
     """Of matrix products, in training and scoring: ``float32``, ``bfloat16``, or ``auto``: bfloat16 on a GPU alone."""
     recompute: bool = False
     """Compute a block of OneTrans again in the backward pass instead of keeping it: less memory, more time."""
-    compile: bool = False
-    """Compile the row-wise parts of OneTrans with ``torch.compile``: minutes before the first step, faster then."""
     threads: int = 0
     """CPU threads of one training process; 0: all cores."""
     checkpoint_seconds: float = 120.0

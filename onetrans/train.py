@@ -423,7 +423,7 @@ def choose_compute(training: TrainingSettings, device: torch.device) -> Compute:
     """Return how models are computed on a device; ``auto`` is bfloat16 on a GPU and float32 on a CPU."""
     by_device: Precision = "bfloat16" if device.type == "cuda" else "float32"
     precision = by_device if training.precision == "auto" else training.precision
-    return Compute(precision, recompute=training.recompute, compile=training.compile)
+    return Compute(precision, recompute=training.recompute)
 
 
 def peak_memory(device: torch.device) -> int:

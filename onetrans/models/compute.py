@@ -1,4 +1,4 @@
-"""How a model is computed, never what: precision, recomputation and compilation.
+"""How a model is computed, never what: precision and recomputation.
 
 Read without torch, so that settings can be checked early.  None of it changes
 the weights a model has, and all of it computes the same function to within the
@@ -21,5 +21,3 @@ class Compute:
     """What matrix products are computed in; weights, norms and losses stay in float32 (autocast)."""
     recompute: bool = False
     """Whether a block keeps only its inputs for the backward pass and computes the rest again (OneTrans alone)."""
-    compile: bool = False
-    """Whether the row-wise parts of a block go through ``torch.compile`` (OneTrans alone)."""

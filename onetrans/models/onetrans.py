@@ -29,7 +29,6 @@ from torch.utils.checkpoint import checkpoint
 
 from onetrans.batch import RequestBatch, packed_rows
 from onetrans.models.attention import Rotation, attend, candidate_mask, sequence_mask
-from onetrans.models.compute import Compute
 from onetrans.models.config import OneTransConfig
 from onetrans.models.ragged import Groups, Layout, bands, latest_events
 from onetrans.models.ranking import Heads, RankingModel, Scores
@@ -131,14 +130,6 @@ class Block(nn.Module):
         self.norm_key = nn.RMSNorm(config.head_dim, eps=1e-6) if config.qk_norm else None
         self.dropout = nn.Dropout(config.dropout)
 
-    def compile_rows(self) -> None:
-        """Compile what works row by row, where small operations between matrix products can be fused.
-
-        Shapes differ from batch to batch, so they are symbols; layouts and groups stay outside.
-        """
-        for part in ("_queries", "_keys_values", "_finish_s", "_finish_ns"):
-            setattr(self, part, torch.compile(getattr(self, part), dynamic=True))
-
     def _queries(self, q_XM: Tensor, rotation: Rotation | None) -> Tensor:
         q_XHD = q_XM.unflatten(-1, (self.heads, self.head_dim))
         if self.norm_query is not None:
@@ -232,14 +223,6 @@ class OneTrans(RankingModel):
         self.norm = nn.RMSNorm(config.hidden_dim, eps=1e-6)
         states = config.num_ns_tokens + (1 if self.schedule[-1] else 0)
         self.heads = Heads(states * config.hidden_dim, config.hidden_dim)
-
-    def use(self, compute: Compute) -> None:
-        """Choose how the model is computed from now on."""
-        if compute.compile and not self.compute.compile:
-            for block in self.blocks:
-                assert isinstance(block, Block)
-                block.compile_rows()
-        super().use(compute)
 
     def forward(self, batch: RequestBatch) -> Scores:
         """Score every candidate of ``batch``."""

@@ -44,7 +44,7 @@ class RankingModel(nn.Module):
         raise NotImplementedError
 
     def use(self, compute: Compute) -> None:
-        """Choose how the model is computed from now on; what has been compiled stays so."""
+        """Choose how the model is computed from now on."""
         self.compute = compute
 
     def autocast(self) -> torch.autocast:

@@ -370,7 +370,7 @@ def test_training_is_computed_as_the_settings_say(lake, first_day, tmp_path):
     """Recomputation changes no bit of any weight; bfloat16 changes the losses by its rounding."""
     settings, _ = lake
     plan, records, _ = first_day
-    assert records["onetrans"]["compute"] == {"precision": "float32", "recompute": False, "compile": False}
+    assert records["onetrans"]["compute"] == {"precision": "float32", "recompute": False}
     lean = replace(settings, training=replace(settings.training, recompute=True))
     again = copied(plan, tmp_path / "recomputed")
     assert train(again, "onetrans", lean)["compute"]["recompute"] is True

@@ -35,6 +35,14 @@ def test_rmsprop_v2_by_hand():
     assert w.tolist() == pytest.approx(expected, rel=1e-12)
 
 
+def test_rmsprop_v2_updates_every_piece_of_a_large_tensor():
+    torch.manual_seed(0)
+    w = torch.nn.Parameter(torch.randn(3, 100_000))
+    before, w.grad = w.detach().clone(), torch.randn(100_000, 3).T
+    RMSPropV2([w], lr=0.1, alpha=0.9, eps=1e-3).step()
+    torch.testing.assert_close(w.detach(), before - 0.1 * w.grad / (w.grad.abs() + 1e-3))
+
+
 def test_rmsprop_v2_is_not_torchs_rmsprop():
     """Torch scales the new square by 1 - alpha, so its first step is 316 times larger at alpha = 0.99999."""
     ours, theirs = (torch.nn.Parameter(torch.zeros(1, dtype=torch.float64)) for _ in range(2))

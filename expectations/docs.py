@@ -37,6 +37,8 @@ def render_page(
 ) -> str:
     """Return the page of an audited day; ``name`` is its title, ``results`` are shown as one."""
     content = ValidationResultsPageRenderer(run_info_at_end=True).render(_merge(name, results))
+    # Its overview knows no severities: it would call a day failed that only has a warning.
+    content.sections = [section for section in content.sections if section.section_name != "Overview"]
     view = DayPageView(custom_views_directory=str(TEMPLATES))
     return view.render(content, name=name, outcome=outcome, summary=summary, findings=findings)
 

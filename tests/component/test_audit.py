@@ -219,6 +219,7 @@ def test_the_page_tells_table_day_expected_seen_and_an_example(lake: Lake) -> No
     for rule in ("there is one row per (request_id, item_id)", "a conversion has a click"):
         assert rule in text, rule
     assert "An unexpected Exception" not in text
+    assert "Success Percent" not in text, "Great Expectations' overview calls a warning a failure"
 
 
 def test_pages_need_no_network_and_no_script(lake: Lake) -> None:

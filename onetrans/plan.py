@@ -3,7 +3,8 @@
 Both models of a day read the same rows and start from the same earlier day:
 
 * *warm start*: the newest earlier day, at most ``lookback_days`` back, on which
-  both models finished with the same configuration and feature schema as now.
+  both models finished with the same configuration, feature schema and model code
+  (:data:`~onetrans.models.config.ARCHITECTURES`) as now.
   They go on from its checkpoints and read the days from that day to D-1 (its own
   training ended the day before it);
 * *look-back*: without such a day both start from fresh weights and read the
@@ -34,7 +35,7 @@ from onetrans import storage
 from onetrans.days import day_range, days_before, describe_days, parse_day
 from onetrans.errors import BadConfigError, NotReadyError
 from onetrans.lake import Lake
-from onetrans.models.config import CONFIGS, ModelConfig, config_from_dict, config_to_dict, preset
+from onetrans.models.config import ARCHITECTURES, CONFIGS, ModelConfig, config_from_dict, config_to_dict, preset
 from onetrans.optim_config import OptimizerConfig, optimizer_preset
 from onetrans.schema import FeatureSchema, load_schema
 from onetrans.settings import Preset, Settings, load_settings
@@ -72,6 +73,8 @@ class ModelPlan:
     """How its weights are updated."""
     warm_start: str | None
     """Folder of the finished training it goes on from; None: fresh weights."""
+    architecture: int = 1
+    """Revision of the model's code (:data:`~onetrans.models.config.ARCHITECTURES`)."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
@@ -79,17 +82,24 @@ class ModelPlan:
 
     def decides(self) -> dict[str, dict[str, Any]]:
         """Return what a later training must have in common with this one to go on from it."""
-        return {"config": config_to_dict(self.config), "optimizer": asdict(self.optimizer)}
+        return {
+            "config": config_to_dict(self.config),
+            "optimizer": asdict(self.optimizer),
+            "architecture": {"revision": self.architecture},
+        }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ModelPlan:
         """Read what :meth:`to_dict` wrote."""
-        return cls(config_from_dict(data["config"]), OptimizerConfig(**data["optimizer"]), data["warm_start"])
+        # A record without a revision is older than they are.
+        revision = data.get("architecture", {"revision": 1})["revision"]
+        return cls(config_from_dict(data["config"]), OptimizerConfig(**data["optimizer"]), data["warm_start"], revision)
 
 
 def preset_models(preset_name: str) -> dict[str, ModelPlan]:
     """Return both models in a named size, with fresh weights."""
-    return {name: ModelPlan(preset(name, preset_name), optimizer_preset(preset_name), None) for name in CONFIGS}
+    optimizer = optimizer_preset(preset_name)
+    return {name: ModelPlan(preset(name, preset_name), optimizer, None, ARCHITECTURES[name]) for name in CONFIGS}
 
 
 @dataclass(frozen=True)

@@ -275,6 +275,13 @@ CONFIGS: dict[str, type[OneTransConfig] | type[DCNv2DINConfig]] = {
 }
 """Configuration class of each model, by model name."""
 
+ARCHITECTURES: dict[str, int] = {"onetrans": 1, "dcnv2_din": 1}
+"""Revision of each model's code: raise it when weights of the same configuration no longer mean the same.
+
+A training goes on from an earlier one of the same revision only; after a change of revision both models start afresh
+over the look-back window, by themselves.
+"""
+
 
 def tiny_onetrans() -> OneTransConfig:
     """Smallest useful size: for tests and a laptop's demo."""

@@ -1,5 +1,6 @@
 """Model configurations: presets, refusals that name field, value and reason, the pyramid's schedule, round trip."""
 
+import hashlib
 import json
 from dataclasses import replace
 
@@ -8,6 +9,7 @@ import torch
 
 from onetrans.errors import BadConfigError
 from onetrans.models import OneTransConfig, build_model, config_from_dict, config_to_dict, preset
+from onetrans.models.config import ARCHITECTURES
 from onetrans.models.tokenizer import feature_groups
 from onetrans.schema import Feature, FeatureSchema, Sequence
 from tests.batches import model_schema
@@ -173,3 +175,29 @@ def test_a_config_is_frozen():
     assert isinstance(config, OneTransConfig)
     with pytest.raises(AttributeError):
         config.num_layers = 3
+
+
+def layout(model: str) -> str:
+    """Digest of the names and shapes of all weights, over configurations that together reach every part."""
+    schema = model_schema()
+    changes: dict[str, list[dict[str, object]]] = {
+        "onetrans": [
+            {},
+            {"tokenizer": "group_wise", "position": "learned", "gated_attention": True, "top_block": "s_tail"},
+            {"merge": "intent_ordered", "separators": True, "relative_bias": True, "num_kv_heads": 1},
+            {"ns_parameters": "shared", "position": "none"},
+        ],
+        "dcnv2_din": [{}, {"cross_rank": 4, "normalization": "layer", "event_rank": "merged"}],
+    }
+    models = [build_model(replace(preset(model, "tiny"), **change), schema) for change in changes[model]]
+    shapes = [sorted((name, list(tensor.shape)) for name, tensor in built.state_dict().items()) for built in models]
+    return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]
+
+
+@pytest.mark.parametrize(
+    ("model", "revision", "digest"),
+    [("onetrans", 1, "8e420f8ecd65fd7c"), ("dcnv2_din", 1, "f2e361f7bb66be7f")],
+)
+def test_the_layout_of_the_weights_belongs_to_a_revision(model, revision, digest):
+    """Whoever changes the layout raises ARCHITECTURES, and writes the new revision and digest here."""
+    assert (ARCHITECTURES[model], layout(model)) == (revision, digest)

@@ -10,6 +10,7 @@ from onetrans import storage
 from onetrans.cli import main as cli
 from onetrans.errors import EXIT_NOT_READY, BadConfigError, NotReadyError
 from onetrans.lake import Lake
+from onetrans.models.config import ARCHITECTURES
 from onetrans.plan import FINISHED_FILE, Plan, git_revision, make_plan, preset_models
 from onetrans.schema import Feature
 from onetrans.settings import as_environment
@@ -153,6 +154,24 @@ def test_an_upgrade_that_adds_an_option_at_its_default_keeps_the_chain(settings,
         file = storage.join(plan.model_path(name), FINISHED_FILE)
         record = storage.read_json(file)
         del record["config"][option]
+        storage.write_json(file, record)
+    assert plan_for(settings, days[4]).warm_start_ds == days[3]
+
+
+def test_changed_model_code_sends_both_back_to_the_look_back_window(settings, days, monkeypatch):
+    finish(plan_for(settings, days[3]))
+    monkeypatch.setitem(ARCHITECTURES, "onetrans", ARCHITECTURES["onetrans"] + 1)
+    plan = plan_for(settings, days[4])
+    assert plan.warm_start_ds is None
+    assert "had onetrans architecture: revision = 1, now 2" in plan.decision
+
+
+def test_a_training_from_before_revisions_is_continued(settings, days):
+    plan = finish(plan_for(settings, days[3]))
+    for name in plan.models:
+        file = storage.join(plan.model_path(name), FINISHED_FILE)
+        record = storage.read_json(file)
+        del record["architecture"]
         storage.write_json(file, record)
     assert plan_for(settings, days[4]).warm_start_ds == days[3]
 

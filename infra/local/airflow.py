@@ -24,6 +24,7 @@ from types import TracebackType
 
 from infra.local.airflow_api import AirflowApi
 from infra.local.processes import Server, ServerError, free_port, remember, stop, stop_remembered, wait_until
+from onetrans.errors import BadConfigError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 _ON_SQLITE = Path(__file__).parent / "on_sqlite"
@@ -95,8 +96,16 @@ class LocalAirflow:
             dags: folder of DAG files; default: the repository's.
             port: port of the API server and UI; default: 8080 if it is free, else any.
             parallelism: tasks that may run at once; default: :func:`default_parallelism`.
+
+        Raises:
+            BadConfigError: if ``home`` has a ``%`` in its path.
         """
         self.home = home.resolve()
+        if "%" in str(self.home):
+            raise BadConfigError(
+                f"{self.home} has a '%' in its path, which Airflow and MLflow read as a placeholder in the "
+                "address of their database; use a folder without it"
+            )
         self.dags = (dags or REPOSITORY / "dags").resolve()
         self.port = port or free_port(_PREFERRED_PORT)
         self.parallelism = parallelism or default_parallelism()

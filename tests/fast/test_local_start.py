@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from infra.local.__main__ import DEMO_CONFIG, chosen_config
-from infra.local.airflow import REPOSITORY
+from infra.local.airflow import REPOSITORY, LocalAirflow
+from onetrans.errors import BadConfigError
 
 
 def test_a_users_own_configuration_goes_before_the_demos(tmp_path: Path) -> None:
@@ -45,3 +46,8 @@ def test_a_python_of_another_version_is_refused_by_name(tmp_path: Path, version:
     assert done.returncode == 1
     assert done.stderr.strip() == f"setup: PYTHON={other} is not Python 3.11 or 3.12 (Python {version})"
     assert not (tmp_path / ".venv").exists()
+
+
+def test_a_folder_that_database_addresses_cannot_name_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadConfigError, match="100% done/airflow has a '%' in its path"):
+        LocalAirflow(tmp_path / "100% done" / "airflow")

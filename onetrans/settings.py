@@ -27,14 +27,15 @@ from onetrans.errors import BadConfigError
 SourceKind = Literal["files", "kuairand"]
 Preset = Literal["tiny", "small", "base", "large"]
 TrainingPrecision = Literal["auto", "float32", "bfloat16"]
+ServingPrecision = Literal["float32", "bfloat16"]
 GateMode = Literal["enabled", "dry_run", "off"]
 
 
 OWN_FILE = "onetrans.toml"
 """Configuration file of the working directory."""
 
-NOT_SETTINGS = frozenset({"ONETRANS_CONFIG", "ONETRANS_TRACEBACK"})
-"""Variables of this name's family that are no field: which file to read, and whether to show tracebacks."""
+NOT_SETTINGS = frozenset({"ONETRANS_CONFIG", "ONETRANS_TRACEBACK", "ONETRANS_SERVING_TOKEN"})
+"""Variables of this name's family that are no field: which file to read, whether to show tracebacks, a secret."""
 
 
 @dataclass(frozen=True)
@@ -220,6 +221,57 @@ class MlflowSettings:
 
 
 @dataclass(frozen=True)
+class ServingSettings:
+    """How ranking requests are answered. A bearer token comes from ``ONETRANS_SERVING_TOKEN``."""
+
+    host: str = "127.0.0.1"
+    """Interface the service listens on; by default this machine alone."""
+    port: int = 8765
+    """Its port; 0 takes a free one."""
+    device: str = "cpu"
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
+    precision: ServingPrecision = "float32"
+    """Of matrix products: ``float32``, or ``bfloat16``, whose scores differ in the third digit."""
+    threads: int = 1
+    """CPU threads of one forward pass; 0: all cores."""
+    cache_mib: int = 256
+    """Memory for keys and values of users, in MiB; 0 encodes every request afresh."""
+    batch_candidates: int = 512
+    """Most candidates scored together; a request is never divided."""
+    batch_wait_ms: float = 2.0
+    """Longest time a request waits for others to be scored with; 0 scores what is there."""
+    deadline_ms: int = 1000
+    """A request is answered within this time or not at all; a client may ask for less."""
+    queue_requests: int = 256
+    """Most requests that wait; those beyond are turned away with 429."""
+    max_requests: int = 32
+    """Most requests of one call."""
+    max_candidates: int = 1000
+    """Most candidates of one request."""
+    max_events: int = 4000
+    """Most past events of one request, all sequences together."""
+    max_body_kib: int = 4096
+    """Largest body of a call, in KiB."""
+    body_timeout_s: float = 5.0
+    """Time a client has to send its body."""
+    poll_s: float = 30.0
+    """Time between two looks at the alias the served model is named by."""
+
+    def __post_init__(self) -> None:
+        _one_of("serving.precision", self.precision, get_args(ServingPrecision))
+        _within("serving.port", self.port, 0, 65535)
+        for name in ("threads", "cache_mib", "batch_wait_ms"):
+            _at_least(f"serving.{name}", getattr(self, name), 0)
+        for name in (
+            "batch_candidates", "deadline_ms", "queue_requests", "max_requests", "max_candidates", "max_events",
+            "max_body_kib",
+        ):  # fmt: skip
+            _at_least(f"serving.{name}", getattr(self, name), 1)
+        for name in ("body_timeout_s", "poll_s"):
+            _at_least(f"serving.{name}", getattr(self, name), 0.1)
+
+
+@dataclass(frozen=True)
 class Settings:
     """All settings of a deployment."""
 
@@ -237,6 +289,8 @@ class Settings:
     """When a candidate replaces the champion."""
     mlflow: MlflowSettings = field(default_factory=MlflowSettings)
     """Where runs and models are recorded."""
+    serving: ServingSettings = field(default_factory=ServingSettings)
+    """How ranking requests are answered."""
 
 
 def config_file(environ: Mapping[str, str] | None = None) -> Path | None:

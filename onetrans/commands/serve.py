@@ -1,0 +1,101 @@
+"""``onetrans serve``: answer ranking requests over HTTP with a registered model, and follow its alias."""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import logging
+import os
+import socket
+from dataclasses import replace
+
+from onetrans.errors import BadConfigError
+from onetrans.settings import Settings, load_settings
+
+TOKEN_VARIABLE = "ONETRANS_SERVING_TOKEN"
+"""Holds the bearer token that clients have to send; without it none is asked for."""
+
+EXAMPLES = """examples:
+  onetrans serve
+  onetrans serve --model models:/onetrans-ranker@champion --port 8765
+  ONETRANS_SERVING_TOKEN=... onetrans serve --host 0.0.0.0"""
+
+logger = logging.getLogger(__name__)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    parser.add_argument(
+        "--model",
+        help="models:/NAME@ALIAS, models:/NAME/VERSION, runs:/RUN_ID or a folder (default: the champion)",
+    )
+    parser.add_argument("--host", help="interface to listen on (default: serving.host, this machine alone)")
+    parser.add_argument("--port", type=int, help="port; 0 takes a free one (default: serving.port)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Serve until SIGTERM or Ctrl-C; what was accepted by then is still answered."""
+    settings = chosen(load_settings(), arguments)
+    serve(arguments.model or f"models:/{settings.mlflow.registered_model}@champion", settings)
+    return 0
+
+
+def chosen(settings: Settings, arguments: argparse.Namespace) -> Settings:
+    """Return the settings with what the command line says."""
+    given = {name: getattr(arguments, name) for name in ("host", "port") if getattr(arguments, name) is not None}
+    return replace(settings, serving=replace(settings.serving, **given))
+
+
+def serve(address: str, settings: Settings) -> None:
+    """Load a model and answer requests until told to end.
+
+    Raises:
+        NotReadyError: if the alias names no version yet.
+        BadConfigError: if the address is not understood, or the port is taken.
+        BadDataError: if the model is refused.
+    """
+    import torch
+    import uvicorn
+
+    from onetrans.serving.app import RankingService
+    from onetrans.serving.watch import ServedModel
+
+    serving, token = settings.serving, os.environ.get(TOKEN_VARIABLE, "")
+    torch.set_num_threads(serving.threads or os.cpu_count() or 1)
+    listener = _listener(serving.host, serving.port)
+    try:
+        service = RankingService(ServedModel(address, settings), token)
+        if not token and not _is_loopback(serving.host):
+            logger.warning(
+                "listening on %s without a token: whoever reaches the port may ask; set %s",
+                serving.host,
+                TOKEN_VARIABLE,
+            )
+        config = uvicorn.Config(
+            service.app, log_level="warning", access_log=False, timeout_keep_alive=75, timeout_graceful_shutdown=15
+        )
+        host, port = listener.getsockname()[:2]
+        shown = f"[{host}]" if listener.family == socket.AF_INET6 else host
+        print(f"http://{shown}:{port}", flush=True)
+        uvicorn.Server(config).run(sockets=[listener])
+    finally:
+        listener.close()
+
+
+def _listener(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise BadConfigError(f"serving.host = {host!r}, serving.port = {port}: cannot listen there: {error}") from error
+    return listener
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

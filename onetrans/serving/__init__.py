@@ -1,0 +1,28 @@
+"""Scoring with a promoted model: the engine for a Python process, and the HTTP service around it.
+
+``engine``    raw values in, CTR, CVR and CTCVR out; the user's side is encoded once
+``prefix``    which keys and values of a user may be reused, and how events are appended
+``cache``     the users that are kept, bounded in bytes
+``source``    where a model comes from, and the check of its fixed batch
+``batcher``   requests scored together, deadlines, and what is turned away
+``watch``     follows the alias and swaps the model
+``app``       the HTTP interface
+``metrics``   figures in Prometheus' text format
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from onetrans.serving.engine import OneTransInferenceEngine
+
+__all__ = ["OneTransInferenceEngine"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "OneTransInferenceEngine":  # imports torch, which no command that merely reads settings needs
+        from onetrans.serving.engine import OneTransInferenceEngine
+
+        return OneTransInferenceEngine
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,324 @@
+"""The HTTP interface: ``POST /v1/rank``, ``/healthz``, ``/readyz``, ``/metrics``, and OpenAPI at ``/docs``.
+
+===  ======================================================================
+200  scores, best first
+400  the body is cut off, or a header cannot be read
+401  the bearer token is missing or wrong
+408  the body did not arrive in ``serving.body_timeout_s``
+413  the body is larger than ``serving.max_body_kib``
+422  what was sent does not fit the model; the message names the field
+429  too much waits; ``Retry-After`` says for how many seconds to stay away
+504  the deadline passed before the request was scored
+===  ======================================================================
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from typing import Any
+
+import msgspec
+import psutil
+from fastapi import FastAPI, Request, Response
+from starlette.requests import ClientDisconnect
+
+from onetrans import __version__
+from onetrans.errors import BadDataError
+from onetrans.serving.batcher import Batcher, DeadlineError, OverloadedError
+from onetrans.serving.calls import answer, answer_schema, call_schema, error_schema, read_call, shortened
+from onetrans.serving.metrics import (
+    CONTENT_TYPE,
+    LATENCY_BOUNDS_S,
+    SIZE_BOUNDS,
+    Counter,
+    Gauge,
+    Histogram,
+    Labels,
+    render,
+)
+from onetrans.serving.source import fixed_batch
+from onetrans.serving.watch import ServedModel
+
+logger = logging.getLogger(__name__)
+
+DEADLINE_HEADER = "x-deadline-ms"
+
+
+class CallError(Exception):
+    """A call that is answered with an error."""
+
+    def __init__(self, status: int, code: str, message: str, **headers: str) -> None:
+        super().__init__(message)
+        self.status, self.code, self.headers = status, code, headers
+
+    @property
+    def response(self) -> Response:
+        """The answer."""
+        body = msgspec.json.encode({"error": {"code": self.code, "message": str(self)}})
+        headers = {name.replace("_", "-"): value for name, value in self.headers.items()}
+        return Response(body, self.status, headers, media_type="application/json")
+
+
+class RankingService:
+    """One served model behind a batcher; ``app`` is what a web server runs."""
+
+    def __init__(self, served: ServedModel, token: str = "") -> None:
+        """Put a model behind HTTP; with a token, ``/v1/rank`` and ``/metrics`` ask for it."""
+        self.served = served
+        self.settings = served.settings.serving
+        self.token = token.encode()
+        self.batcher = Batcher(self.settings)
+        self._reading = ThreadPoolExecutor(1, thread_name_prefix="read")
+        self.calls = Counter("onetrans_calls_total", "Calls of /v1/rank by HTTP status; 499: the client went away.")
+        self.seconds = Histogram("onetrans_call_seconds", "Time of answered calls of /v1/rank.", LATENCY_BOUNDS_S)
+        self.candidates = Histogram("onetrans_call_candidates", "Candidates of answered calls.", SIZE_BOUNDS)
+        self.app = self._build()
+
+    def _build(self) -> FastAPI:
+        app = FastAPI(title="OneTrans ranking", version=__version__, lifespan=self._lifespan)
+        app.add_api_route("/v1/rank", self.rank, methods=["POST"], summary="Score the candidates of requests")
+        app.add_api_route("/healthz", self.health, methods=["GET"], summary="Is the process alive?")
+        app.add_api_route("/readyz", self.ready, methods=["GET"], summary="Which model answers?")
+        app.add_api_route("/metrics", self.metrics, methods=["GET"], summary="Figures for Prometheus")
+        plain = app.openapi
+
+        def described() -> dict[str, Any]:
+            if app.openapi_schema is None:
+                app.openapi_schema = self._describe(plain())
+            return app.openapi_schema
+
+        app.openapi = described  # type: ignore[method-assign]
+
+        def forget() -> None:
+            app.openapi_schema = None
+
+        self.served.on_swap = forget  # another version may have other features
+        return app
+
+    @asynccontextmanager
+    async def _lifespan(self, _: FastAPI) -> AsyncIterator[None]:
+        await self.batcher.start()
+        self.served.start()
+        try:
+            yield
+        finally:
+            await asyncio.get_running_loop().run_in_executor(None, self.served.stop)
+            await self.batcher.stop()
+            self._reading.shutdown()
+
+    # Routes
+
+    async def rank(self, request: Request) -> Response:
+        """Answer one call."""
+        began = time.monotonic()
+        try:
+            response = await self._rank(request, began)
+        except CallError as error:
+            response = error.response
+        except ClientDisconnect:
+            response = Response(status_code=499)
+        except Exception:
+            logger.exception("a call failed")
+            response = CallError(500, "internal", "the service failed; its log says why").response
+        self.calls.add(status=str(response.status_code))
+        if response.status_code == 200:
+            self.seconds.observe(time.monotonic() - began)
+        return response
+
+    async def _rank(self, request: Request, began: float) -> Response:
+        self._authorize(request)
+        deadline = began + self._deadline_s(request)
+        if self.batcher.waiting >= self.settings.queue_requests:
+            raise _overloaded(OverloadedError(1))
+        body = await self._body(request)
+        served = self.served.engine
+        try:
+            call = await asyncio.get_running_loop().run_in_executor(
+                self._reading, read_call, body, served.schema, self.settings
+            )
+            scoring = asyncio.ensure_future(
+                self.batcher.score(served, call.rows, call.users, call.candidates, deadline)
+            )
+            scores = await _unless_gone(scoring, request.receive)
+        except BadDataError as error:
+            raise CallError(422, "does_not_fit", str(error)) from error
+        except OverloadedError as error:
+            raise _overloaded(error) from error
+        except DeadlineError as error:
+            raise CallError(
+                504, "deadline", f"not scored within {1000 * (deadline - began):.0f} ms; nothing was done"
+            ) from error
+        self.candidates.observe(call.candidates)
+        return Response(answer(call, scores, served.source.version), media_type="application/json")
+
+    def _authorize(self, request: Request) -> None:
+        if not self.token:
+            return
+        kind, _, given = request.headers.get("authorization", "").partition(" ")
+        if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self.token):
+            raise CallError(
+                401, "token", "a bearer token is needed: Authorization: Bearer ...", WWW_Authenticate="Bearer"
+            )
+
+    def _deadline_s(self, request: Request) -> float:
+        given = request.headers.get(DEADLINE_HEADER)
+        if given is None:
+            return self.settings.deadline_ms / 1000
+        if not (given.isascii() and given.isdigit() and 0 < len(given) < 10 and int(given) > 0):
+            raise CallError(
+                400, "header", f"{DEADLINE_HEADER} is {given[:50]!r}, needed are whole milliseconds, at least 1"
+            )
+        return min(int(given), self.settings.deadline_ms) / 1000
+
+    async def _body(self, request: Request) -> bytes:
+        limit = self.settings.max_body_kib << 10
+        too_large = CallError(
+            413, "body", f"the body is larger than {limit} bytes (serving.max_body_kib)", Connection="close"
+        )
+        announced = request.headers.get("content-length", "")
+        if announced.isdigit() and int(announced[:15]) > limit:
+            raise too_large
+        parts, size = [], 0
+        try:
+            async with asyncio.timeout(self.settings.body_timeout_s):
+                async for part in request.stream():
+                    size += len(part)
+                    if size > limit:
+                        raise too_large
+                    parts.append(part)
+        except TimeoutError as error:
+            raise CallError(
+                408,
+                "body",
+                f"the body did not arrive within {self.settings.body_timeout_s:g} s ({size} bytes did)",
+                Connection="close",
+            ) from error
+        return b"".join(parts)
+
+    async def health(self) -> dict[str, str]:
+        """Tell that the process answers."""
+        return {"status": "alive"}
+
+    async def ready(self) -> dict[str, Any]:
+        """Tell which model answers."""
+        engine = self.served.engine
+        return {
+            "status": "ready",
+            "model": self.served.address,
+            "version": engine.source.version,
+            "day": engine.source.day,
+            "since": self.served.since,
+            "refused_version": self.served.refused,
+            "fixed_batch_difference": engine.difference,
+        }
+
+    async def metrics(self, request: Request) -> Response:
+        """Return the page that Prometheus reads."""
+        try:
+            self._authorize(request)
+        except CallError as error:
+            return error.response
+        return Response(render(self._metrics()), media_type=CONTENT_TYPE)
+
+    def _metrics(self) -> list[Counter | Gauge | Histogram]:
+        engine, batcher, served, process = self.served.engine, self.batcher, self.served, psutil.Process()
+        counts = engine.cache.counts
+        found: dict[Labels, float] = {
+            (("result", result),): getattr(counts, result) for result in ("equal", "appended", "encoded")
+        }
+        info: Labels = tuple(sorted({"version": engine.source.version, "day": engine.source.day}.items()))
+        return [
+            self.calls,
+            self.seconds,
+            self.candidates,
+            Gauge("onetrans_queue_requests", "Requests that wait.", lambda: batcher.waiting),
+            Gauge("onetrans_batches_total", "Forward passes.", lambda: batcher.batches, "counter"),
+            Gauge("onetrans_scored_requests_total", "Requests scored.", lambda: batcher.scored, "counter"),
+            Gauge("onetrans_scoring_seconds_total", "Time spent scoring.", lambda: batcher.busy_s, "counter"),
+            Gauge("onetrans_user_cache_bytes", "Memory of users that are kept.", lambda: engine.cache.bytes),
+            Gauge("onetrans_user_cache_users", "Users that are kept.", lambda: len(engine.cache)),
+            Gauge(
+                "onetrans_user_cache_requests_total", "Requests by what was kept.", lambda: found, "counter"
+            ),
+            Gauge("onetrans_user_cache_evicted_total", "Users dropped for room.", lambda: counts.evicted, "counter"),
+            Gauge("onetrans_model", "The model that answers.", lambda: {info: 1.0}),
+            Gauge("onetrans_model_swaps_total", "Versions that took over.", lambda: served.swaps, "counter"),
+            Gauge("onetrans_model_refused_total", "Versions that were refused.", lambda: served.refusals, "counter"),
+            Gauge(
+                "onetrans_registry_failures_total", "Looks at the registry that failed.",
+                lambda: served.failed_looks, "counter",
+            ),
+            Gauge("process_resident_memory_bytes", "Resident memory.", lambda: process.memory_info().rss),
+            Gauge("process_cpu_seconds_total", "Processor time.", lambda: sum(process.cpu_times()[:2]), "counter"),
+        ]  # fmt: skip
+
+    # OpenAPI
+
+    def _describe(self, schema: dict[str, Any]) -> dict[str, Any]:
+        engine = self.served.engine
+        content: dict[str, Any] = {"schema": call_schema(engine.schema, self.settings)}
+        kept = fixed_batch(engine.source)
+        if kept is not None:
+            one = shortened(kept[0][0])
+            content["examples"] = {
+                "one request": {"value": one},
+                "several requests": {"value": {"requests": [one, shortened(kept[0][-1])]}},
+            }
+        error = {"application/json": {"schema": error_schema()}}
+        says = {
+            400: "a header cannot be read",
+            401: "the bearer token is missing or wrong",
+            408: "the body did not arrive in time",
+            413: "the body is too large",
+            422: "what was sent does not fit the model; the message names the field",
+            429: "too much waits; see Retry-After",
+            504: "the deadline passed before the request was scored",
+        }
+        operation = schema["paths"]["/v1/rank"]["post"]
+        operation["requestBody"] = {"required": True, "content": {"application/json": content}}
+        operation["parameters"] = [
+            {
+                "name": DEADLINE_HEADER,
+                "in": "header",
+                "required": False,
+                "description": f"milliseconds within which the answer is of use; at most {self.settings.deadline_ms}",
+                "schema": {"type": "integer", "minimum": 1},
+            }
+        ]
+        operation["responses"] = {
+            "200": {"description": "scores", "content": {"application/json": {"schema": answer_schema()}}},
+            **{str(status): {"description": text, "content": error} for status, text in says.items()},
+        }
+        return schema
+
+
+async def _unless_gone(scoring: asyncio.Future[Any], receive: Callable[[], Awaitable[Any]]) -> Any:
+    """Return what ``scoring`` gives; if the client goes away first, give up its place in the queue.
+
+    Raises:
+        ClientDisconnect: if it went away.
+    """
+    gone = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait({scoring, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not scoring.done():
+            raise ClientDisconnect
+        return scoring.result()
+    finally:
+        gone.cancel()
+        scoring.cancel()
+
+
+async def _disconnected(receive: Callable[[], Awaitable[Any]]) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _overloaded(error: OverloadedError) -> CallError:
+    return CallError(429, "overloaded", str(error), Retry_After=str(error.retry_after_s))

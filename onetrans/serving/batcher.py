@@ -1,0 +1,229 @@
+"""Requests of several clients scored together, with deadlines, and a queue that does not grow without end.
+
+One thread scores; while it does, requests gather and go together into its next turn.  A request that finds the thread
+idle waits ``serving.batch_wait_ms`` at most for others.
+
+A call is turned away at once (:class:`OverloadedError`) when the queue is full, or when what waits before it will take
+longer than its deadline allows; that is judged by how fast recent work went.  What is past its deadline when its turn
+comes is not scored, and neither is what its client no longer waits for: under overload no time goes to answers that
+nobody reads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from onetrans.errors import BadDataError
+from onetrans.serving.engine import Probabilities
+from onetrans.settings import ServingSettings
+
+logger = logging.getLogger(__name__)
+
+REQUEST_WORK = 40
+"""What a request costs beside its candidates, in candidates (measured for `small`, a history to encode)."""
+
+_FORGET = 0.2
+_FIRST_GUESS_S = 2e-4
+
+
+class Scorer(Protocol):
+    """What scores a batch: an engine."""
+
+    def score(self, rows: pa.RecordBatch, users: Sequence[str | None]) -> Probabilities:
+        """Return the scores of all candidates of ``rows``."""
+
+
+class OverloadedError(Exception):
+    """The service has more to do than it can in time."""
+
+    def __init__(self, retry_after_s: float) -> None:
+        super().__init__("more requests wait than can be answered in time; try again later")
+        self.retry_after_s = max(1, math.ceil(retry_after_s))
+
+
+class DeadlineError(Exception):
+    """A request's turn came after its deadline."""
+
+
+@dataclass(eq=False)
+class Work:
+    """A call that waits for its scores."""
+
+    scorer: Scorer
+    """The model its rows were encoded for."""
+    rows: pa.RecordBatch
+    """Its requests."""
+    users: list[str | None]
+    """The user of each."""
+    candidates: int
+    """Candidates of all of them."""
+    deadline: float
+    """On the clock of :func:`time.monotonic`."""
+    future: asyncio.Future[Probabilities]
+    """Gets the scores."""
+
+    @property
+    def cost(self) -> int:
+        """Work, in candidates."""
+        return self.candidates + REQUEST_WORK * len(self.users)
+
+
+class Batcher:
+    """Gathers calls and scores them in one thread; lives in one event loop."""
+
+    def __init__(self, settings: ServingSettings) -> None:
+        self.settings = settings
+        self.batches = 0
+        self.scored = 0
+        self.busy_s = 0.0
+        self._waiting: deque[Work] = deque()
+        self._requests = 0
+        self._ahead = 0
+        self._seconds_per_work = _FIRST_GUESS_S
+        self._arrived = asyncio.Event()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="score")
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait."""
+        return self._requests
+
+    async def start(self) -> None:
+        """Begin to score."""
+        self._task = asyncio.create_task(self._run())
+
+    async def stop(self) -> None:
+        """Score what still waits, then end."""
+        while self._waiting:
+            await asyncio.sleep(0.01)
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+        self._pool.shutdown()
+
+    async def score(
+        self, scorer: Scorer, rows: pa.RecordBatch, users: list[str | None], candidates: int, deadline: float
+    ) -> Probabilities:
+        """Return the scores of a call's requests.
+
+        Raises:
+            OverloadedError: if the call is turned away.
+            DeadlineError: if it was not scored in time.
+            BadDataError: if it cannot be scored.
+        """
+        now = time.monotonic()
+        work = Work(scorer, rows, users, candidates, deadline, asyncio.get_running_loop().create_future())
+        wait = self._ahead * self._seconds_per_work
+        if self._ahead and (
+            self._requests + len(users) > self.settings.queue_requests
+            or now + wait + work.cost * self._seconds_per_work > deadline
+        ):
+            raise OverloadedError(wait)
+        self._waiting.append(work)
+        self._requests += len(users)
+        self._ahead += work.cost
+        self._arrived.set()
+        try:
+            async with asyncio.timeout(max(deadline - now, 0)):
+                return await work.future
+        except TimeoutError:
+            raise DeadlineError from None
+
+    async def _run(self) -> None:
+        while True:
+            self._arrived.clear()
+            if not self._waiting:
+                await self._arrived.wait()
+                await self._gather()
+            batch = self._next()
+            if batch:
+                await self._score(batch)
+
+    async def _gather(self) -> None:
+        """Wait a moment for company: the thread was idle when the first request came."""
+        until = time.monotonic() + self.settings.batch_wait_ms / 1000
+        while sum(work.candidates for work in self._waiting) < self.settings.batch_candidates:
+            left = until - time.monotonic()
+            if left <= 0:
+                return
+            self._arrived.clear()
+            try:
+                async with asyncio.timeout(left):
+                    await self._arrived.wait()
+            except TimeoutError:
+                return
+
+    def _next(self) -> list[Work]:
+        """Take the next calls out of the queue: those of one model that fit, without those nobody waits for."""
+        batch: list[Work] = []
+        taken = 0
+        while self._waiting:
+            work = self._waiting[0]
+            if work.future.done() or work.deadline <= time.monotonic():
+                self._take(work)
+                continue
+            if batch and (
+                work.scorer is not batch[0].scorer or taken + work.candidates > self.settings.batch_candidates
+            ):
+                break
+            self._take(work)
+            batch.append(work)
+            taken += work.candidates
+        return batch
+
+    def _take(self, work: Work) -> None:
+        self._waiting.popleft()
+        self._requests -= len(work.users)
+        self._ahead -= work.cost
+        if not work.future.done() and work.deadline <= time.monotonic():
+            work.future.set_exception(DeadlineError())
+
+    async def _score(self, batch: list[Work]) -> None:
+        cost = sum(work.cost for work in batch)
+        self._ahead += cost  # It is still ahead of what comes now.
+        began = time.monotonic()
+        try:
+            results = await asyncio.get_running_loop().run_in_executor(self._pool, score_together, batch)
+        finally:
+            self._ahead -= cost
+        spent = time.monotonic() - began
+        self.batches += 1
+        self.scored += sum(len(work.users) for work in batch)
+        self.busy_s += spent
+        self._seconds_per_work += _FORGET * (spent / cost - self._seconds_per_work)
+        for work, result in zip(batch, results, strict=True):
+            if work.future.done():
+                continue  # its client has gone, or its deadline has passed
+            if isinstance(result, BaseException):
+                work.future.set_exception(result)
+            else:
+                work.future.set_result(result)
+
+
+def score_together(batch: Sequence[Work]) -> list[Probabilities | Exception]:
+    """Score calls of one model at once; if that fails each by itself, so that one bad call fails alone."""
+    try:
+        rows = pa.Table.from_batches([work.rows for work in batch]).combine_chunks().to_batches()[0]
+        scores = batch[0].scorer.score(rows, [user for work in batch for user in work.users])
+    except Exception as error:
+        if len(batch) == 1:
+            if not isinstance(error, BadDataError):
+                logger.exception("a request could not be scored")
+            return [error]
+        return [result for work in batch for result in score_together([work])]
+    bounds = np.cumsum([work.candidates for work in batch])[:-1]
+    return [Probabilities(*pair) for pair in zip(*(np.split(x_N, bounds) for x_N in scores), strict=True)]

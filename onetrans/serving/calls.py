@@ -1,0 +1,213 @@
+"""What a call to the service says, read and checked: JSON to rows, with an error that names the field."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+
+from onetrans.errors import BadDataError
+from onetrans.requests import to_rows
+from onetrans.schema import Feature, FeatureSchema
+from onetrans.serving.engine import Probabilities, ranked, user_of
+from onetrans.settings import ServingSettings
+
+FIELDS = ("request_id", "user_id", "ts", "user", "context", "sequences", "candidates")
+"""Fields of a request."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call that can be scored."""
+
+    rows: pa.RecordBatch
+    """Its requests."""
+    users: list[str | None]
+    """User of each."""
+    request_ids: list[str | None]
+    """What the client calls each."""
+    items: list[list[str]]
+    """Candidates of each."""
+
+    @property
+    def candidates(self) -> int:
+        """Candidates of all requests."""
+        return sum(map(len, self.items))
+
+
+def read_call(body: bytes, schema: FeatureSchema, limits: ServingSettings) -> Call:
+    """Read the body of ``POST /v1/rank``: one request, or ``{"requests": [...]}``.
+
+    Raises:
+        BadDataError: naming what does not fit.
+    """
+    try:
+        given = msgspec.json.decode(body)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise BadDataError(f"the body is not valid JSON: {error}") from error
+    if not isinstance(given, dict):
+        raise BadDataError('the body must be a JSON object: a request, or {"requests": [...]}')
+    requests = given.get("requests", [given])
+    if "requests" in given and len(given) > 1:
+        raise BadDataError("beside 'requests' the body may hold nothing else")
+    if not isinstance(requests, list) or not requests:
+        raise BadDataError("'requests' must be a list of one request at least")
+    if len(requests) > limits.max_requests:
+        raise BadDataError(f"there are {len(requests)} requests, serving.max_requests allows {limits.max_requests}")
+    for number, request in enumerate(requests):
+        _check_limits(request, number, limits)
+    users = [user_of(request) for request in requests]
+    rows = to_rows(requests, schema)
+    _check_times(rows, requests, schema)
+    return Call(
+        rows,
+        users,
+        [request.get("request_id") for request in requests],
+        [[candidate["item_id"] for candidate in request["candidates"]] for request in requests],
+    )
+
+
+def answer(call: Call, scores: Probabilities, version: str) -> bytes:
+    """Return the body of the answer."""
+    results, start = [], 0
+    for request_id, items in zip(call.request_ids, call.items, strict=True):
+        part = slice(start, start + len(items))
+        results.append({"request_id": request_id, "items": ranked(items, scores.ctr_N[part], scores.cvr_N[part])})
+        start += len(items)
+    return msgspec.json.encode({"model_version": version, "results": results})
+
+
+def _check_limits(request: Any, number: int, limits: ServingSettings) -> None:
+    where = f"request {number}"
+    if not isinstance(request, dict):
+        raise BadDataError(f"{where} must be a JSON object")
+    where = f"request {request.get('request_id') or number}"[:200]
+    unknown = sorted(set(request) - set(FIELDS))
+    if unknown:
+        raise BadDataError(f"{where}: {unknown[0][:100]!r} is not known; its fields are {', '.join(FIELDS)}")
+    candidates = request.get("candidates")
+    if isinstance(candidates, list) and len(candidates) > limits.max_candidates:
+        raise BadDataError(
+            f"{where}: there are {len(candidates)} candidates, serving.max_candidates allows {limits.max_candidates}"
+        )
+    sequences = request.get("sequences")
+    if isinstance(sequences, dict):
+        events = sum(len(events) for events in sequences.values() if isinstance(events, list))
+        if events > limits.max_events:
+            raise BadDataError(f"{where}: there are {events} events, serving.max_events allows {limits.max_events}")
+
+
+def _check_times(rows: pa.RecordBatch, requests: list[dict[str, Any]], schema: FeatureSchema) -> None:
+    """Refuse an event that is not before its request: the model never saw one, and a label could leak."""
+    ts_R = rows.column("ts").view(pa.int64()).to_numpy()
+    for sequence in schema.sequences:
+        events = rows.column(sequence.column)
+        owner_E = np.repeat(np.arange(len(requests)), np.diff(events.offsets.to_numpy()))
+        ts_E = events.values.field("ts").view(pa.int64()).to_numpy()
+        late_E = ts_E >= ts_R[owner_E]
+        if late_E.any():
+            event = int(np.argmax(late_E))
+            number = int(owner_E[event])
+            raise BadDataError(
+                f"request {requests[number].get('request_id') or number}, sequence {sequence.name}: an event has ts "
+                f"{ts_E[event]}, which is not before the request's, {ts_R[number]}"
+            )
+
+
+# The interface as a JSON schema
+
+
+def call_schema(schema: FeatureSchema, limits: ServingSettings) -> dict[str, Any]:
+    """Return the JSON schema of a call's body for a model with this feature schema."""
+    one = request_schema(schema, limits)
+    several = _object(
+        {"requests": {"type": "array", "items": one, "minItems": 1, "maxItems": limits.max_requests}}, ["requests"]
+    )
+    return {"oneOf": [one, several]}
+
+
+def request_schema(schema: FeatureSchema, limits: ServingSettings) -> dict[str, Any]:
+    """Return the JSON schema of one request."""
+    time = {
+        "description": "microseconds since 1970-01-01 UTC, or ISO 8601 with an offset",
+        "anyOf": [{"type": "integer", "minimum": 0, "maximum": 2**53 - 1}, {"type": "string", "format": "date-time"}],
+    }
+    text_or_null = {"anyOf": [{"type": "string"}, {"type": "null"}]}
+    event = _features(schema.of_side("event"), {"ts": time})
+    candidate = _features(schema.of_side("item"), {"item_id": {"type": "string"}})
+    sequences = {
+        s.name: {"type": "array", "items": event, "description": f"the latest {s.max_length} are read"}
+        for s in schema.sequences
+    }
+    properties: dict[str, Any] = {
+        "request_id": {**text_or_null, "description": "returned as it is"},
+        "user_id": {**text_or_null, "description": "lets the service keep the user's side for the next request"},
+        "ts": time,
+        "user": _features(schema.of_side("user"), {}),
+        "context": _features(schema.of_side("context"), {}),
+        "sequences": _object(sequences, list(sequences)),
+        "candidates": {"type": "array", "items": candidate, "minItems": 1, "maxItems": limits.max_candidates},
+    }
+    required = ["ts", "user", "candidates"]
+    required += ["context"] if schema.of_side("context") else []
+    required += ["sequences"] if schema.sequences else []
+    return _object(properties, required)
+
+
+def answer_schema() -> dict[str, Any]:
+    """Return the JSON schema of an answer."""
+    share = {"type": "number", "minimum": 0, "maximum": 1}
+    item = _object(
+        {
+            "item_id": {"type": "string"},
+            "index": {"type": "integer", "description": "place among the candidates of the request, from 0"},
+            "ctr": {**share, "description": "P(click | impression)"},
+            "cvr": {**share, "description": "P(conversion | click)"},
+            "ctcvr": {**share, "description": "ctr * cvr; items are ordered by it, best first"},
+        },
+        ["item_id", "index", "ctr", "cvr", "ctcvr"],
+    )
+    result = _object(
+        {"request_id": {"anyOf": [{"type": "string"}, {"type": "null"}]}, "items": {"type": "array", "items": item}},
+        ["request_id", "items"],
+    )
+    return _object(
+        {"model_version": {"type": "string"}, "results": {"type": "array", "items": result}},
+        ["model_version", "results"],
+    )
+
+
+def error_schema() -> dict[str, Any]:
+    """Return the JSON schema of an error."""
+    error = _object({"code": {"type": "string"}, "message": {"type": "string"}}, ["code", "message"])
+    return _object({"error": error}, ["error"])
+
+
+def shortened(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a request with a user, two events per sequence and two candidates: an example one can read."""
+    sequences = {name: list(events)[-2:] for name, events in (request.get("sequences") or {}).items()}
+    return {**request, "user_id": "u1", "sequences": sequences, "candidates": list(request["candidates"])[:2]}
+
+
+def _features(features: tuple[Feature, ...], also: dict[str, Any]) -> dict[str, Any]:
+    properties = {**also, **{feature.name: _value_schema(feature) for feature in features}}
+    return _object(properties, list(properties))
+
+
+def _value_schema(feature: Feature) -> dict[str, Any]:
+    kinds: dict[str, list[dict[str, Any]]] = {
+        "hashed": [{"type": "string"}, {"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1}],
+        "bucketized": [{"type": "number"}],
+        "vector": [{"type": "array", "items": {"type": "number"}, "minItems": feature.dim, "maxItems": feature.dim}],
+    }
+    says = {"hashed": "text; a whole number is a stored 64-bit hash, not an id", "bucketized": "", "vector": ""}
+    schema: dict[str, Any] = {"anyOf": [*kinds[feature.kind], {"type": "null"}]}
+    return {**schema, "description": says[feature.kind]} if says[feature.kind] else schema
+
+
+def _object(properties: dict[str, Any], required: list[str]) -> dict[str, Any]:
+    return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}

@@ -1,0 +1,384 @@
+"""The service as clients see it: the scores of the offline path, refusals, overload, and clients that misbehave."""
+
+import copy
+import json
+import socket
+import threading
+import time
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from served import SCHEMA, rows_of, running, save, serve_folder, settings_of
+
+from onetrans.errors import BadConfigError, BadDataError
+from onetrans.requests import from_rows, score
+from onetrans.serving import OneTransInferenceEngine
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("served")
+    save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    return rows_of(tmp_path_factory.mktemp("rows"))
+
+
+@pytest.fixture(scope="module")
+def requests(rows):
+    users = rows["user_id"].to_pylist()
+    return [{**request, "user_id": user} for request, user in zip(from_rows(rows, SCHEMA), users, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def service(folder):
+    return serve_folder(folder)
+
+
+@pytest.fixture(scope="module")
+def client(service):
+    with running(service) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def expected(folder, requests):
+    """Scores of the offline path, by request and place among its candidates."""
+    engine = OneTransInferenceEngine(str(folder), settings_of(folder))
+    table = score(engine.model, requests)
+    found, start = {}, 0
+    for request in requests:
+        part = table.slice(start, len(request["candidates"]))
+        found[request["request_id"]] = np.stack([part["ctr"].to_numpy(), part["cvr"].to_numpy()], axis=1)
+        start += len(request["candidates"])
+    return found
+
+
+def _scores(result):
+    items = sorted(result["items"], key=lambda item: item["index"])
+    return np.array([[item["ctr"], item["cvr"]] for item in items])
+
+
+def test_published_rows_sent_as_json_get_the_scores_of_the_offline_path(client, requests, expected):
+    """Twice: at first nothing is kept of a user, then everything is."""
+    for _ in range(2):
+        for start in range(0, len(requests), 7):
+            sent = requests[start : start + 7]
+            answer = client.post("/v1/rank", json={"requests": sent} if start else sent[0])
+            assert answer.status_code == 200, answer.text
+            results = answer.json()["results"]
+            for request, result in zip(sent, results, strict=False):
+                np.testing.assert_allclose(_scores(result), expected[request["request_id"]], atol=1e-5)
+                ctcvr = [item["ctcvr"] for item in result["items"]]
+                assert ctcvr == sorted(ctcvr, reverse=True)
+                named = [request["candidates"][item["index"]]["item_id"] for item in result["items"]]
+                assert named == [item["item_id"] for item in result["items"]]
+    page = client.get("/metrics").text
+    kept = {line.split()[0]: float(line.split()[1]) for line in page.splitlines() if line.startswith("onetrans_user")}
+    assert kept['onetrans_user_cache_requests_total{result="equal"}'] > 0
+    assert kept['onetrans_user_cache_requests_total{result="encoded"}'] > 0
+    assert kept["onetrans_user_cache_bytes"] > 0
+
+
+def test_events_are_appended_to_what_is_kept(folder, requests):
+    engine = OneTransInferenceEngine(str(folder), settings_of(folder))
+    without = OneTransInferenceEngine(str(folder), settings_of(folder, cache_mib=0))
+    longest = max(requests, key=lambda request: sum(map(len, request["sequences"].values())))
+    times = sorted(event["ts"] for events in longest["sequences"].values() for event in events)
+    for seen in (times[2], times[4], times[-1], times[-1] + 1):
+        request = copy.deepcopy(longest)
+        for name, events in request["sequences"].items():
+            request["sequences"][name] = [event for event in events if event["ts"] < seen]
+        for ours, theirs in zip(engine.rank(request), without.rank(request), strict=True):
+            assert ours["ctr"] == pytest.approx(theirs["ctr"], abs=1e-6)
+            assert ours["cvr"] == pytest.approx(theirs["cvr"], abs=1e-6)
+    assert engine.cache.counts.appended >= 2
+    assert engine.cache.counts.encoded == 1
+    assert len(without.cache) == 0
+
+
+def test_single_inference_is_one_candidate_of_a_request(folder, requests, expected):
+    engine = OneTransInferenceEngine(str(folder), settings_of(folder))
+    request = requests[0]
+    for number, item in enumerate(request["candidates"]):
+        found = engine.single_inference(
+            request["user"], item, request["context"], request["sequences"], ts=request["ts"], user_id="u"
+        )
+        ctr, cvr = expected[request["request_id"]][number]
+        assert found["ctr"] == pytest.approx(ctr, abs=1e-5)
+        assert found["ctcvr"] == pytest.approx(ctr * cvr, abs=1e-5)
+    now = engine.single_inference(request["user"], request["candidates"][0], request["context"], request["sequences"])
+    assert 0 < now["ctr"] < 1
+
+
+def test_a_model_that_scores_otherwise_is_refused(tmp_path):
+    save(tmp_path)
+    kept = tmp_path / "check" / "scores.json"
+    scores = json.loads(kept.read_text())
+    scores[3]["cvr"] += 0.001
+    kept.write_text(json.dumps(scores))
+    with pytest.raises(BadDataError, match=r"does not score as it did when it was logged.*differs by 0.001"):
+        OneTransInferenceEngine(str(tmp_path), settings_of(tmp_path))
+    with pytest.raises(BadConfigError, match="names no model"):
+        OneTransInferenceEngine(str(tmp_path / "nothing"), settings_of(tmp_path))
+
+
+def _with(request, change):
+    changed = copy.deepcopy(request)
+    change(changed)
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda r: r["user"].pop("user_ctr"), "user: feature 'user_ctr' is absent; write null"),
+        (lambda r: r["user"].update(age=3), "'age' is not known"),
+        (lambda r: r.update(contexts={}), "'contexts' is not known; its fields are request_id"),
+        (lambda r: r.update(user_id=7), "user_id is 7, needed is text or null"),
+        (lambda r: r.update(user=[1]), "user is [1], needed are names and values"),
+        (lambda r: r.update(candidates={}), "candidates: {} is not a list"),
+        (lambda r: r["candidates"].__setitem__(0, 3), "candidate is 3, needed are names and values"),
+        (lambda r: r["candidates"][0].update(item_ctr="high"), "feature 'item_ctr' is 'high', needed is a number"),
+        (lambda r: r.update(ts="noon"), "ts is 'noon', needed are microseconds"),
+        (lambda r: r.update(ts=10**30), "needed are microseconds"),
+        (lambda r: r.update(candidates=r["candidates"][:1] * 1001), "there are 1001 candidates, serving.max_cand"),
+        (lambda r: r["sequences"].pop("purchase"), "sequence purchase is absent"),
+        (lambda r: r["sequences"]["click"].append({"ts": r["ts"], "event_item": "i", "event_author": "a"}),
+         "sequence click: an event has ts"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_named(client, requests, change, words):
+    answer = client.post("/v1/rank", json=_with(requests[0], change))
+    assert answer.status_code == 422
+    assert words in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        *(b"", b"{", b"[]", b"3", b'{"requests": []}', b'{"requests": 3}', b"\xff", b"[" * 100_000, b'{"ts": NaN}'),
+        b'{"request_id": "\\ud800", "ts": 1, "user": {}, "context": {}, "sequences": {}, "candidates": []}',
+    ],
+)
+def test_a_body_that_is_no_request_is_refused(client, body):
+    answer = client.post("/v1/rank", content=body)
+    assert answer.status_code == 422
+    assert answer.json()["error"]["message"]
+
+
+def test_text_and_time_as_a_person_writes_them(client, requests):
+    request = _with(requests[0], lambda r: r.update(ts="2026-01-31T12:00:00+01:00"))
+    same = _with(requests[0], lambda r: r.update(ts=1_769_857_200_000_000))
+    for changed in (request, same):
+        changed["user"]["user"] = "u7"
+        for events in changed["sequences"].values():
+            events.clear()
+    answers = [client.post("/v1/rank", json=changed).json() for changed in (request, same)]
+    assert answers[0] == answers[1]
+
+
+# Fuzzing
+
+
+def _values(schema):
+    """Return a strategy of values that fit a JSON schema of the kind the service describes itself with."""
+    if "oneOf" in schema or "anyOf" in schema:
+        return st.one_of([_values(part) for part in schema.get("oneOf") or schema["anyOf"]])
+    kind = schema["type"]
+    if kind == "object":
+        return st.fixed_dictionaries(
+            {name: _values(part) for name, part in schema["properties"].items() if name in schema["required"]},
+            optional={name: _values(p) for name, p in schema["properties"].items() if name not in schema["required"]},
+        )
+    if kind == "array":
+        least = schema.get("minItems", 0)
+        return st.lists(_values(schema["items"]), min_size=least, max_size=min(schema.get("maxItems", 3), least + 2))
+    return {
+        "string": st.text(max_size=8),
+        "null": st.none(),
+        "integer": st.integers(schema.get("minimum"), schema.get("maximum")),
+        "number": st.floats(allow_nan=False, allow_infinity=False) | st.integers(),
+    }[kind]
+
+
+_ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@st.composite
+def _damaged(draw, whole):
+    """Return a value with one part of it replaced by anything, or taken away."""
+    value = draw(whole)
+    parent, part = None, value
+    for _ in range(draw(st.integers(1, 6))):
+        if not isinstance(part, dict | list) or not part:
+            break
+        key = draw(st.sampled_from(sorted(part))) if isinstance(part, dict) else draw(st.integers(0, len(part) - 1))
+        parent, part = (part, key), part[key]
+    if parent is None:
+        return draw(_ANYTHING)
+    if draw(st.booleans()):
+        parent[0][parent[1]] = draw(_ANYTHING)
+    else:
+        del parent[0][parent[1]]
+    return value
+
+
+@pytest.fixture(scope="module")
+def described(client):
+    document = client.get("/openapi.json").json()
+    body = document["paths"]["/v1/rank"]["post"]["requestBody"]["content"]["application/json"]
+    return _values(body["schema"]), body["examples"]
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_fuzzed_requests_never_break_the_service(client, described, damaged):
+    """Values that fit the service's own description, and such with one part damaged."""
+    whole, _ = described
+
+    @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+    @given(_damaged(whole) if damaged else whole)
+    def ask(value):
+        try:
+            body = json.dumps(value).encode()
+        except (UnicodeEncodeError, ValueError):
+            return
+        answer = client.post("/v1/rank", content=body)
+        assert answer.status_code in (200, 422), answer.text
+        if answer.status_code == 200:
+            assert all(np.isfinite(_scores(result)).all() for result in answer.json()["results"])
+
+    ask()
+    assert client.get("/healthz").status_code == 200
+
+
+def test_the_examples_of_the_description_are_answered(client, described):
+    for example in described[1].values():
+        assert client.post("/v1/rank", json=example["value"]).status_code == 200
+
+
+# Limits, clients that misbehave, overload
+
+
+def test_a_token_is_asked_for(folder, requests):
+    with running(serve_folder(folder, token="secret")) as client:
+        assert client.post("/v1/rank", json=requests[0]).status_code == 401
+        wrong = client.post("/v1/rank", json=requests[0], headers={"Authorization": "Bearer public"})
+        assert wrong.status_code == 401
+        assert wrong.headers["www-authenticate"] == "Bearer"
+        assert client.get("/metrics").status_code == 401
+        assert client.get("/healthz").status_code == client.get("/readyz").status_code == 200
+        right = client.post("/v1/rank", json=requests[0], headers={"Authorization": "Bearer secret"})
+        assert right.status_code == 200
+
+
+def _send(client, head, body=b""):
+    """Open a connection by hand and send the beginning of a call."""
+    connection = socket.create_connection((client.base_url.host, client.base_url.port), timeout=30)
+    connection.sendall(b"POST /v1/rank HTTP/1.1\r\nHost: x\r\n" + head + b"\r\n\r\n" + body)
+    return connection
+
+
+def test_slow_and_vanished_clients_harm_no_other(folder, requests):
+    service = serve_folder(folder, body_timeout_s=0.5, max_body_kib=64)
+    whole = json.dumps(requests[0]).encode()
+    head = b"Content-Length: " + str(len(whole)).encode()
+    with running(service) as client:
+        slow = [_send(client, head, whole[:100]) for _ in range(30)]
+        gone = [_send(client, head, whole) for _ in range(10)]
+        for connection in gone:
+            connection.close()
+        large = _send(client, b"Content-Length: 100000000")
+        assert large.recv(100).startswith(b"HTTP/1.1 413")
+        chunked = _send(client, b"Transfer-Encoding: chunked", b"20000\r\n" + b" " * 0x20000)
+        assert chunked.recv(100).startswith(b"HTTP/1.1 413")
+        assert client.post("/v1/rank", json=requests[0]).status_code == 200
+        assert all(connection.recv(100).startswith(b"HTTP/1.1 408") for connection in slow)
+        assert client.post("/v1/rank", json=requests[0]).status_code == 200
+        assert service.batcher.waiting == 0
+        for connection in (*slow, large, chunked):
+            connection.close()
+
+
+class SlowEngine:
+    """The engine of a service, made to take its time."""
+
+    def __init__(self, engine, seconds):
+        self.engine, self.seconds, self.turns = engine, seconds, []
+
+    def __getattr__(self, name):
+        return getattr(self.engine, name)
+
+    def score(self, rows, users):
+        self.turns.append(len(users))
+        time.sleep(self.seconds)
+        return self.engine.score(rows, users)
+
+
+def _at_once(client, count, request, **kwargs):
+    answers = [None] * count
+
+    def ask(number):
+        answers[number] = client.post("/v1/rank", json=request, **kwargs)
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return answers
+
+
+def test_overload_is_turned_away_and_the_rest_is_answered_together(folder, requests):
+    service = serve_folder(folder, queue_requests=8)
+    with running(service) as client:
+        slow = service.served.engine = SlowEngine(service.served.engine, 0.5)
+        answers = _at_once(client, 30, requests[0])
+        statuses = sorted(answer.status_code for answer in answers)
+        assert set(statuses) == {200, 429}
+        assert statuses.count(200) >= 8
+        assert max(slow.turns) > 1, "what waits is scored together"
+        refused = next(answer for answer in answers if answer.status_code == 429)
+        assert int(refused.headers["retry-after"]) >= 1
+        assert client.post("/v1/rank", json=requests[0]).status_code == 200, "it recovers"
+
+
+def test_a_deadline_is_kept(folder, requests):
+    service = serve_folder(folder)
+    with running(service) as client:
+        service.served.engine = SlowEngine(service.served.engine, 0.4)
+        late = client.post("/v1/rank", json=requests[0], headers={"X-Deadline-Ms": "150"})
+        assert late.status_code == 504
+        assert "not scored within 150 ms" in late.json()["error"]["message"]
+        assert client.post("/v1/rank", json=requests[0]).status_code == 200
+        assert client.post("/v1/rank", json=requests[0], headers={"X-Deadline-Ms": "soon"}).status_code == 400
+
+
+def test_one_bad_call_of_a_batch_fails_alone(folder, requests):
+    """What the check of a call lets through and the model does not take."""
+    service = serve_folder(folder, batch_wait_ms=300)
+
+    class Picky(SlowEngine):
+        def score(self, rows, users):
+            if "bad" in users:
+                raise BadDataError("request bad: refused")
+            return super().score(rows, users)
+
+    with running(service) as client:
+        service.served.engine = Picky(service.served.engine, 0)
+        found, spoiled = [], {**requests[0], "user_id": "bad"}
+        bad = threading.Thread(target=lambda: found.append(client.post("/v1/rank", json=spoiled)))
+        bad.start()
+        good = _at_once(client, 3, requests[0])
+        bad.join()
+        assert [answer.status_code for answer in good] == [200] * 3
+        assert found[0].status_code == 422

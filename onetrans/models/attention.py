@@ -22,6 +22,7 @@ from torch import Tensor
 
 from onetrans.models.config import Attention, Position
 from onetrans.models.ragged import Groups, Layout
+from onetrans.models.rowwise import turn, written_out
 
 _INDEX_BASE = 10_000.0
 _SHORTEST_PERIOD_S = 60.0
@@ -32,26 +33,42 @@ _LONGEST_PERIOD_S = 365 * 86_400.0
 class Rotation:
     """Cosine and sine by which the queries and keys of packed rows turn."""
 
-    cos_X1A: Tensor
-    """Broadcast over heads."""
-    sin_X1A: Tensor
-    """Likewise."""
+    cos_XW: Tensor
+    """Of each channel's angle; W is H * D on a CPU, where whole rows are multiplied, else D, the same for all heads."""
+    sin_XW: Tensor
+    """Likewise, negative in the first of two channels that turn together."""
+    partner_W: Tensor
+    """Channel that each channel turns with."""
 
     @classmethod
-    def of(cls, position: Position, head_dim: int, index_X: Tensor, time_X: Tensor, dtype: torch.dtype) -> Rotation:
+    def of(
+        cls, position: Position, heads: int, head_dim: int, index_X: Tensor, time_X: Tensor, dtype: torch.dtype
+    ) -> Rotation:
         """Return the rotation of rows with an ``index`` (tokens) and a ``time`` (microseconds since 1970)."""
         angle_XA = _angles(position, head_dim, index_X, time_X)
-        return cls(angle_XA.cos().to(dtype)[:, None, :], angle_XA.sin().to(dtype)[:, None, :])
+        cos_XA, sin_XA = angle_XA.cos().to(dtype), angle_XA.sin().to(dtype)
+        wide = heads if cos_XA.device.type == "cpu" else 1
+        channel_W = torch.arange(wide * head_dim, device=cos_XA.device)
+        half = head_dim // 2
+        partner_W = torch.where(channel_W % head_dim < half, channel_W + half, channel_W - half)
+        return cls(cos_XA.repeat(1, 2 * wide), torch.cat((-sin_XA, sin_XA), dim=1).repeat(1, wide), partner_W)
 
     def __call__(self, x_XHD: Tensor) -> Tensor:
         """Turn each pair (d, d + D/2) of ``x`` (..., X, H, D) by its row's angles."""
+        *_, heads, head_dim = x_XHD.shape
+        if written_out(x_XHD, self.cos_XW):
+            width = heads * head_dim
+            cos_XW, sin_XW = self.cos_XW[:, :width], self.sin_XW[:, :width]
+            return turn(x_XHD.flatten(-2), cos_XW, sin_XW, self.partner_W[:width]).view_as(x_XHD)
+        half = head_dim // 2
+        cos_X1A, sin_X1A = self.cos_XW[:, None, :half], self.sin_XW[:, None, half:head_dim]
         a, b = x_XHD.chunk(2, dim=-1)
-        turned = torch.cat((a * self.cos_X1A - b * self.sin_X1A, b * self.cos_X1A + a * self.sin_X1A), dim=-1)
+        turned = torch.cat((a * cos_X1A - b * sin_X1A, b * cos_X1A + a * sin_X1A), dim=-1)
         return turned.to(x_XHD.dtype)
 
     def select(self, kept: Tensor) -> Rotation:
         """Return the rotation of some of the rows."""
-        return Rotation(self.cos_X1A.index_select(0, kept), self.sin_X1A.index_select(0, kept))
+        return Rotation(self.cos_XW.index_select(0, kept), self.sin_XW.index_select(0, kept), self.partner_W)
 
 
 def _angles(position: Position, head_dim: int, index_X: Tensor, time_X: Tensor) -> Tensor:

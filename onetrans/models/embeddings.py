@@ -20,11 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from onetrans.models.rowwise import lookup, written_out
 from onetrans.schema import FeatureSchema, Side
 
-SPARSE_FROM_ROWS = 4096
-"""Tables of at least so many rows get sparse gradients.  Below, a dense gradient is cheaper than sorting rows;
-Adagrad treats both alike, since a zero gradient moves nothing."""
+SPARSE_FROM_NUMBERS = 1 << 21
+"""Tables of at least so many numbers get sparse gradients.  Below, passing over the table is cheaper than sorting the
+rows that were looked up; Adagrad treats both alike, since a zero gradient moves nothing."""
 
 INITIAL_STD = 0.05
 """Standard deviation of a table's initial values."""
@@ -70,10 +71,8 @@ class Embeddings(nn.Module):
             raise ValueError(f"{side} rows have {rows_MF.shape[1]} columns, the schema has {len(features)} features")
         if not features:
             return next(self.parameters()).new_zeros((rows_MF.shape[0], 0))
-        slots = [
-            F.embedding(rows_MF[:, i], self.table(f.embedding), sparse=f.rows >= SPARSE_FROM_ROWS)
-            for i, f in enumerate(features)
-        ]
+        rows_FM = rows_MF.t().contiguous()
+        slots = [self._look_up(rows_M, self.table(f.embedding)) for rows_M, f in zip(rows_FM, features, strict=True)]
         dims = [f.dim for f in features if f.kind == "vector"]
         given = 0 if vectors_MX is None else vectors_MX.shape[1]
         if given != sum(dims):
@@ -85,3 +84,10 @@ class Embeddings(nn.Module):
                 for slot, f in zip(slots, features, strict=True)
             ]
         return torch.cat(slots, dim=1)
+
+    @staticmethod
+    def _look_up(rows_M: Tensor, table: nn.Parameter) -> Tensor:
+        sparse = table.numel() >= SPARSE_FROM_NUMBERS
+        if sparse or not written_out(table):
+            return F.embedding(rows_M, table, sparse=sparse)
+        return lookup(rows_M, table)

@@ -33,8 +33,15 @@ from onetrans.models.config import OneTransConfig
 from onetrans.models.ragged import Groups, Layout, bands, latest_events
 from onetrans.models.ranking import Heads, RankingModel, Scores
 from onetrans.models.relative_bias import Distances, RelativeBias
-from onetrans.models.tokenizer import AutoSplit, GroupWise, SequenceTokenizer
+from onetrans.models.rowwise import feed_forward, written_out
+from onetrans.models.rowwise import rms_norm as scaled_rows
+from onetrans.models.tokenizer import NORM_EPS, AutoSplit, GroupWise, SequenceTokenizer
 from onetrans.schema import FeatureSchema
+
+
+def rms_norm(x_XM: Tensor, norm: nn.RMSNorm) -> Tensor:
+    """Scale rows to unit mean square, then by the norm's gain."""
+    return scaled_rows(x_XM, norm.weight, NORM_EPS)
 
 
 class MixedLinear(nn.Module):
@@ -117,8 +124,8 @@ class Block(nn.Module):
         # Two residual branches per block: scaled so that the sum over all of them keeps its variance.
         residual = (2 * config.num_layers) ** -0.5
         self.heads, self.kv_heads, self.head_dim = config.num_heads, config.kv_heads, config.head_dim
-        self.norm_attention = nn.RMSNorm(width, eps=1e-6)
-        self.norm_ffn = nn.RMSNorm(width, eps=1e-6)
+        self.norm_attention = nn.RMSNorm(width, eps=NORM_EPS)
+        self.norm_ffn = nn.RMSNorm(width, eps=NORM_EPS)
         self.query = MixedLinear(config, width, width, for_s=s_queries)
         self.key_value = MixedLinear(config, width, 2 * config.kv_heads * config.head_dim, for_s=True)
         self.gate = MixedLinear(config, width, width, for_s=s_queries) if config.gated_attention else None
@@ -126,26 +133,26 @@ class Block(nn.Module):
         self.out = MixedLinear(config, width, width, for_s=s_queries, gain=residual)
         self.ffn_in = MixedLinear(config, width, inner, for_s=s_queries)
         self.ffn_out = MixedLinear(config, inner, width, for_s=s_queries, gain=residual)
-        self.norm_query = nn.RMSNorm(config.head_dim, eps=1e-6) if config.qk_norm else None
-        self.norm_key = nn.RMSNorm(config.head_dim, eps=1e-6) if config.qk_norm else None
+        self.norm_query = nn.RMSNorm(config.head_dim, eps=NORM_EPS) if config.qk_norm else None
+        self.norm_key = nn.RMSNorm(config.head_dim, eps=NORM_EPS) if config.qk_norm else None
         self.dropout = nn.Dropout(config.dropout)
 
     def _queries(self, q_XM: Tensor, rotation: Rotation | None) -> Tensor:
         q_XHD = q_XM.unflatten(-1, (self.heads, self.head_dim))
         if self.norm_query is not None:
-            q_XHD = self.norm_query(q_XHD)
+            q_XHD = rms_norm(q_XHD, self.norm_query)
         return rotation(q_XHD) if rotation is not None else q_XHD
 
     def _keys_values(self, kv_X2M: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
         k_XM, v_XM = kv_X2M.chunk(2, dim=-1)
         k_XHD = k_XM.unflatten(-1, (self.kv_heads, self.head_dim))
         if self.norm_key is not None:
-            k_XHD = self.norm_key(k_XHD)
+            k_XHD = rms_norm(k_XHD, self.norm_key)
         return (rotation(k_XHD) if rotation is not None else k_XHD), v_XM
 
     def encode_keys(self, x_TM: Tensor, layout: Layout, rotation: Rotation | None) -> tuple[Tensor, BlockCache]:
         """Return the normalised S-tokens (T, M), and keys and values of all of them."""
-        normed_TM = self.norm_attention(x_TM)
+        normed_TM = rms_norm(x_TM, self.norm_attention)
         k_THD, v_TM = self._keys_values(self.key_value.s(normed_TM), rotation)
         k_RLHD = layout.pad(k_THD.flatten(1)).unflatten(-1, (self.kv_heads, self.head_dim))
         v_RLHD = layout.pad(v_TM).unflatten(-1, (self.kv_heads, self.head_dim))
@@ -171,13 +178,13 @@ class Block(nn.Module):
         if self.gate is not None:
             attended_QM = attended_QM * self.gate.s(normed_QM).sigmoid()
         z_QM = x_QM + self.dropout(self.out.s(attended_QM))
-        return z_QM + self.dropout(self.ffn_out.s(F.gelu(self.ffn_in.s(self.norm_ffn(z_QM)))))
+        return z_QM + self.dropout(self._feed_forward(z_QM, for_ns=False))
 
     def encode_ns(
         self, x_PNM: Tensor, bands: Sequence[Band], keys: Sequence[BandKeys], rotation: Rotation | None
     ) -> Tensor:
         """Return the outputs (P, N, M) of every candidate's NS-tokens."""
-        normed_PNM = self.norm_attention(x_PNM)
+        normed_PNM = rms_norm(x_PNM, self.norm_attention)
         q_PNM = self._queries(self.query.ns(normed_PNM), rotation).flatten(2)
         k_PNHD, v_PNM = self._keys_values(self.key_value.ns(normed_PNM), rotation)
         k_PNM = k_PNHD.flatten(2)
@@ -192,7 +199,22 @@ class Block(nn.Module):
         if self.gate is not None:
             attended_PNM = attended_PNM * self.gate.ns(normed_PNM).sigmoid()
         z_PNM = x_PNM + self.dropout(self.out.ns(attended_PNM))
-        return z_PNM + self.dropout(self.ffn_out.ns(F.gelu(self.ffn_in.ns(self.norm_ffn(z_PNM)))))
+        return z_PNM + self.dropout(self._feed_forward(z_PNM, for_ns=True))
+
+    def _feed_forward(self, z: Tensor, *, for_ns: bool) -> Tensor:
+        """Return the FFN of normalised S-tokens (Q, M) or NS-tokens (P, N, M)."""
+        own = for_ns and self.ffn_in.weight_ns is not None
+        into, out = (linear.weight_ns if own else linear.weight_s for linear in (self.ffn_in, self.ffn_out))
+        assert into is not None
+        assert out is not None
+        if not written_out(z, into):
+            inner = self.ffn_in.ns if for_ns else self.ffn_in.s
+            outer = self.ffn_out.ns if for_ns else self.ffn_out.s
+            return outer(F.gelu(inner(rms_norm(z, self.norm_ffn))))
+        gain_M = self.norm_ffn.weight
+        if own:
+            return feed_forward(z, gain_M, NORM_EPS, into, out)
+        return feed_forward(z.flatten(0, -2)[None], gain_M, NORM_EPS, into.t()[None], out.t()[None]).view_as(z)
 
     def _attend_ns(self, q_PNM: Tensor, k_PNM: Tensor, v_PNM: Tensor, band: Band, of_s: BandKeys) -> Tensor:
         """Return what the NS-tokens of one band's candidates read: (N, P * M)."""
@@ -220,7 +242,7 @@ class OneTrans(RankingModel):
         self.s_tokenizer = SequenceTokenizer(config, self.embeddings)
         self.schedule = config.query_schedule()
         self.blocks = nn.ModuleList(Block(config, s_queries=queries > 0) for queries in self.schedule)
-        self.norm = nn.RMSNorm(config.hidden_dim, eps=1e-6)
+        self.norm = nn.RMSNorm(config.hidden_dim, eps=NORM_EPS)
         states = config.num_ns_tokens + (1 if self.schedule[-1] else 0)
         self.heads = Heads(states * config.hidden_dim, config.hidden_dim)
 
@@ -247,7 +269,7 @@ class OneTrans(RankingModel):
     def encode_requests(self, batch: RequestBatch) -> RequestState:
         """Run stage I: the S-tokens, once per request; candidates are not read."""
         batch = latest_events(batch, self.config.max_seq_len)
-        x_TM, time_T, layout = self.s_tokenizer(self.embeddings("event", batch.event_EV), batch)
+        x_TM, time_T, layout = self.s_tokenizer(self.embeddings, batch)
         rotation = self._rotation(layout.index_T, time_T)
         caches: list[BlockCache] = []
         layouts: list[Layout] = []
@@ -275,7 +297,7 @@ class OneTrans(RankingModel):
                 biased = mask if block.bias is None or distances is None else mask + block.bias(distances)
                 x_TM = self._run(block.encode_s, x_TM, normed_TM, cache, tail, biased, rotation)
             layout, mask = tail, (mask if kept is None else None)
-        top_RM = self._mean(self.norm(x_TM), layout) if self.schedule[-1] else None
+        top_RM = self._mean(rms_norm(x_TM, self.norm), layout) if self.schedule[-1] else None
         return RequestState(tuple(caches), tuple(layouts), tuple(times), top_RM)
 
     def score_candidates(self, batch: RequestBatch, state: RequestState) -> Scores:
@@ -302,7 +324,7 @@ class OneTrans(RankingModel):
             assert isinstance(block, Block)
             keys = [view.keys(number, block) for view in views]
             x_PNM = self._run(block.encode_ns, x_PNM, all_bands, keys, rotation)
-        states_NF = self.norm(x_PNM).transpose(0, 1).flatten(1)
+        states_NF = rms_norm(x_PNM, self.norm).transpose(0, 1).flatten(1)
         top = [state.top_RM for state in states if state.top_RM is not None]
         if top:
             states_NF = torch.cat((states_NF, torch.cat(top).index_select(0, request_N)), dim=1)
@@ -333,7 +355,8 @@ class OneTrans(RankingModel):
         if self.config.position not in ("rotary", "rotary_time"):
             return None
         dtype = self.norm.weight.dtype
-        return Rotation.of(self.config.position, self.config.head_dim, index_X, time_X, dtype)
+        config = self.config
+        return Rotation.of(config.position, config.num_heads, config.head_dim, index_X, time_X, dtype)
 
     @staticmethod
     def _mean(x_TM: Tensor, layout: Layout) -> Tensor:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from onetrans.batch import RequestBatch
+from onetrans.models.rowwise import from_slots, to_slots
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Layout:
     """Tokens of the same request that come after this one; 0 for the most recent."""
     slot_T: Tensor
     """Slot of each token in the flattened rectangle."""
+    token_K: Tensor
+    """Token that stands in each of the K = R * L slots; some token where the slot is empty."""
     width: int
     """L, the longest request of the batch."""
 
@@ -50,7 +53,11 @@ class Layout:
         )
         end_R = lengths_R.cumsum(0)
         age_T = end_R[request_T] - 1 - torch.arange(total, device=lengths_R.device)
-        return cls(lengths_R, request_T, age_T, request_T * width + (width - 1 - age_T), width)
+        age_L = torch.arange(width - 1, -1, -1, device=lengths_R.device)
+        # An empty slot repeats its request's oldest token, or that of a neighbour where the request has none.
+        oldest_R = (end_R - lengths_R).clamp(max=max(total - 1, 0))
+        token_RL = torch.maximum(end_R[:, None] - 1 - age_L, oldest_R[:, None])
+        return cls(lengths_R, request_T, age_T, request_T * width + (width - 1 - age_T), token_RL.flatten(), width)
 
     @property
     def index_T(self) -> Tensor:
@@ -64,14 +71,13 @@ class Layout:
         return age_L < self.lengths_R[:, None]
 
     def pad(self, x_TF: Tensor) -> Tensor:
-        """Return (R, L, F) with zeros in empty slots."""
-        requests = self.lengths_R.shape[0]
-        flat = x_TF.new_zeros(requests * self.width, x_TF.shape[1]).index_copy(0, self.slot_T, x_TF)
-        return flat.view(requests, self.width, x_TF.shape[1])
+        """Return (R, L, F); an empty slot repeats some token, and must be given no weight by who reads it."""
+        x_KF = to_slots(x_TF, self.token_K, self.slot_T)
+        return x_KF.view(self.lengths_R.shape[0], self.width, x_TF.shape[1])
 
     def unpad(self, x_RLF: Tensor) -> Tensor:
         """Return the packed rows (T, F): the inverse of :meth:`pad`."""
-        return x_RLF.reshape(-1, x_RLF.shape[-1]).index_select(0, self.slot_T)
+        return from_slots(x_RLF.reshape(-1, x_RLF.shape[-1]), self.slot_T)
 
     def tail(self, limit: int) -> tuple[Layout, Tensor | None]:
         """Return the layout of each request's last ``limit`` tokens, and which tokens those are.
@@ -92,6 +98,8 @@ class Groups:
     """Request of each group; None when group r is all of request r."""
     slot_N: Tensor | None
     """Slot of each candidate in the flattened rectangle; None when candidates fill it in order."""
+    candidate_K: Tensor | None
+    """Candidate that stands in each of the K = G * C slots, some candidate where it is empty; None likewise."""
     count: int
     """G."""
     size: int
@@ -107,7 +115,7 @@ class Groups:
         counts_R = offsets_O[1:] - offsets_O[:-1]
         largest = int(counts_R.max()) if counts_R.numel() else 0
         if largest == 0:
-            return cls(None, offsets_O.new_zeros(0), counts_R.shape[0], 1)
+            return cls(None, offsets_O.new_zeros(0), offsets_O.new_zeros(0), counts_R.shape[0], 1)
         mean = -(-int(offsets_O[-1]) // counts_R.shape[0])
         likely = (mean // 4, mean // 2, mean, mean * 3 // 2, mean * 2, largest, *(2**k for k in range(8)))
         sizes = torch.tensor(sorted({min(max(size, 1), largest) for size in likely}), device=counts_R.device)
@@ -117,7 +125,7 @@ class Groups:
         total = int(offsets_O[-1])
         one_each = size == largest
         if one_each and total == counts_R.shape[0] * size:
-            return cls(None, None, counts_R.shape[0], size)
+            return cls(None, None, None, counts_R.shape[0], size)
         if one_each:
             groups_R = torch.ones_like(groups_R)
         count = int(groups_R.sum())
@@ -125,23 +133,31 @@ class Groups:
         first_R = groups_R.cumsum(0) - groups_R
         request_N = torch.repeat_interleave(requests_R, counts_R, output_size=total)
         place_N = torch.arange(total, device=offsets_O.device) - offsets_O[request_N]
+        request_G = torch.repeat_interleave(requests_R, groups_R, output_size=count)
+        start_G = (torch.arange(count, device=offsets_O.device) - first_R[request_G]) * size + offsets_O[request_G]
+        # An empty slot repeats its request's last candidate, or that of a neighbour where the request has none.
+        last_G = (offsets_O[1:][request_G] - 1).clamp(min=0)
+        candidate_GC = torch.minimum(start_G[:, None] + torch.arange(size, device=offsets_O.device), last_G[:, None])
         return cls(
-            None if one_each else torch.repeat_interleave(requests_R, groups_R, output_size=count),
+            None if one_each else request_G,
             first_R[request_N] * size + place_N,
+            candidate_GC.flatten(),
             count,
             size,
         )
 
     def pad(self, x_NF: Tensor) -> Tensor:
-        """Return (G, C, F) with zeros in empty slots."""
-        if self.slot_N is not None:
-            x_NF = x_NF.new_zeros(self.count * self.size, x_NF.shape[1]).index_copy(0, self.slot_N, x_NF)
+        """Return (G, C, F); an empty slot repeats some candidate, and nothing that counts may read it."""
+        if not x_NF.shape[0]:
+            return x_NF.new_zeros(self.count, self.size, x_NF.shape[1])
+        if self.slot_N is not None and self.candidate_K is not None:
+            x_NF = to_slots(x_NF, self.candidate_K, self.slot_N)
         return x_NF.reshape(self.count, self.size, x_NF.shape[1])
 
     def unpad(self, x_GCF: Tensor) -> Tensor:
         """Return (N, F): the inverse of :meth:`pad`."""
         flat = x_GCF.reshape(self.count * self.size, x_GCF.shape[-1])
-        return flat if self.slot_N is None else flat.index_select(0, self.slot_N)
+        return flat if self.slot_N is None else from_slots(flat, self.slot_N)
 
     def of_request(self, x_R: Tensor) -> Tensor:
         """Return a request's rows for each group, (G, ...)."""

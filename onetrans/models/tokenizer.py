@@ -19,12 +19,16 @@ from onetrans.models.config import OneTransConfig
 from onetrans.models.embeddings import Embeddings
 from onetrans.models.ragged import Layout
 from onetrans.models.ranking import RequestCandidateLinear
+from onetrans.models.rowwise import reorder, rms_norm
 from onetrans.schema import FeatureSchema, Side
+
+NORM_EPS = 1e-6
+"""Added to a token's mean square before the root, in every norm."""
 
 
 def token_norm(config: OneTransConfig) -> nn.RMSNorm:
     """Return the norm that gives fresh tokens unit size."""
-    return nn.RMSNorm(config.hidden_dim, eps=1e-6)
+    return nn.RMSNorm(config.hidden_dim, eps=NORM_EPS)
 
 
 def without_bias(module: nn.Module) -> None:
@@ -50,7 +54,8 @@ class AutoSplit(nn.Module):
     def forward(self, user_RQ: Tensor, context_RQ: Tensor, item_NQ: Tensor, request_N: Tensor) -> Tensor:
         """Return NS-tokens (P, N, D)."""
         hidden = self.hidden(torch.cat((user_RQ, context_RQ), dim=1), item_NQ, request_N)
-        return self.norm(self.out(F.gelu(hidden)).unflatten(1, (self.positions, -1)).transpose(0, 1))
+        tokens_NPD = self.out(F.gelu(hidden)).unflatten(1, (self.positions, -1))
+        return rms_norm(tokens_NPD.transpose(0, 1), self.norm.weight, NORM_EPS)
 
 
 class GroupWise(nn.Module):
@@ -78,7 +83,7 @@ class GroupWise(nn.Module):
         for (side, start, stop), mlp in zip(self.groups, self.mlps, strict=True):
             token = mlp(sides[side][:, start * self.width : stop * self.width])
             tokens.append(token if side == "item" else token.index_select(0, request_N))
-        return self.norm(torch.stack(tokens))
+        return rms_norm(torch.stack(tokens), self.norm.weight, NORM_EPS)
 
 
 def feature_groups(schema: FeatureSchema, count: int) -> list[tuple[Side, int, int]]:
@@ -152,9 +157,9 @@ class SequenceTokenizer(nn.Module):
             longest = config.max_seq_len + (max(sequences - 1, 0) if config.separators else 0)
             self.position_LD = nn.Parameter(torch.randn(longest, config.hidden_dim) * 0.02)
 
-    def forward(self, event_EQ: Tensor, batch: RequestBatch) -> SequenceTokens:
+    def forward(self, embeddings: Embeddings, batch: RequestBatch) -> SequenceTokens:
         """Return the S-tokens of a batch of already truncated events."""
-        x_ED = self._by_sequence(event_EQ, batch.event_sequence_E)
+        x_ED = self._by_sequence(embeddings, batch)
         lengths_R = batch.event_offsets_O[1:] - batch.event_offsets_O[:-1]
         tokens = SequenceTokens(x_ED, batch.event_time_E, Layout.of(lengths_R))
         if self.config.merge == "intent_ordered":
@@ -163,12 +168,19 @@ class SequenceTokenizer(nn.Module):
             tokens = tokens._replace(x_TD=tokens.x_TD + self.position_LD[tokens.layout.index_T])
         return tokens
 
-    def _by_sequence(self, event_EQ: Tensor, sequence_E: Tensor) -> Tensor:
-        x_ED = event_EQ.new_zeros(event_EQ.shape[0], self.config.hidden_dim)
-        for sequence, mlp in enumerate(self.mlps):
-            mine = (sequence_E == sequence).nonzero().squeeze(1)
-            x_ED = x_ED.index_copy(0, mine, mlp(event_EQ.index_select(0, mine)).to(x_ED.dtype))
-        return self.norm(x_ED) + self.type_SD[sequence_E]
+    def _by_sequence(self, embeddings: Embeddings, batch: RequestBatch) -> Tensor:
+        """Return each event's token; events are taken sequence by sequence, so that each MLP has its own in a row."""
+        of_sequence = [(batch.event_sequence_E == s).nonzero().squeeze(1) for s in range(len(self.mlps))]
+        order_E = torch.cat(of_sequence)
+        count_E = torch.arange(order_E.shape[0], device=order_E.device)
+        inverse_E = torch.empty_like(order_E).index_copy_(0, order_E, count_E)
+        event_EQ = embeddings("event", batch.event_EV.index_select(0, order_E))
+        parts = event_EQ.split([mine.shape[0] for mine in of_sequence])
+        tokens = [
+            rms_norm(mlp(part_EQ).to(event_EQ.dtype), self.norm.weight, NORM_EPS) + type_D
+            for mlp, part_EQ, type_D in zip(self.mlps, parts, self.type_SD, strict=True)
+        ]
+        return reorder(torch.cat(tokens), order_X=inverse_E, inverse_X=order_E)
 
     def _by_intent(self, tokens: SequenceTokens, batch: RequestBatch) -> SequenceTokens:
         """Put whole sequences one after another, strongest intent (the schema's last) first."""

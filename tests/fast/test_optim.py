@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from onetrans.errors import BadConfigError
-from onetrans.models import build_model, preset
+from onetrans.models import build_model, embeddings, preset
 from onetrans.optim import RMSPropV2, build_optimizers
 from onetrans.optim_config import optimizer_preset
 from tests.batches import model_schema, random_batch, vector_schema
@@ -15,6 +15,12 @@ from tests.batches import model_schema, random_batch, vector_schema
 SCHEMA = model_schema()
 PAPER = optimizer_preset("base")
 SMALL = optimizer_preset("small")
+
+
+@pytest.fixture(autouse=True)
+def sparse_and_dense_tables(monkeypatch):
+    """The table of items, the largest, gets sparse gradients, the others dense ones."""
+    monkeypatch.setattr(embeddings, "SPARSE_FROM_NUMBERS", 5000 * 8)
 
 
 def test_rmsprop_v2_by_hand():

@@ -1,24 +1,35 @@
-"""Paired bootstrap of an AUC lift, with users as the unit that is drawn.
+"""Paired bootstrap of ranking figures, with users as the unit that is drawn.
 
 Impressions of one user are not independent, so a replicate draws users with
-replacement and takes each drawn user's rows whole.  Both models are measured on
-the same draws, so what they share cancels in the difference (a paired
-comparison).  The interval is the percentile interval of the differences.
+replacement and takes each drawn user's rows whole.  All models and figures are
+measured on the same draws, so what they share cancels in a difference (a paired
+comparison).  An interval is the percentile interval of the replicates.
 
-Each replicate's AUC is exact.  Drawing a user k times is the same as giving its
-rows the weight k, and weights do not change the order of the scores, so every
-score is sorted once and a replicate costs one pass over the rows.
+Drawing a user k times is the same as giving its rows the weight k.  Every figure
+here is a ratio of two sums over rows, so it is exact in each replicate, and rows
+of several days add up without comparing a row of one day with a row of another:
+
+* AUC: pairs won over pairs.  Weights do not change the order of the scores, so the
+  rows are sorted once and a replicate costs one pass over them
+  (:class:`ResampledAuc`);
+* UAUC, log loss and calibration: sums over users, each known before anything is
+  drawn, so a replicate costs one multiplication with the weights
+  (:class:`UserSums`).
 
 Shape suffixes:
 
     N  rows        P  positive rows     M  negative rows, by rising score
-    U  users       B  replicates that are computed together
+    U  users       B  replicates        K  sums over users
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from statistics import NormalDist
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -26,9 +37,12 @@ import numpy.typing as npt
 from onetrans.errors import BadDataError
 
 Floats = npt.NDArray[np.float64]
+Weights = npt.NDArray[np.int32]
+Key = TypeVar("Key", bound=Hashable)
 
-_CHUNK_BYTES = 48 << 20
-_BYTES_PER_ROW = 3 * 8  # the gathered weights, their running sum, and the sums gathered for the positives
+_NORMAL = NormalDist()
+_POWER = 0.8
+_ROWS_TOGETHER = 4_000_000
 _MOST_TOGETHER = 64
 
 
@@ -41,10 +55,11 @@ class ResampledAuc:
         Args:
             label_N: 0 or 1.
             score_N: finite; only its order matters.
-            user_N: row of each user in the weights, ``0..U-1``.
+            user_N: column of each user in the weights, ``0..U-1``.
 
         Raises:
-            BadDataError: if lengths differ or a score is not finite.
+            BadDataError: if lengths differ, a score is not finite, or there are more rows than sums of whole numbers
+                can count (2**30).
         """
         label, score = np.asarray(label_N), np.asarray(score_N, dtype=np.float64)
         user = np.asarray(user_N, dtype=np.int64)
@@ -52,38 +67,92 @@ class ResampledAuc:
             raise BadDataError(f"lengths differ: label {label.shape}, score {score.shape}, user {user.shape}")
         if not np.isfinite(score).all():
             raise BadDataError(f"{int((~np.isfinite(score)).sum())} of {score.shape[0]} scores are not finite")
+        if label.shape[0] >= 1 << 30:
+            raise BadDataError(f"{label.shape[0]:,} rows are more than one bootstrap takes (2**30)")
         positive_N = label > 0
-        negatives = np.flatnonzero(~positive_N)
-        negatives = negatives[np.argsort(score[negatives], kind="stable")]
-        positives = np.flatnonzero(positive_N)
-        positives = positives[np.argsort(score[positives], kind="stable")]  # neighbours read neighbouring sums
+        negatives, positives = np.flatnonzero(~positive_N), np.flatnonzero(positive_N)
+        # Equal scores may come in any order: what is below and what is through a score is searched for.
+        negatives = negatives[np.argsort(score[negatives])]
+        positives = positives[np.argsort(score[positives])]  # neighbours read neighbouring sums
         self._negative_user_M = user[negatives]
         self._positive_user_P = user[positives]
         self._below_P = np.searchsorted(score[negatives], score[positives], side="left")
-        self._through_P = np.searchsorted(score[negatives], score[positives], side="right")
-        self._tied = bool((self._below_P != self._through_P).any())
+        through_P = np.searchsorted(score[negatives], score[positives], side="right")
+        # A tie counts half: doubled, it is what was passed below the score plus what was passed through it.
+        self._through_P = through_P if (self._below_P != through_P).any() else self._below_P
 
     @property
     def rows(self) -> int:
         """N."""
         return self._negative_user_M.shape[0] + self._positive_user_P.shape[0]
 
-    def auc(self, weight_UB: Floats) -> Floats:
-        """Return one AUC per replicate, shape (B,); NaN where the weights leave only one class.
+    def sums(self, weight_BU: Weights) -> tuple[Floats, Floats]:
+        """Return twice the pairs won and twice the pairs there are, per replicate: (B,) and (B,).
 
-        Whole-number weights are summed without rounding up to 2**53 pairs, so the result is the AUC of the
-        replicated rows and not an approximation of it.
+        Sums of whole numbers are exact up to 2**53 pairs, so the AUC is that of the replicated rows and no
+        approximation of it.
         """
-        replicates = weight_UB.shape[1]
-        passed_MB = np.zeros((self._negative_user_M.shape[0] + 1, replicates))
-        np.cumsum(weight_UB[self._negative_user_M], axis=0, out=passed_MB[1:])
-        positive_PB = weight_UB[self._positive_user_P]
-        # A tie counts half: doubled, it is what was passed below the score plus what was passed through it.
-        doubled_PB = passed_MB[self._below_P]
-        doubled_PB += passed_MB[self._through_P] if self._tied else doubled_PB
-        wins_B = np.einsum("pb,pb->b", positive_PB, doubled_PB)
-        pairs_B = positive_PB.sum(axis=0) * passed_MB[-1]
-        return np.divide(wins_B, 2.0 * pairs_B, out=np.full(replicates, np.nan), where=pairs_B > 0)
+        replicates, negatives = weight_BU.shape[0], self._negative_user_M.shape[0]
+        won_B, pairs_B = np.zeros(replicates), np.zeros(replicates)
+        weight_M = np.empty(negatives, dtype=np.int32)
+        passed_M1 = np.zeros(negatives + 1, dtype=np.int32)
+        for b, weight_U in enumerate(weight_BU):
+            np.take(weight_U, self._negative_user_M, out=weight_M, mode="clip")  # "clip" writes without a buffer
+            np.cumsum(weight_M, out=passed_M1[1:])
+            positive_P = weight_U[self._positive_user_P].astype(np.float64)
+            doubled_P = passed_M1[self._below_P].astype(np.float64)
+            doubled_P += doubled_P if self._through_P is self._below_P else passed_M1[self._through_P]
+            won_B[b] = positive_P @ doubled_P
+            pairs_B[b] = 2.0 * positive_P.sum() * float(passed_M1[-1])
+        return won_B, pairs_B
+
+    def auc(self, weight_BU: npt.ArrayLike) -> Floats:
+        """Return one AUC per replicate, shape (B,); NaN where the weights leave only one class."""
+        return _ratio(*self.sums(np.ascontiguousarray(weight_BU, dtype=np.int32)))
+
+
+@dataclass(frozen=True)
+class UserSums:
+    """A figure that is a sum over users divided by another: UAUC, log loss, calibration."""
+
+    numerator_U: Floats
+    """Each user's part of the numerator."""
+    denominator_U: Floats
+    """Each user's part of the denominator."""
+
+
+Part = ResampledAuc | UserSums
+"""What adds to a figure: its rows of one day."""
+
+
+@dataclass(frozen=True)
+class Replicates:
+    """One figure, as it is and in every draw of users."""
+
+    value: float
+    """The figure on the rows as they are; NaN where it does not exist."""
+    value_B: Floats
+    """The figure in each draw; NaN where it does not exist."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A figure and how sure it is."""
+
+    value: float
+    """On the rows as they are."""
+    low: float
+    """Lower bound."""
+    high: float
+    """Upper bound."""
+    undefined: int
+    """Draws in which the figure does not exist; the bounds mean nothing unless this is 0."""
+
+    @classmethod
+    def of(cls, value: float, value_B: Floats, confidence: float) -> Interval:
+        """Return the percentile interval at a two-sided level, for example 0.9."""
+        low, high, _, undefined = _bounds(value_B, confidence)
+        return cls(value, low, high, undefined)
 
 
 @dataclass(frozen=True)
@@ -103,7 +172,9 @@ class Lift:
     standard_error: float
     """Standard deviation of the lift over the replicates."""
     half_width: float
-    """Half the interval: a true lift of this size would be told from none about every second time."""
+    """Half the interval: a true lift of this size is told from none about every second time."""
+    detectable: float
+    """A true lift of this size is told from none in 4 of 5 cases: the sum of two normal quantiles of the error."""
     confidence: float
     """Two-sided level of the interval."""
     replicates: int
@@ -111,69 +182,134 @@ class Lift:
     undefined: int
     """Draws in which one class was missing; the interval means nothing unless this is 0."""
 
+    @classmethod
+    def between(cls, candidate: Replicates, baseline: Replicates, confidence: float) -> Lift:
+        """Return the lift of one figure over another that was measured on the same draws."""
+        difference_B = candidate.value_B - baseline.value_B
+        low, high, error, undefined = _bounds(difference_B, confidence)
+        return cls(
+            candidate=candidate.value,
+            baseline=baseline.value,
+            lift=candidate.value - baseline.value,
+            low=low,
+            high=high,
+            standard_error=error,
+            half_width=(high - low) / 2.0,
+            detectable=error * (_NORMAL.inv_cdf((1.0 + confidence) / 2.0) + _NORMAL.inv_cdf(_POWER)),
+            confidence=confidence,
+            replicates=int(difference_B.size),
+            undefined=undefined,
+        )
 
-def draw_users(rng: np.random.Generator, users: int, replicates: int) -> Floats:
-    """Return how often each user is drawn in each replicate, (U, B): U draws with replacement per replicate.
+
+def draw_users(rng: np.random.Generator, users: int, replicates: int) -> Weights:
+    """Return how often each user is drawn in each replicate, (B, U): U draws with replacement per replicate.
 
     The draws depend on the generator alone, not on how many replicates are asked for at a time.
     """
-    drawn = rng.integers(users, size=(replicates, users))
-    drawn += np.arange(replicates)[:, None] * users
-    counts = np.bincount(drawn.ravel(), minlength=replicates * users)
-    return np.ascontiguousarray(counts.reshape(replicates, users).T, dtype=np.float64)
+    weight_BU = np.empty((replicates, users), dtype=np.int32)
+    for weight_U in weight_BU:
+        weight_U[:] = np.bincount(rng.integers(users, size=users), minlength=users)
+    return weight_BU
 
 
-def paired_lifts(
-    tasks: Mapping[str, tuple[ResampledAuc, ResampledAuc]],
-    users: int,
-    replicates: int,
-    confidence: float,
-    seed: int,
-) -> dict[str, Lift]:
-    """Return the lift of every task, all tasks and both models on the same draws of users.
+def resample(
+    figures: Mapping[Key, Sequence[Part]], users: int, replicates: int, seed: int, threads: int | None = None
+) -> dict[Key, Replicates]:
+    """Return every figure as it is and on the same draws of users.
 
     Args:
-        tasks: per task the candidate's and the baseline's rows, (candidate, baseline).
-        users: U; rows of a task may belong to fewer.
+        figures: per figure its parts, all of one kind; their sums are added before they are divided.
+        users: U; rows of a part may belong to fewer.
         replicates: draws of users.
-        confidence: two-sided level of the percentile interval, for example 0.9.
         seed: seed of the draws.
+        threads: threads that count (default: as many as this process may use); the result does not depend on them.
 
-    Memory stays below about 150 MB up to a million rows and grows with the rows beyond; time is rows times replicates.
+    Time is rows times replicates.  Memory beside the rows is about 30 bytes per row of the largest part and thread.
     """
-    differences: dict[str, list[Floats]] = {task: [] for task in tasks}
-    largest = max(auc.rows for pair in tasks.values() for auc in pair)
-    for weight_UB in _draws(users, replicates, seed, max(largest, users)):
-        for task, (candidate, baseline) in tasks.items():
-            differences[task].append(candidate.auc(weight_UB) - baseline.auc(weight_UB))
-    whole_U1 = np.ones((users, 1))
+    keys = list(figures)
+    sums = _LinearSums([part for parts in figures.values() for part in parts if isinstance(part, UserSums)])
+
+    def measured(weight_BU: Weights) -> list[Floats]:
+        linear = iter(sums.of(weight_BU))
+        values = []
+        for key in keys:
+            numerator_B, denominator_B = np.zeros(weight_BU.shape[0]), np.zeros(weight_BU.shape[0])
+            for part in figures[key]:
+                above_B, below_B = part.sums(weight_BU) if isinstance(part, ResampledAuc) else next(linear)
+                numerator_B += above_B
+                denominator_B += below_B
+            values.append(_ratio(numerator_B, denominator_B))
+        return values
+
+    rows = sum(part.rows for parts in figures.values() for part in parts if isinstance(part, ResampledAuc))
+    together = int(np.clip(_ROWS_TOGETHER // max(rows, users, 1), 1, _MOST_TOGETHER))
+    whole = measured(np.ones((1, users), dtype=np.int32))
+    chunks = list(_in_turns(measured, _draws(users, replicates, seed, together), threads or _cores()))
     return {
-        task: _lift(float(pair[0].auc(whole_U1)[0]), float(pair[1].auc(whole_U1)[0]), differences[task], confidence)
-        for task, pair in tasks.items()
+        key: Replicates(float(whole[k][0]), np.concatenate([chunk[k] for chunk in chunks]))
+        for k, key in enumerate(keys)
     }
 
 
-def _draws(users: int, replicates: int, seed: int, rows: int) -> Iterator[Floats]:
+def paired_lifts(
+    tasks: Mapping[Key, tuple[ResampledAuc, ResampledAuc]], users: int, replicates: int, confidence: float, seed: int
+) -> dict[Key, Lift]:
+    """Return the AUC lift of every task, (candidate, baseline), all tasks and both models on the same draws."""
+    figures = {(task, side): [pair[side]] for task, pair in tasks.items() for side in (0, 1)}
+    drawn = resample(figures, users, replicates, seed)
+    return {task: Lift.between(drawn[task, 0], drawn[task, 1], confidence) for task in tasks}
+
+
+class _LinearSums:
+    """All sums over users of all figures, as one matrix: one multiplication per chunk of replicates."""
+
+    def __init__(self, parts: Sequence[UserSums]) -> None:
+        columns = [column for part in parts for column in (part.numerator_U, part.denominator_U)]
+        self._sums_UK = np.column_stack(columns) if columns else None
+
+    def of(self, weight_BU: Weights) -> Iterator[tuple[Floats, Floats]]:
+        if self._sums_UK is not None:
+            total_BK = weight_BU.astype(np.float64) @ self._sums_UK
+            for k in range(0, total_BK.shape[1], 2):
+                yield total_BK[:, k], total_BK[:, k + 1]
+
+
+def _draws(users: int, replicates: int, seed: int, together: int) -> Iterator[Weights]:
     rng = np.random.default_rng(seed)
-    together = int(np.clip(_CHUNK_BYTES // (rows * _BYTES_PER_ROW), 1, _MOST_TOGETHER))
     for start in range(0, replicates, together):
         yield draw_users(rng, users, min(together, replicates - start))
 
 
-def _lift(candidate: float, baseline: float, differences: list[Floats], confidence: float) -> Lift:
-    difference = np.concatenate(differences)
-    defined = difference[np.isfinite(difference)]
+def _in_turns(
+    measured: Callable[[Weights], list[Floats]], chunks: Iterator[Weights], threads: int
+) -> Iterator[list[Floats]]:
+    """Yield ``measured(chunk)`` of every chunk, in order, with few chunks in memory at a time."""
+    if threads < 2:
+        yield from map(measured, chunks)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        waiting: list[Future[list[Floats]]] = []
+        for chunk in chunks:
+            waiting.append(pool.submit(measured, chunk))
+            if len(waiting) > threads:
+                yield waiting.pop(0).result()
+        for future in waiting:
+            yield future.result()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _ratio(numerator_B: Floats, denominator_B: Floats) -> Floats:
+    return np.divide(numerator_B, denominator_B, out=np.full_like(numerator_B, np.nan), where=denominator_B > 0)
+
+
+def _bounds(value_B: Floats, confidence: float) -> tuple[float, float, float, int]:
+    """Return the percentile bounds, the standard error and the number of draws without a value."""
+    defined = value_B[np.isfinite(value_B)]
     tail = (1.0 - confidence) / 2.0
     low, high = np.quantile(defined, [tail, 1.0 - tail]) if defined.size else (np.nan, np.nan)
-    return Lift(
-        candidate=candidate,
-        baseline=baseline,
-        lift=candidate - baseline,
-        low=float(low),
-        high=float(high),
-        standard_error=float(defined.std(ddof=1)) if defined.size > 1 else float("nan"),
-        half_width=float((high - low) / 2.0),
-        confidence=confidence,
-        replicates=int(difference.size),
-        undefined=int(difference.size - defined.size),
-    )
+    error = float(defined.std(ddof=1)) if defined.size > 1 else float("nan")
+    return float(low), float(high), error, int(value_B.size - defined.size)

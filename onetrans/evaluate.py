@@ -1,8 +1,12 @@
 """Evaluation: both models of a plan score the same rows of day D, which neither has trained on.
 
-One pass over the day feeds every batch to each saved model, so the rows are the
-same by construction.  ``scores.parquet`` holds one row per impression,
-``metrics.json`` the figures of each model under its name and, where the log is
+So do two others they are compared with: the registry's champion, with the schema
+it was trained with, and a ranker by popularity.  One pass over the day feeds every
+batch to each saved model, so the rows are the same by construction; a champion of
+another schema has a pass of its own over the same rows.
+
+``scores.parquet`` (:mod:`onetrans.scores`) holds one row per impression,
+``metrics.json`` the figures of each scorer under its name and, where the log is
 simulated, those of the true probabilities under ``truth``: no model can be
 expected to do better.
 
@@ -15,7 +19,8 @@ from __future__ import annotations
 import argparse
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from datetime import date
 from typing import Any
 
 import numpy as np
@@ -27,20 +32,39 @@ import torch
 
 from onetrans import storage
 from onetrans.artifact import load_model
+from onetrans.champion import Opponent, current_champion
 from onetrans.days import day_bounds, describe_days
 from onetrans.errors import BadDataError, NotReadyError
+from onetrans.history import History
+from onetrans.lake import Lake
 from onetrans.loader import LoaderConfig, RequestData, prefetch
 from onetrans.metrics import Metrics
 from onetrans.models import RankingModel
 from onetrans.models.compute import Compute
-from onetrans.plan import FINISHED_FILE, METRICS_FILE, SCORES_FILE, TRUTH, Plan, add_day_arguments, plan_of
+from onetrans.plan import FINISHED_FILE, METRICS_FILE, TRUTH, Plan, add_day_arguments, plan_of
 from onetrans.progress import Progress
+from onetrans.schema import Feature, FeatureSchema, hash64
+from onetrans.scores import (
+    CHAMPION,
+    CONTEXT_PREFIX,
+    KEYS,
+    POPULARITY,
+    TASKS,
+    ChampionRecord,
+    champion_of,
+    read_leaves,
+    read_scores,
+    with_champion,
+    write_scores,
+)
 from onetrans.settings import Settings, load_settings
 from onetrans.tracking import log_evaluation, recorded_step
 from onetrans.train import MODEL_FOLDER, choose_compute, choose_device
 
 logger = logging.getLogger(__name__)
 
+IMPRESSIONS = "impressions"
+"""Table in which context columns are still text."""
 
 EXAMPLES = """examples:
   onetrans evaluate --plan var/runs/ds=2022-05-06/0123456789ab
@@ -48,30 +72,148 @@ EXAMPLES = """examples:
 
 
 def evaluate(plan: Plan, settings: Settings) -> dict[str, Any]:
-    """Score day D with every model of a plan, write scores and metrics, and return the metrics.
+    """Score day D with every model of a plan and what they are compared with; write and return the metrics.
 
     Raises:
-        NotReadyError: if a model is not trained.
-        BadDataError: if an evaluation row is not new, or a score is not finite.
+        NotReadyError: if a model is not trained, or the registry does not answer.
+        BadDataError: if an evaluation row is not new, a score is not finite, or the champion's files are gone.
     """
     with recorded_step(settings, plan, "evaluate"):
         models = {name: load_trained(plan, name) for name in plan.models}
         check_rows_are_new(plan)
+        champion = current_champion(settings, plan)
         began = time.monotonic()
-        scores = score_day(plan, models, settings)
-        metrics = {
-            "ds": str(plan.ds),
-            "plan_id": plan.plan_id,
-            "seconds": round(time.monotonic() - began, 3),
-            **{name: figures.to_dict() for name, figures in compute_metrics(scores, list(models)).items()},
-        }
-        sink = pa.BufferOutputStream()
-        pq.write_table(scores, sink)
-        storage.write_bytes(storage.join(plan.path, SCORES_FILE), sink.getvalue().to_pybytes())
-        storage.write_json(storage.join(plan.path, METRICS_FILE), metrics)
-        if plan.mlflow_run_id:
-            log_evaluation(settings, plan, metrics)
+        if champion.model is not None and _reads_alike(champion, plan):
+            models[CHAMPION] = champion.model
+            scores = with_champion(score_day(plan, models, settings), champion.record)
+        else:
+            scores = _against_champion(score_day(plan, models, settings), plan, champion, settings)
+        scores = with_history(scores, plan, settings)
+        return _keep(scores, plan, settings, round(time.monotonic() - began, 3))
+
+
+def compare_again(plan: Plan, settings: Settings) -> dict[str, Any]:
+    """Score day D with the champion of this moment, in place of the one that the scores know; return the metrics.
+
+    Raises:
+        NotReadyError: if the plan was not evaluated, or the registry does not answer.
+        BadDataError: if the champion's files are gone.
+    """
+    scores, _ = read_scores(plan)
+    old = [f"{CHAMPION}_{task}" for task in TASKS]
+    scores = scores.drop_columns([column for column in old if column in scores.column_names])
+    return _keep(_against_champion(scores, plan, current_champion(settings, plan), settings), plan, settings, None)
+
+
+def _keep(scores: pa.Table, plan: Plan, settings: Settings, seconds: float | None) -> dict[str, Any]:
+    champion = champion_of(scores)
+    scorers = [*plan.models, *(name for name in (CHAMPION, POPULARITY) if f"{name}_ctr" in scores.column_names)]
+    metrics = {
+        "ds": str(plan.ds),
+        "plan_id": plan.plan_id,
+        "seconds": seconds,
+        "champion_version": champion.version,
+        **{name: figures.to_dict() for name, figures in compute_metrics(scores, scorers).items()},
+    }
+    write_scores(plan, scores)
+    storage.write_json(storage.join(plan.path, METRICS_FILE), metrics)
+    if plan.mlflow_run_id:
+        log_evaluation(settings, plan, metrics)
     return metrics
+
+
+def _reads_alike(champion: Opponent, plan: Plan) -> bool:
+    return champion.schema is not None and champion.schema.fingerprint == plan.schema.fingerprint
+
+
+def _against_champion(scores: pa.Table, plan: Plan, champion: Opponent, settings: Settings) -> pa.Table:
+    """Add the champion's scores from a pass of its own, or say in the file why there are none."""
+    if champion.model is None or champion.schema is None:
+        return with_champion(scores, champion.record)
+    try:
+        own = score_files(
+            plan.evaluation_files,
+            champion.schema,
+            plan.recipe.batch_size,
+            {CHAMPION: champion.model},
+            settings,
+            f"champion on {plan.ds}",
+        )
+    except BadDataError as error:
+        # The rows fit the plan's schema, or its own models could not have read them: it is the champion's that differs.
+        note = f"champion version {champion.record.version} cannot score the rows of {plan.ds}: {error}"
+        logger.warning("%s", note)
+        record = ChampionRecord("incomparable", note, champion.record.version, champion.record.ds)
+        return with_champion(scores, record)
+    if not all(own[key].equals(scores[key]) for key in KEYS):
+        raise BadDataError(f"plan {plan.plan_id}: the champion's pass read other rows than those in the scores")
+    for task in TASKS:
+        scores = scores.append_column(f"{CHAMPION}_{task}", own[f"{CHAMPION}_{task}"])
+    return with_champion(scores, champion.record)
+
+
+def with_history(scores: pa.Table, plan: Plan, settings: Settings) -> pa.Table:
+    """Add the popularity ranker's scores, and what the report slices by.
+
+    The columns are ``popularity_ctr`` and ``popularity_cvr``; ``item_impressions`` and ``user_impressions`` in the
+    training rows of the last days; ``context.<feature>`` of every context feature that is no vector, as text.
+    """
+    history = History.read(plan)
+    item_ids, user_ids = scores["item_id"].combine_chunks(), scores["user_id"].combine_chunks()
+    ctr, cvr = history.popularity(item_ids)
+    columns: dict[str, Any] = {
+        f"{POPULARITY}_ctr": ctr,
+        f"{POPULARITY}_cvr": cvr,
+        "item_impressions": history.item_impressions(item_ids),
+        "user_impressions": history.user_impressions(user_ids),
+    }
+    context = [f for f in plan.schema.of_side("context") if f.kind != "vector"]
+    if context:
+        names = ["request_id", *(f.name for f in context)]
+        requests = pa.concat_tables([read_leaves(file, names) for file in plan.evaluation_files])
+        place = pc.index_in(scores["request_id"].combine_chunks(), requests["request_id"].combine_chunks())
+        lake = Lake(settings.lake)
+        for feature in context:
+            told = context_texts(requests[feature.name].combine_chunks(), feature, lake, plan.ds)
+            columns[f"{CONTEXT_PREFIX}{feature.name}"] = told.take(place)
+    for name, values in columns.items():
+        scores = scores.append_column(name, values if isinstance(values, pa.Array) else pa.array(values))
+    return scores
+
+
+def context_texts(values: pa.Array, feature: Feature, lake: Lake, ds: date) -> pa.Array:
+    """Return a context feature's stored values as a person knows them; null where missing.
+
+    Hours become quarters of the day, a bucketized number its bucket.  A hash is looked up among the day's published
+    impressions, where the column is still text; one that is not found there is written as a number.
+    """
+    distinct = values.dictionary_encode()
+    if feature.kind == "bucketized":
+        texts = [_bucket(value, feature.boundaries) for value in distinct.dictionary.to_pylist()]
+    else:
+        known = {hash64(str(hour)): f"{hour // 6 * 6:02}:00 to {hour // 6 * 6 + 5:02}:59" for hour in range(24)}
+        if feature.column != "hour_of_day":
+            known = {hash64(str(n)): str(n) for n in range(7)} if feature.column == "day_of_week" else {}
+            known |= _published_texts(feature.column, lake, ds)
+        texts = [known.get(value, f"#{value}") for value in distinct.dictionary.to_pylist()]
+    return pa.array(texts, pa.string()).take(distinct.indices)
+
+
+def _bucket(value: float, boundaries: Sequence[float]) -> str:
+    at = int(np.searchsorted(boundaries, value, side="right"))
+    if at == 0:
+        return f"below {boundaries[0]:g}"
+    return f"{boundaries[at - 1]:g} to {boundaries[at]:g}" if at < len(boundaries) else f"{boundaries[-1]:g} and more"
+
+
+def _published_texts(column: str, lake: Lake, ds: date) -> dict[int, str]:
+    if lake.snapshot_id(IMPRESSIONS) is None:
+        return {}
+    found: set[Any] = set()
+    for file in lake.files(IMPRESSIONS, [ds]):
+        part = read_leaves(file, [column])
+        found.update(pc.unique(part[column]).to_pylist() if column in part.column_names else ())
+    return {hash64(str(value)): str(value) for value in found if value is not None}
 
 
 def load_trained(plan: Plan, model_name: str) -> RankingModel:
@@ -93,25 +235,41 @@ def load_trained(plan: Plan, model_name: str) -> RankingModel:
     return model.eval()
 
 
-@torch.inference_mode()
 def score_day(plan: Plan, models: Mapping[str, RankingModel], settings: Settings) -> pa.Table:
     """Return a row per impression of day D: its keys and labels, and ``<model>_ctr``, ``<model>_cvr`` of each model.
 
     Raises:
         BadDataError: if a score is not finite; the text names the model and an impression.
     """
+    return score_files(
+        plan.evaluation_files, plan.schema, plan.recipe.batch_size, models, settings, f"evaluate {plan.ds}"
+    )
+
+
+@torch.inference_mode()
+def score_files(
+    files: Sequence[str],
+    schema: FeatureSchema,
+    batch_size: int,
+    models: Mapping[str, RankingModel],
+    settings: Settings,
+    label: str,
+) -> pa.Table:
+    """Return a row per impression of some files, in stored order, with the scores of models of one schema.
+
+    Raises:
+        BadDataError: if a file lacks a feature of the schema, or a score is not finite.
+    """
     if settings.training.threads:
         torch.set_num_threads(settings.training.threads)
     device = choose_device(settings.training.device)
     # Every model reads the same batches and keeps of the events what its own configuration says.
-    longest = max(model.config.max_seq_len for model in plan.models.values())
-    data = RequestData(
-        plan.evaluation_files, plan.schema, LoaderConfig(plan.recipe.batch_size, longest), with_keys=True
-    )
+    longest = max(model.config.max_seq_len for model in models.values())
+    data = RequestData(files, schema, LoaderConfig(batch_size, longest), with_keys=True)
     for model in models.values():
         model.to(device).use(Compute(choose_compute(settings.training, device).precision))
     parts: list[pa.Table] = []
-    with Progress(data.impressions, "rows", f"evaluate {plan.ds}") as progress:
+    with Progress(data.impressions, "rows", label) as progress:
         for loaded in prefetch(data.batches(shuffle_seed=None)):
             if loaded.keys is None:
                 raise AssertionError("the data was opened with keys")
@@ -220,7 +378,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def figures_table(metrics: Mapping[str, Any]) -> str:
-    """Return the figures of ``metrics.json`` as text, a line per model."""
+    """Return the figures of ``metrics.json`` as text, a line per scorer."""
     names = [name for name, figures in metrics.items() if isinstance(figures, Mapping)]
     columns = ("ctr_auc", "ctr_uauc", "cvr_auc", "cvr_uauc", "ctr_log_loss", "cvr_log_loss")
     lines = [f"{'model':<12}" + "".join(f"{column:>14}" for column in columns)]

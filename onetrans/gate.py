@@ -1,17 +1,25 @@
-"""The gate: does the candidate beat the baseline on the evaluation day, beyond noise and without doing harm?
+"""The gate: is the candidate better than the baseline, no worse than the champion, and without harm?
 
-Both models' scores of the same impressions go in, a verdict with every figure
-comes out.  A candidate is promoted when *all* of these hold:
+All scorers' probabilities of the same impressions go in, a verdict with every
+figure comes out.  A candidate is promoted when *all* of these hold:
 
-* the day is large enough: rows, clicks, conversions and users;
+* the window is large enough: rows, clicks, conversions and users;
 * no model gives every row the same score (a broken baseline proves nothing);
-* the lower bound of the CTR AUC lift, and that of the CVR AUC lift, exceed their
-  thresholds.  The interval comes from a paired bootstrap over users
-  (:mod:`onetrans.bootstrap`).  Both lifts have to be shown, so a candidate that is
+* the lower bound of the CTR AUC lift over the baseline, and that of the CVR AUC
+  lift, exceed their thresholds.  Both lifts have to be shown, so a candidate that is
   not better in one task passes at most as often as that task's bound errs, which
   is (1 - confidence) / 2: no correction for two tests is needed (an
-  intersection-union test);
-* the guardrails hold for both tasks: UAUC, log loss, calibration.
+  intersection-union test), nor for the criteria below, which only decline more;
+* the candidate ranks at all: the lower bound of each AUC is above 0.5, and that of
+  its lift over a popularity ranker is above 0;
+* it is not worse than the champion by a margin that matters: the lower bound of
+  each AUC difference is above ``-max_loss_to_champion``;
+* the last days agree, each by itself;
+* the guardrails hold for both tasks on the evaluation day: UAUC, log loss,
+  calibration.  The estimate has to be within the margin; its interval is told.
+
+Intervals come from a paired bootstrap over users (:mod:`onetrans.bootstrap`).
+``docs/gate.md`` gives the reasons for each rule, and its measured error rates.
 
 Two kinds of trouble are kept apart.  Scores that cannot be right (a null or NaN,
 a probability outside [0, 1], an impression twice or not at all) are an error of
@@ -23,32 +31,47 @@ scores) is declined, and the verdict says why.  Neither ever promotes.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import logging
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from onetrans import storage
-from onetrans.bootstrap import Lift, ResampledAuc, paired_lifts
+from onetrans.bootstrap import Floats, Interval, Lift, Part, Replicates, ResampledAuc, UserSums, resample
 from onetrans.errors import BadDataError, NotReadyError
-from onetrans.metrics import Metrics
-from onetrans.plan import GATE_FILE, SCORES_FILE, Plan
+from onetrans.history import earlier_plans
+from onetrans.metrics import Metrics, cross_entropies, user_auc
+from onetrans.plan import GATE_FILE, METRICS_FILE, PAGE_FILE, Plan
+from onetrans.scores import (
+    BASELINE,
+    CANDIDATE,
+    CHAMPION,
+    POPULARITY,
+    TASKS,
+    ChampionRecord,
+    Scores,
+    common_users,
+    read_scores,
+)
 from onetrans.settings import GateSettings, Settings, load_settings
-from onetrans.tracking import log_gate, recorded_step
+from onetrans.slices import slices
+from onetrans.tracking import audit_verdicts, log_gate, recorded_step
+from onetrans.verdict_page import Page
 
 logger = logging.getLogger(__name__)
 
-CANDIDATE = "onetrans"
-BASELINE = "dcnv2_din"
-TASKS = ("ctr", "cvr")
+TRAILING_DAYS = 7
+"""Earlier days of the chain whose figures make the band that the baseline is expected in."""
+SHOWN_DAYS = 13
+"""Earlier days whose lift the page shows."""
+FEWEST_TRAILING = 3
+"""Fewer earlier days than this make no band."""
+BAND = 3.0
+"""Half the width of that band, in standard deviations of the days, or standard errors of this day if these are more."""
 
 EXAMPLES = """examples:
   onetrans gate --plan var/runs/ds=2022-05-06/1a2b3c4d5e6f
@@ -56,76 +79,9 @@ EXAMPLES = """examples:
 
 Decision = Literal["promoted", "declined"]
 Comparison = Literal[">=", ">", "<="]
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Both models' scores of the evaluation day, one entry per impression; checked when it is built."""
-
-    user_N: npt.NDArray[np.int64]
-    """Each row's user, ``0..users-1``."""
-    users: int
-    """Distinct users."""
-    label_N: dict[str, npt.NDArray[np.int64]]
-    """Per task ("ctr", "cvr"): click, and conversion; 0 or 1."""
-    score_N: dict[tuple[str, str], npt.NDArray[np.float64]]
-    """Per (model, task): the predicted probability."""
-
-    @classmethod
-    def from_table(cls, table: pa.Table, where: str = "scores") -> Scores:
-        """Check a table of scores and take what the gate needs.
-
-        Args:
-            table: columns ``request_id, item_id, user_id, click, conversion`` and ``<model>_ctr``, ``<model>_cvr``
-                of both models.
-            where: what to call the table in a message.
-
-        Raises:
-            BadDataError: naming the column, the number of rows and an example.
-        """
-        names = [f"{model}_{task}" for model in (CANDIDATE, BASELINE) for task in TASKS]
-        _require_columns(table, ["request_id", "item_id", "user_id", "click", "conversion", *names], where)
-        if table.num_rows == 0:
-            raise BadDataError(f"{where}: there are no rows")
-        _refuse_repeated_keys(table, where)
-        _refuse_where(table, "user_id", pc.is_null(table["user_id"]), "no user", where)
-        for column in ("click", "conversion"):
-            sound = pc.fill_null(pc.is_in(table[column], pa.array([0, 1], type=table[column].type)), False)
-            _refuse_where(table, column, pc.invert(sound), "a label other than 0 or 1", where)
-        unearned = pc.and_(pc.equal(table["conversion"], 1), pc.equal(table["click"], 0))
-        _refuse_where(table, "conversion", unearned, "a conversion without a click", where)
-        for column in names:
-            value = table[column].cast(pa.float64())
-            sound = pc.and_(pc.greater_equal(value, 0.0), pc.less_equal(value, 1.0))  # false for NaN
-            _refuse_where(table, column, pc.invert(pc.fill_null(sound, False)), "no probability", where)
-        users = table["user_id"].combine_chunks().dictionary_encode()
-        return cls(
-            user_N=users.indices.to_numpy().astype(np.int64),
-            users=len(users.dictionary),
-            label_N={
-                "ctr": table["click"].to_numpy().astype(np.int64),
-                "cvr": table["conversion"].to_numpy().astype(np.int64),
-            },
-            score_N={
-                (model, task): table[f"{model}_{task}"].to_numpy().astype(np.float64)
-                for model in (CANDIDATE, BASELINE)
-                for task in TASKS
-            },
-        )
-
-    def counted(self, task: str) -> npt.NDArray[np.bool_]:
-        """Return the rows a task is measured on: all impressions for CTR, clicked ones for CVR."""
-        return np.ones(self.user_N.shape[0], dtype=bool) if task == "ctr" else self.label_N["ctr"] > 0
-
-    def metrics(self, model: str) -> Metrics:
-        """Return one model's figures."""
-        return Metrics.compute(
-            click_N=self.label_N["ctr"],
-            conversion_N=self.label_N["cvr"],
-            ctr_N=self.score_N[model, "ctr"],
-            cvr_N=self.score_N[model, "cvr"],
-            user_N=self.user_N,
-        )
+Figure = Literal["auc", "uauc", "log_loss", "calibration"]
+Key = tuple[str, str, Figure, tuple[int, ...]]
+"""A figure: scorer, task, kind, and the days it is taken over."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +101,9 @@ class Criterion:
     text: str
     """The outcome in words."""
     interval: tuple[float, float] | None = None
-    """Bootstrap interval of the figure, for a lift; its lower end is what is held against the threshold."""
+    """Bootstrap interval of the figure, where it has one."""
+    held: Literal["figure", "lower bound"] = "figure"
+    """What is held against the threshold."""
 
 
 @dataclass(frozen=True)
@@ -160,8 +118,10 @@ class Verdict:
     """One sentence for a person."""
     mode: str
     """``gate.mode`` at the time."""
+    days: tuple[str, ...]
+    """The window: days that were pooled, the evaluation day last."""
     rows: int
-    """Impressions judged."""
+    """Impressions of the window."""
     users: int
     """Distinct users among them."""
     clicks: int
@@ -169,11 +129,19 @@ class Verdict:
     conversions: int
     """Converted clicks."""
     lifts: dict[str, Lift]
-    """Per task, the AUC lift with its interval; empty if the gate is off or an AUC is undefined."""
+    """Per task, the AUC lift over the baseline; empty if the gate is off or an AUC is undefined."""
+    comparisons: dict[str, dict[str, Lift]]
+    """Per pair ("onetrans over champion", ...) and task, the AUC lift on the days on which both scored."""
+    aucs: dict[str, dict[str, Interval]]
+    """Per scorer and task, the AUC over the window."""
+    champion: ChampionRecord
+    """Which champion it was compared with, or why with none."""
     criteria: tuple[Criterion, ...]
     """Everything that had to hold, in the order it is listed."""
+    warnings: tuple[str, ...]
+    """What a person should look at, though it decides nothing."""
     models: dict[str, Metrics]
-    """Figures of both models."""
+    """Figures of every scorer on the evaluation day."""
     settings: GateSettings
     """The thresholds used."""
 
@@ -184,57 +152,186 @@ class Verdict:
             "passed": self.passed,
             "reason": self.reason,
             "mode": self.mode,
+            "days": list(self.days),
             "rows": self.rows,
             "users": self.users,
             "clicks": self.clicks,
             "conversions": self.conversions,
-            "lifts": {f"{task}_auc": _without_nan(asdict(lift)) for task, lift in self.lifts.items()},
+            "lifts": {f"{task}_auc": _plain(lift) for task, lift in self.lifts.items()},
+            "comparisons": {
+                pair: {f"{task}_auc": _plain(lift) for task, lift in lifts.items()}
+                for pair, lifts in self.comparisons.items()
+            },
+            "aucs": {
+                scorer: {f"{task}_auc": _plain(interval) for task, interval in intervals.items()}
+                for scorer, intervals in self.aucs.items()
+            },
+            "champion": asdict(self.champion),
             "criteria": [{**asdict(c), "interval": c.interval and list(c.interval)} for c in self.criteria],
+            "warnings": list(self.warnings),
             "models": {name: metrics.to_dict() for name, metrics in self.models.items()},
             "settings": asdict(self.settings),
         }
 
 
-def judge(scores: Scores, settings: GateSettings) -> Verdict:
-    """Hold the candidate against every criterion; the same scores and settings give the same verdict."""
-    models = {model: scores.metrics(model) for model in (CANDIDATE, BASELINE)}
-    candidate, baseline = models[CANDIDATE], models[BASELINE]
+def judge(
+    scores: Scores,
+    settings: GateSettings,
+    earlier: Sequence[Scores] = (),
+    baseline_before: Mapping[str, Sequence[float]] | None = None,
+) -> Verdict:
+    """Hold the candidate against every criterion; the same scores and settings give the same verdict.
+
+    Args:
+        scores: of the evaluation day.
+        settings: the thresholds.
+        earlier: of days before it in the same chain, oldest first; those the settings do not ask for are not used.
+        baseline_before: per task the baseline's AUC on earlier days of the chain.
+    """
+    every_day = [*earlier, scores]
+    measured = _Measured(every_day[-settings.window_days :], settings)
+    models = {scorer: scores.metrics(scorer) for scorer in scores.scorers}
     lifts: dict[str, Lift] = {}
     criteria: list[Criterion] = []
+    warnings: list[str] = []
     if settings.mode != "off":
-        criteria += _enough_data(candidate, settings)
+        lifts = measured.lifts(CANDIDATE, BASELINE)
+        criteria += _enough_data(measured, settings)
         criteria += [_varies(scores, model, task) for task in TASKS for model in (CANDIDATE, BASELINE)]
-        lifts = _lifts(scores, settings)
         criteria += [_lift_shown(task, lifts.get(task), settings) for task in TASKS]
-        criteria += [_uauc_kept(task, candidate, baseline, settings) for task in TASKS]
-        criteria += [_log_loss_kept(task, candidate, baseline, settings) for task in TASKS]
-        criteria += [_calibrated(task, candidate, settings) for task in TASKS]
+        criteria += _days_agree(every_day, settings)
+        criteria += _ranks_at_all(measured)
+        criteria += _not_below_champion(measured, scores.champion, settings)
+        criteria += _guardrails(measured, settings)
+        warnings += _baseline_collapsed(measured, baseline_before or {})
     passed = all(criterion.passed for criterion in criteria) if criteria else None
+    pairs = [(of, over) for over in (CHAMPION, POPULARITY) for of in (CANDIDATE, BASELINE) if over in scores.scorers]
     return Verdict(
         verdict="promoted" if passed and settings.mode == "enabled" else "declined",
         passed=passed,
-        reason=_reason(passed, criteria, lifts, settings),
+        reason=_reason(passed, criteria, lifts, len(measured.days), settings),
         mode=settings.mode,
-        rows=candidate.rows,
-        users=scores.users,
-        clicks=candidate.clicks,
-        conversions=candidate.conversions,
+        days=tuple(day.ds for day in measured.days),
+        rows=measured.rows,
+        users=measured.users,
+        clicks=measured.positives("ctr"),
+        conversions=measured.positives("cvr"),
         lifts=lifts,
+        comparisons={f"{of} over {over}": measured.lifts(of, over) for of, over in pairs} if passed is not None else {},
+        aucs={s: measured.aucs(s) for s in scores.scorers} if passed is not None else {},
+        champion=scores.champion,
         criteria=tuple(criteria),
+        warnings=tuple(warnings),
         models=models,
         settings=settings,
     )
 
 
+class _Measured:
+    """Every figure of a window, all of them on the same draws of users."""
+
+    def __init__(self, days: Sequence[Scores], settings: GateSettings) -> None:
+        self.days = list(days)
+        self.confidence = settings.confidence
+        self.users, self._user_N = common_users(self.days)
+        self.today = (len(self.days) - 1,)
+        self._drawn: dict[Key, Replicates] = {}
+        if settings.mode != "off":
+            wanted = {key: self._parts(key) for key in dict.fromkeys(self._wanted())}
+            # A model that is not there on a day, or a task without positives, has no parts.
+            self._drawn = resample(
+                {key: parts for key, parts in wanted.items() if parts}, self.users, settings.replicates, settings.seed
+            )
+
+    @property
+    def rows(self) -> int:
+        """Impressions."""
+        return sum(day.user_N.shape[0] for day in self.days)
+
+    def positives(self, task: str) -> int:
+        """Clicks, or conversions."""
+        return int(sum(day.label_N[task].sum() for day in self.days))
+
+    def shared(self, *scorers: str) -> tuple[int, ...]:
+        """Return the days on which all of these scored; for the champion, only those of the same version."""
+        version = self.days[-1].champion.version
+        return tuple(
+            i
+            for i, day in enumerate(self.days)
+            if set(scorers) <= set(day.scorers) and (CHAMPION not in scorers or day.champion.version == version)
+        )
+
+    def get(self, scorer: str, task: str, figure: Figure, days: tuple[int, ...]) -> Replicates | None:
+        """Return a figure; None if it does not exist on these rows."""
+        found = self._drawn.get((scorer, task, figure, days))
+        return found if found is not None and np.isfinite(found.value) else None
+
+    def lifts(self, of: str, over: str) -> dict[str, Lift]:
+        """Return the AUC lift of one scorer over another, per task in which it is defined."""
+        days, found = self.shared(of, over), {}
+        for task in TASKS:
+            ours, theirs = self.get(of, task, "auc", days), self.get(over, task, "auc", days)
+            if ours is not None and theirs is not None:
+                found[task] = Lift.between(ours, theirs, self.confidence)
+        return found
+
+    def aucs(self, scorer: str) -> dict[str, Interval]:
+        """Return a scorer's AUC over the days on which it scored, per task in which it is defined."""
+        days, found = self.shared(scorer), {}
+        for task in TASKS:
+            drawn = self.get(scorer, task, "auc", days)
+            if drawn is not None:
+                found[task] = Interval.of(drawn.value, drawn.value_B, self.confidence)
+        return found
+
+    def _wanted(self) -> Iterable[Key]:
+        today = self.days[-1]
+        for task in TASKS:
+            for scorer in today.scorers:
+                yield scorer, task, "auc", self.shared(scorer)
+                for other in today.scorers:
+                    yield scorer, task, "auc", self.shared(scorer, other)
+            for model in (CANDIDATE, BASELINE):
+                for figure in ("uauc", "log_loss", "calibration"):
+                    yield model, task, figure, self.today
+
+    def _parts(self, key: Key) -> list[Part]:
+        scorer, task, figure, days = key
+        return [part for i in days if (part := self._part(i, scorer, task, figure)) is not None]
+
+    def _part(self, i: int, scorer: str, task: str, figure: Figure) -> Part | None:
+        day = self.days[i]
+        counted_N = day.counted(task)
+        if not counted_N.any():
+            return None
+        label_N, score_N = day.label_N[task][counted_N], day.score_N[scorer, task][counted_N]
+        user_N = self._user_N[i][counted_N]
+        if figure == "auc":
+            return ResampledAuc(label_N, score_N, user_N)
+
+        def per_user(value_N: Floats | None = None) -> Floats:
+            return np.bincount(user_N, value_N, self.users).astype(np.float64)
+
+        if figure == "log_loss":
+            return UserSums(per_user(cross_entropies(label_N, score_N)), per_user())
+        if figure == "calibration":
+            return UserSums(per_user(score_N), per_user(label_N.astype(np.float64)))
+        ranked = user_auc(label_N, score_N, user_N)
+        numerator_U, denominator_U = np.zeros(self.users), np.zeros(self.users)
+        numerator_U[ranked.user_U] = ranked.impressions_U * ranked.auc_U
+        denominator_U[ranked.user_U] = ranked.impressions_U
+        return UserSums(numerator_U, denominator_U)
+
+
 # Criteria
 
 
-def _enough_data(figures: Metrics, settings: GateSettings) -> list[Criterion]:
+def _enough_data(measured: _Measured, settings: GateSettings) -> list[Criterion]:
     counts = {
-        "rows": (figures.rows, settings.min_rows),
-        "clicks": (figures.clicks, settings.min_positives),
-        "conversions": (figures.conversions, settings.min_positives),
-        "users": (figures.users, settings.min_users),
+        "rows": (measured.rows, settings.min_rows),
+        "clicks": (measured.positives("ctr"), settings.min_positives),
+        "conversions": (measured.positives("cvr"), settings.min_positives),
+        "users": (measured.users, settings.min_users),
     }
     return [
         Criterion(f"min_{name}", count >= least, count, ">=", least, f"{count:,} {name}, at least {least:,} needed")
@@ -248,79 +345,181 @@ def _varies(scores: Scores, model: str, task: str) -> Criterion:
     return Criterion(f"{model}_{task}_varies", distinct >= 2, distinct, ">=", 2, text)
 
 
-def _lifts(scores: Scores, settings: GateSettings) -> dict[str, Lift]:
-    """Return the lifts, both tasks on the same draws; a task of one class has none."""
-    tasks: dict[str, tuple[ResampledAuc, ResampledAuc]] = {}
-    for task in TASKS:
-        counted = scores.counted(task)
-        label = scores.label_N[task][counted]
-        if not 0 < label.sum() < label.shape[0]:
-            continue
-        candidate, baseline = (
-            ResampledAuc(label, scores.score_N[model, task][counted], scores.user_N[counted])
-            for model in (CANDIDATE, BASELINE)
-        )
-        tasks[task] = (candidate, baseline)
-    if not tasks:
-        return {}
-    return paired_lifts(tasks, scores.users, settings.replicates, settings.confidence, settings.seed)
-
-
 def _lift_shown(task: str, lift: Lift | None, settings: GateSettings) -> Criterion:
-    name, threshold = f"{task}_auc_lift", float(getattr(settings, f"min_lift_{task}_auc"))
-    label = f"{task.upper()} AUC"
+    threshold = float(getattr(settings, f"min_lift_{task}_auc"))
+    return _above(f"{task}_auc_lift", f"{task.upper()} AUC", lift, threshold, f"{BASELINE}'s ")
+
+
+def _above(name: str, label: str, lift: Lift | None, threshold: float, against: str = "") -> Criterion:
+    """Hold the lower bound of a lift against a threshold."""
     if lift is None:
-        text = f"{label} is undefined: every label is the same"
-        return Criterion(name, False, None, ">", threshold, text)
+        return Criterion(name, False, None, ">", threshold, f"{label} is undefined: every label is the same")
     if lift.undefined:
         text = f"{label} has no interval: {lift.undefined} of {lift.replicates} draws of users hold one class only"
         return Criterion(name, False, lift.lift, ">", threshold, text)
-    text = (
-        f"{label} {lift.candidate:.4f} against {lift.baseline:.4f}: "
-        f"lift {lift.lift:+.4f} [{lift.low:+.4f}, {lift.high:+.4f}]"
-    )
-    return Criterion(name, lift.low > threshold, lift.lift, ">", threshold, text, (lift.low, lift.high))
+    text = f"{label} {lift.candidate:.4f} against {against}{lift.baseline:.4f}: lift {told(lift)}"
+    passed = lift.low > threshold
+    if threshold or not passed:
+        text += f", whose lower end must be above {threshold:g}"
+    return Criterion(name, passed, lift.lift, ">", threshold, text, (lift.low, lift.high), "lower bound")
 
 
-def _uauc_kept(task: str, candidate: Metrics, baseline: Metrics, settings: GateSettings) -> Criterion:
-    name, most, label = f"{task}_uauc_loss", settings.max_uauc_loss, f"{task.upper()} UAUC"
-    ours, theirs = getattr(candidate, f"{task}_uauc"), getattr(baseline, f"{task}_uauc")
+def told(lift: Lift) -> str:
+    """Return a lift with its interval as text."""
+    return f"{lift.lift:+.4f} [{lift.low:+.4f}, {lift.high:+.4f}]"
+
+
+def _days_agree(days: Sequence[Scores], settings: GateSettings) -> list[Criterion]:
+    if settings.agreeing_days == settings.window_days == 1:
+        return []  # The lift's own bound says more.
+    asked = settings.agreeing_days
+    lifts = {day.ds: _lifts_of_a_day(day) for day in days[-asked:]}
+    agreeing = sum(all(lift is not None and lift > 0 for lift in found) for found in lifts.values())
+    shown = "; ".join(f"{ds} {', '.join(map(_signed, found))}" for ds, found in lifts.items())
+    text = f"{agreeing} of the last {asked} days have both AUCs above the baseline's (CTR, CVR lift: {shown})"
+    return [Criterion("days_agree", agreeing >= asked, agreeing, ">=", asked, text)]
+
+
+def _lifts_of_a_day(day: Scores) -> list[float | None]:
+    ours, theirs = day.metrics(CANDIDATE), day.metrics(BASELINE)
+    pairs = ((ours.ctr_auc, theirs.ctr_auc), (ours.cvr_auc, theirs.cvr_auc))
+    return [None if a is None or b is None else a - b for a, b in pairs]
+
+
+def _signed(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:+.4f}"
+
+
+def _ranks_at_all(measured: _Measured) -> list[Criterion]:
+    criteria, found, over = [], measured.aucs(CANDIDATE), measured.lifts(CANDIDATE, POPULARITY)
+    for task in TASKS:
+        name, label, auc = f"{task}_auc_above_chance", f"{task.upper()} AUC", found.get(task)
+        if auc is None or auc.undefined:
+            text = f"{label} is undefined" if auc is None else f"{label} has no interval"
+            criteria.append(Criterion(name, False, None, ">", 0.5, text, None, "lower bound"))
+        else:
+            text = f"{label} {auc.value:.4f} [{auc.low:.4f}, {auc.high:.4f}], a coin's is 0.5"
+            criteria.append(
+                Criterion(name, auc.low > 0.5, auc.value, ">", 0.5, text, (auc.low, auc.high), "lower bound")
+            )
+        criteria.append(_above(f"{task}_auc_over_popularity", label, over.get(task), 0.0, "a popularity ranker's "))
+    return criteria
+
+
+def _not_below_champion(measured: _Measured, champion: ChampionRecord, settings: GateSettings) -> list[Criterion]:
+    if champion.state == "incomparable":
+        return [Criterion("champion_comparable", False, None, ">=", 0.0, champion.note)]
+    if champion.state != "scored":
+        return []
+    lifts = measured.lifts(CANDIDATE, CHAMPION)
+    return [
+        _above(
+            f"{task}_auc_not_below_champion",
+            f"{task.upper()} AUC",
+            lifts.get(task),
+            -settings.max_loss_to_champion,
+            f"champion {champion.version}'s ",
+        )
+        for task in TASKS
+    ]
+
+
+def _guardrails(measured: _Measured, settings: GateSettings) -> list[Criterion]:
+    def both(task: str, figure: Figure) -> tuple[Replicates | None, Replicates | None]:
+        ours, theirs = (measured.get(model, task, figure, measured.today) for model in (CANDIDATE, BASELINE))
+        return ours, theirs
+
+    confidence = settings.confidence
+    return [
+        *(_uauc_kept(task, *both(task, "uauc"), settings.max_uauc_loss, confidence) for task in TASKS),
+        *(_log_loss_kept(task, *both(task, "log_loss"), settings.max_log_loss_increase, confidence) for task in TASKS),
+        *(
+            _calibrated(task, both(task, "calibration")[0], settings.max_calibration_error, confidence)
+            for task in TASKS
+        ),
+    ]
+
+
+def _uauc_kept(
+    task: str, ours: Replicates | None, theirs: Replicates | None, most: float, confidence: float
+) -> Criterion:
+    name, label = f"{task}_uauc_loss", f"{task.upper()} UAUC"
     if ours is None or theirs is None:
         return Criterion(name, False, None, "<=", most, f"{label} is undefined: no user has both classes")
-    text = f"{label} {ours:.4f} against {theirs:.4f}"
-    return Criterion(name, theirs - ours <= most, theirs - ours, "<=", most, text)
+    return _within(
+        name,
+        f"{label} {ours.value:.4f} against {theirs.value:.4f}, at most {most:g} below",
+        Interval.of(theirs.value - ours.value, theirs.value_B - ours.value_B, confidence),
+        most,
+    )
 
 
-def _log_loss_kept(task: str, candidate: Metrics, baseline: Metrics, settings: GateSettings) -> Criterion:
-    name, most, label = f"{task}_log_loss_increase", settings.max_log_loss_increase, f"{task.upper()} log loss"
-    ours, theirs = getattr(candidate, f"{task}_log_loss"), getattr(baseline, f"{task}_log_loss")
+def _log_loss_kept(
+    task: str, ours: Replicates | None, theirs: Replicates | None, most: float, confidence: float
+) -> Criterion:
+    name, label = f"{task}_log_loss_increase", f"{task.upper()} log loss"
     if ours is None or theirs is None:
         return Criterion(name, False, None, "<=", most, f"{label} is undefined: there are no clicks")
-    text = f"{label} {ours:.4f} against {theirs:.4f}"
-    return Criterion(name, ours / theirs - 1.0 <= most, ours / theirs - 1.0, "<=", most, text)
+    return _within(
+        name,
+        f"{label} {ours.value:.4f} against {theirs.value:.4f}, at most {100 * most:g} % more",
+        Interval.of(ours.value / theirs.value - 1.0, ours.value_B / theirs.value_B - 1.0, confidence),
+        most,
+    )
 
 
-def _calibrated(task: str, candidate: Metrics, settings: GateSettings) -> Criterion:
-    name, most, label = f"{task}_calibration_error", settings.max_calibration_error, f"{task.upper()} calibration"
-    ratio = getattr(candidate, f"{task}_calibration")
-    if ratio is None:
+def _calibrated(task: str, ours: Replicates | None, most: float, confidence: float) -> Criterion:
+    name, label = f"{task}_calibration_error", f"{task.upper()} calibration"
+    if ours is None:
         return Criterion(name, False, None, "<=", most, f"{label} is undefined: no label is positive")
-    text = f"{label}: mean prediction is {ratio:.3f} of the mean label"
-    return Criterion(name, abs(ratio - 1.0) <= most, abs(ratio - 1.0), "<=", most, text)
+    return _within(
+        name,
+        f"{label}: mean prediction is {ours.value:.3f} of the mean label, at most {most:g} from 1",
+        Interval.of(abs(ours.value - 1.0), abs(ours.value_B - 1.0), confidence),
+        most,
+    )
 
 
-def _reason(passed: bool | None, criteria: Sequence[Criterion], lifts: dict[str, Lift], settings: GateSettings) -> str:
+def _within(name: str, text: str, found: Interval, most: float) -> Criterion:
+    interval = None if found.undefined else (found.low, found.high)
+    return Criterion(name, found.value <= most, found.value, "<=", most, text, interval)
+
+
+def _baseline_collapsed(measured: _Measured, before: Mapping[str, Sequence[float]]) -> list[str]:
+    """Say where the baseline lies below the band of its last days: then a lift over it means little."""
+    warnings = []
+    for task in TASKS:
+        last = list(before.get(task, ()))[-TRAILING_DAYS:]
+        now = measured.get(BASELINE, task, "auc", measured.today)
+        if now is None or len(last) < FEWEST_TRAILING:
+            continue
+        mean, error = statistics.fmean(last), float(np.nanstd(now.value_B, ddof=1))
+        least = mean - BAND * max(statistics.stdev(last), error)
+        if now.value < least:
+            warnings.append(
+                f"The baseline has collapsed: {BASELINE}'s {task.upper()} AUC is {now.value:.4f}, below the band of "
+                f"its last {len(last)} days (mean {mean:.4f}, band from {least:.4f}). A lift over it means little."
+            )
+    return warnings
+
+
+def _reason(
+    passed: bool | None, criteria: Sequence[Criterion], lifts: dict[str, Lift], days: int, settings: GateSettings
+) -> str:
     if passed is None:
         return "Not judged: gate.mode = off."
     level = f"{100 * settings.confidence:g}% intervals over users"
     if passed:
         shown = " and ".join(c.text for c in criteria if c.name in ("ctr_auc_lift", "cvr_auc_lift"))
+        kept = [c.text for c in criteria if c.name.endswith("not_below_champion")]
+        champion = f"; no worse than the champion: {' and '.join(kept)}" if kept else ""
         held = "" if settings.mode == "enabled" else f"; gate.mode = {settings.mode} leaves the champion as it is"
-        return f"{CANDIDATE} beats {BASELINE}: {shown} ({level}){held}."
+        return f"{CANDIDATE} beats {BASELINE}: {shown}{champion} ({level}){held}."
     failed = [c for c in criteria if not c.passed]
     first = "; ".join(c.text for c in failed[:2]) + (f"; and {len(failed) - 2} more" if len(failed) > 2 else "")
-    seen = ", ".join(f"{task.upper()} {lift.half_width:.4f}" for task, lift in lifts.items() if not lift.undefined)
-    could = f"; lifts this day could have found: {seen} ({level})" if seen else ""
+    seen = ", ".join(f"{task.upper()} {lift.detectable:.4f}" for task, lift in lifts.items() if not lift.undefined)
+    which = "this day" if days == 1 else f"these {days} days"
+    could = f"; lifts that {which} would show in 4 of 5 cases: {seen} ({level})" if seen else ""
     return f"Not promoted: {first}{could}."
 
 
@@ -328,60 +527,84 @@ def _reason(passed: bool | None, criteria: Sequence[Criterion], lifts: dict[str,
 
 
 def run_gate(settings: Settings, plan: Plan) -> dict[str, Any]:
-    """Judge the scores of a plan, keep the verdict in ``gate.json`` and in MLflow, and return it.
+    """Judge the scores of a plan, keep the verdict as ``gate.json`` and ``gate.html``, there and in MLflow; return it.
 
     Raises:
         NotReadyError: if the plan was not evaluated.
         BadDataError: if the scores cannot be right; an earlier verdict is removed, so nothing can rest on it.
     """
-    scores_path, gate_path = storage.join(plan.path, SCORES_FILE), storage.join(plan.path, GATE_FILE)
+    gate_path = storage.join(plan.path, GATE_FILE)
     with recorded_step(settings, plan, "gate"):
         if storage.exists(gate_path):
             storage.delete_file(gate_path)
-        table, digest = read_scores(scores_path, plan)
+        table, digest = read_scores(plan)
+        scores = Scores.from_table(table, f"scores of {plan.ds}", str(plan.ds))
+        if POPULARITY not in scores.scorers:
+            raise BadDataError(
+                f"scores of {plan.ds} lack the popularity ranker's: they were written by an earlier version; "
+                f"run: onetrans evaluate --plan {plan.path}"
+            )
+        chain = _chain(plan, max(settings.gate.window_days, settings.gate.agreeing_days))
         verdict = {
             "ds": str(plan.ds),
             "plan_id": plan.plan_id,
-            **judge(Scores.from_table(table, f"scores of {plan.ds}"), settings.gate).to_dict(),
+            **judge(scores, settings.gate, chain.scores, chain.baseline).to_dict(),
+            "left_out": chain.left_out,
             "scores_sha256": digest,
             "decided_at": datetime.now(UTC).isoformat(timespec="seconds"),
         }
+        page = Page(
+            plan=plan,
+            verdict=verdict,
+            scores=scores,
+            slices=slices(scores, table, settings.gate.confidence),
+            before=chain.verdicts,
+            audits=audit_verdicts(plan),
+        ).render()
+        storage.write_bytes(storage.join(plan.path, PAGE_FILE), page.encode())
         storage.write_json(gate_path, verdict)
         if plan.mlflow_run_id:
-            log_gate(settings, plan, verdict)
+            log_gate(settings, plan, verdict, page)
     return verdict
 
 
-def read_scores(path: str, plan: Plan) -> tuple[pa.Table, str]:
-    """Return the scores of a plan and the SHA-256 of their file.
+@dataclass(frozen=True)
+class _Chain:
+    """What earlier days of a chain add to a verdict."""
 
-    Raises:
-        NotReadyError: if there is no such file.
-        BadDataError: if it is damaged, or is not one row for each impression the plan evaluates on.
-    """
-    if not storage.exists(path):
-        raise NotReadyError(f"{path} is not there; run: onetrans evaluate --plan {plan.path}")
-    content = storage.read_bytes(path)
-    try:
-        table = pq.read_table(pa.BufferReader(content))
-    except (OSError, pa.ArrowInvalid) as error:
-        raise BadDataError(f"{path} cannot be read as Parquet ({error}); delete it and evaluate again") from error
-    expected = sum(_impressions(file) for file in plan.evaluation_files)
-    if table.num_rows != expected:
-        raise BadDataError(
-            f"{path} has {table.num_rows:,} rows, but {plan.ds} has {expected:,} impressions in the "
-            f"{len(plan.evaluation_files)} files of the plan; delete it and evaluate again"
-        )
-    return table, hashlib.sha256(content).hexdigest()
+    scores: list[Scores] = field(default_factory=list)
+    """Of the days that may be pooled, oldest first."""
+    baseline: dict[str, list[float]] = field(default_factory=dict)
+    """Per task, the baseline's AUC on the days before, oldest first."""
+    verdicts: list[dict[str, Any]] = field(default_factory=list)
+    """What the gate said on the days before, oldest first."""
+    left_out: list[str] = field(default_factory=list)
+    """Days that could not be used, with the reason."""
 
 
-def _impressions(file: str) -> int:
-    """Return the candidates of all requests of a file, as its footer counts them."""
-    filesystem, inner = storage.open_filesystem(file)
-    metadata = pq.read_metadata(inner, filesystem=filesystem)
-    paths = [metadata.schema.column(column).path for column in range(metadata.num_columns)]
-    column = next(c for c, path in enumerate(paths) if path.startswith("candidates.") and path.endswith(".item_id"))
-    return sum(metadata.row_group(group).column(column).num_values for group in range(metadata.num_row_groups))
+def _chain(plan: Plan, days: int) -> _Chain:
+    """Read the scores of up to ``days - 1`` earlier days, and the baseline's figures of the trailing ones."""
+    chain = _Chain()
+    for number, before in enumerate(earlier_plans(plan), start=1):
+        if number > max(TRAILING_DAYS, SHOWN_DAYS, days - 1):
+            break
+        gate_path = storage.join(before.path, GATE_FILE)
+        if number <= SHOWN_DAYS and storage.exists(gate_path):
+            chain.verdicts.insert(0, storage.read_json(gate_path))
+        metrics_path = storage.join(before.path, METRICS_FILE)
+        if number <= TRAILING_DAYS and storage.exists(metrics_path):
+            figures = storage.read_json(metrics_path).get(BASELINE, {})
+            for task in TASKS:
+                if figures.get(f"{task}_auc") is not None:
+                    chain.baseline.setdefault(task, []).insert(0, float(figures[f"{task}_auc"]))
+        if number < days:
+            try:
+                table, _ = read_scores(before)
+                chain.scores.insert(0, Scores.from_table(table, f"scores of {before.ds}", str(before.ds)))
+            except (BadDataError, NotReadyError, FileNotFoundError) as error:
+                logger.warning("%s is left out of the window: %s", before.ds, error)
+                chain.left_out.append(f"{before.ds}: {error}")
+    return chain
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -393,42 +616,14 @@ def run(arguments: argparse.Namespace) -> int:
     """Judge and print the verdict; a candidate that is not promoted is no failure."""
     verdict = run_gate(load_settings(), Plan.load(arguments.plan))
     for criterion in verdict["criteria"]:
-        print(f"{'ok  ' if criterion['passed'] else 'FAIL'} {criterion['name']:<24} {criterion['text']}")
+        print(f"{'ok  ' if criterion['passed'] else 'FAIL'} {criterion['name']:<30} {criterion['text']}")
+    if verdict["champion"]["state"] != "scored":
+        print(f"note {verdict['champion']['note']}")
+    for warning in verdict["warnings"]:
+        print(f"WARN {warning}")
     print(f"{verdict['ds']} {verdict['verdict']}: {verdict['reason']}")
     return 0
 
 
-# Reading scores
-
-
-def _require_columns(table: pa.Table, columns: list[str], where: str) -> None:
-    missing = [column for column in columns if column not in table.column_names]
-    if missing:
-        raise BadDataError(f"{where}: column {missing[0]!r} is missing; there are {', '.join(table.column_names)}")
-
-
-def _refuse_repeated_keys(table: pa.Table, where: str) -> None:
-    keys = ["request_id", "item_id"]
-    counted = table.select(keys).group_by(keys).aggregate([([], "count_all")])
-    if counted.num_rows == table.num_rows:
-        return
-    repeated = counted.filter(pc.greater(counted["count_all"], 1))
-    example = repeated.slice(0, 1).to_pylist()[0]
-    raise BadDataError(
-        f"{where}: {repeated.num_rows:,} impressions occur more than once, for example request "
-        f"{example['request_id']!r}, item {example['item_id']!r}, {example['count_all']} times"
-    )
-
-
-def _refuse_where(table: pa.Table, column: str, bad: pa.ChunkedArray, what: str, where: str) -> None:
-    count = pc.sum(bad).as_py() or 0
-    if count:
-        example = table.filter(bad).slice(0, 1).to_pylist()[0]
-        raise BadDataError(
-            f"{where}: {count:,} of {table.num_rows:,} rows have {what} in {column!r}, for example {example[column]!r} "
-            f"of request {example['request_id']!r}, item {example['item_id']!r}"
-        )
-
-
-def _without_nan(values: dict[str, Any]) -> dict[str, Any]:
-    return {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in values.items()}
+def _plain(figures: Lift | Interval) -> dict[str, Any]:
+    return {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in asdict(figures).items()}

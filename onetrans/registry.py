@@ -10,13 +10,15 @@ Rules of the champion:
 
 * only a verdict of the gate on exactly the scores that lie in the run folder moves it,
   and only to the very files that were evaluated;
+* the champion is read again right before the swap.  If it is not the one the candidate
+  was compared with, the comparison is repeated with the new one first;
 * a day never replaces a champion trained for a later day, so a backfill cannot move
-  it back; the champion is read again right before the swap;
+  it back, unless a person forces it with a reason, which is recorded;
 * a version that a person rolled back is never promoted again by the pipeline.
 
-MLflow has no compare-and-swap.  Two processes of one machine take turns by a file
-lock when the store is SQLite; on a server the order is the scheduler's business
-(one promotion at a time), and the alias is read once more after it was set.
+MLflow has no compare-and-swap.  Processes of one machine take turns by a file lock;
+between machines the order is the scheduler's business (one promotion at a time),
+and the alias is read once more after it was set.
 
 A step that is repeated finds its version by its tags and registers nothing twice.
 """
@@ -32,8 +34,8 @@ from typing import TYPE_CHECKING, Any
 
 from onetrans import storage
 from onetrans.errors import BadConfigError, BadDataError, NotReadyError, PipelineError
-from onetrans.gate import CANDIDATE
 from onetrans.plan import GATE_FILE, PROMOTION_FILE, SCORES_FILE, Plan
+from onetrans.scores import CANDIDATE
 from onetrans.settings import MlflowSettings, Settings, load_settings
 from onetrans.tracking import (
     MODEL_FOLDER,
@@ -41,6 +43,7 @@ from onetrans.tracking import (
     TAG_MODEL_DIGEST,
     TAG_MODEL_ID,
     TAG_PLAN,
+    answering,
     connect,
     fetch_folder,
     find_model_run,
@@ -65,9 +68,15 @@ TAG_REPLACED = "replaced"
 TAG_ROLLED_BACK = "rolled_back"
 TAG_PROMOTED = "promoted_at"
 TAG_BY_HAND = "promoted_by_hand"
+TAG_FORCED = "forced_over_later_day"
+TAG_PARENT = "parent_version"
+
+MOST_COMPARISONS = 3
+"""Times a comparison is repeated because the champion moved meanwhile."""
 
 EXAMPLES = """examples:
   onetrans promote --plan var/runs/ds=2022-05-06/1a2b3c4d5e6f
+  onetrans promote --plan var/runs/ds=2022-05-06/1a2b3c4d5e6f --force "the log of 7 May was wrong"
   onetrans registry list"""
 
 
@@ -231,16 +240,36 @@ class Registry:
 # The step
 
 
-def promote(settings: Settings, plan: Plan) -> dict[str, Any]:
+def promote(settings: Settings, plan: Plan, force: str = "") -> dict[str, Any]:
     """Register a plan's candidate, move the aliases its verdict allows, and return the content of ``promotion.json``.
 
+    Args:
+        settings: where MLflow is, and the gate's thresholds should the comparison be repeated.
+        plan: the judged plan.
+        force: why this day may replace a champion of a later day; empty: it may not.
+
     Raises:
-        NotReadyError: if the plan was not judged, or its candidate is not in MLflow.
-        BadDataError: if the verdict, the scores and the model do not belong together.
+        NotReadyError: if the plan was not judged, its candidate is not in MLflow, or the registry does not answer.
+        BadDataError: if the verdict, the scores and the model do not belong together, or the champion's files are gone.
         BadConfigError: if the plan was made without MLflow.
+        PipelineError: if the champion moved each time it was compared with.
     """
     if not plan.mlflow_run_id:
         raise BadConfigError(f"plan {plan.plan_id} of {plan.ds} was made without MLflow; there is nothing to register")
+    with answering(settings.mlflow):
+        for _ in range(MOST_COMPARISONS):
+            promotion = _promote_once(settings, plan, force.strip())
+            if promotion is not None:
+                return promotion
+            _compare_again(settings, plan)
+    raise PipelineError(
+        f"{settings.mlflow.registered_model}: the champion moved during each of {MOST_COMPARISONS} comparisons; "
+        "another process promotes or rolls back at the same time. Nothing was promoted; run this step again"
+    )
+
+
+def _promote_once(settings: Settings, plan: Plan, force: str) -> dict[str, Any] | None:
+    """Do all of it by the verdict as it is; None if the champion is not the one that was compared."""
     verdict = _read_verdict(plan)
     run = find_model_run(settings, plan, CANDIDATE)
     tags = run.data.tags if run is not None else {}
@@ -250,18 +279,20 @@ def promote(settings: Settings, plan: Plan) -> dict[str, Any]:
         )
     registry = Registry(settings.mlflow)
     done = _done_before(registry, plan, verdict, tags[TAG_MODEL_ID])
-    if done is not None:
+    if done is not None and not (force and done["decision"] == "held"):
         return done
     _check_same_model(settings, plan, tags[TAG_MODEL_ID], tags[TAG_MODEL_DIGEST])
     with one_at_a_time(settings.mlflow.tracking_uri):
+        if _moved(registry.by_alias(CHAMPION), plan, verdict, bool(force)):
+            return None
         version = registry.register(
             tags[TAG_MODEL_ID],
             run.info.run_id,
-            _version_tags(plan, verdict, tags),
+            _version_tags(plan, verdict, tags) | {TAG_PARENT: _parent_version(registry, plan)},
             model_card(plan, verdict, registry.name),
         )
         _move_challenger(registry, version, plan)
-        before, decision, reason = _move_champion(registry, version, plan, verdict)
+        before, decision, reason = _move_champion(registry, version, plan, verdict, force)
         aliases = registry.aliases()
     promotion = {
         "ds": str(plan.ds),
@@ -273,15 +304,49 @@ def promote(settings: Settings, plan: Plan) -> dict[str, Any]:
         "verdict": verdict["verdict"],
         "decision": decision,
         "reason": reason,
+        "forced": force or None,
         "aliases": sorted(alias for alias, number in aliases.items() if number == str(version.version)),
         "champion_before": before,
         "champion_after": aliases.get(CHAMPION),
+        "compared_with": verdict["champion"],
         "gate_decided_at": verdict["decided_at"],
         "finished_at": _now(),
     }
     storage.write_json(storage.join(plan.path, PROMOTION_FILE), promotion)
     log_promotion(settings, plan, promotion)
     return promotion
+
+
+def _moved(champion: ModelVersion | None, plan: Plan, verdict: Mapping[str, Any], forced: bool) -> bool:
+    """Tell whether a promotion would rest on a comparison with another champion than the one it would replace."""
+    if verdict["verdict"] != "promoted" or champion is None:
+        return False
+    if champion.tags.get(TAG_PLAN) == plan.plan_id or TAG_DAY not in champion.tags:
+        return False
+    if champion.tags[TAG_DAY] > str(plan.ds) and not forced:
+        return False  # It will not be replaced.
+    return verdict["champion"]["version"] != str(champion.version)
+
+
+def _compare_again(settings: Settings, plan: Plan) -> None:
+    from onetrans.evaluate import compare_again  # it needs torch, which the usual promotion does not
+    from onetrans.gate import run_gate
+
+    logger.info("%s: the champion moved since the day was judged; comparing with the new one", plan.ds)
+    compare_again(plan, settings)
+    run_gate(settings, plan)
+
+
+def _parent_version(registry: Registry, plan: Plan) -> str:
+    """Return the version whose training the candidate went on from, or why there is none."""
+    start = plan.models[CANDIDATE].warm_start
+    if start is None:
+        return "none: fresh weights"
+    parent = start.rstrip("/").rsplit("/", 2)[-2]
+    for version in registry.versions():
+        if version.tags.get(TAG_PLAN) == parent:
+            return str(version.version)
+    return f"not registered: plan {parent}"
 
 
 def _done_before(registry: Registry, plan: Plan, verdict: Mapping[str, Any], model_id: str) -> dict[str, Any] | None:
@@ -333,7 +398,7 @@ def _move_challenger(registry: Registry, version: ModelVersion, plan: Plan) -> N
 
 
 def _move_champion(
-    registry: Registry, version: ModelVersion, plan: Plan, verdict: Mapping[str, Any]
+    registry: Registry, version: ModelVersion, plan: Plan, verdict: Mapping[str, Any], force: str
 ) -> tuple[str | None, str, str]:
     """Swap the champion if everything allows it; return the champion before, the decision and its reason."""
     champion = registry.by_alias(CHAMPION)
@@ -350,7 +415,12 @@ def _move_champion(
     if champion is not None and champion.tags[TAG_DAY] > str(plan.ds):
         if TAG_PROMOTED in version.tags:
             return version.tags.get(TAG_REPLACED), "promoted", f"was promoted at {version.tags[TAG_PROMOTED]}"
-        return before, "held", f"champion {before} was trained for a later day, {champion.tags[TAG_DAY]}"
+        later = f"champion {before} was trained for a later day, {champion.tags[TAG_DAY]}"
+        if not force:
+            return before, "held", f"{later}; to replace it all the same: --force REASON"
+        registry.set_champion(version)
+        registry.client.set_model_version_tag(registry.name, version.version, TAG_FORCED, f"{_now()}: {force}")
+        return before, "promoted", f"forced, though {later}: {force}"
     registry.set_champion(version)
     return before, "promoted", verdict["reason"]
 
@@ -404,11 +474,17 @@ def _now() -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     parser.add_argument("--plan", required=True, help="folder of the plan, or its plan.json")
+    parser.add_argument(
+        "--force",
+        default="",
+        metavar="REASON",
+        help="replace a champion of a later day too; the gate's verdict still holds, and the reason is recorded",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Register the candidate and say what became of it; one that is not promoted is no failure."""
-    promotion = promote(load_settings(), Plan.load(arguments.plan))
+    promotion = promote(load_settings(), Plan.load(arguments.plan), arguments.force)
     print(
         f"{promotion['ds']} {promotion['model']} version {promotion['version']} {promotion['decision']}: "
         f"{promotion['reason']}"

@@ -177,12 +177,18 @@ class GateSettings:
     """The lower bound of the CTR AUC lift over the baseline must exceed this."""
     min_lift_cvr_auc: float = 0.0
     """The lower bound of the CVR AUC lift over the baseline must exceed this."""
+    max_loss_to_champion: float = 0.005
+    """How much lower than the champion's either AUC might be; the lower bound of the difference must stay above."""
     confidence: float = 0.90
-    """Two-sided level of the bootstrap interval of each lift."""
+    """Two-sided level of the bootstrap intervals."""
+    window_days: int = 1
+    """Days that are pooled: the evaluation day and those before it in the same chain of trainings."""
+    agreeing_days: int = 1
+    """Days in a row, the evaluation day the last, on each of which both AUCs must be above the baseline's."""
     replicates: int = 1000
     """Bootstrap replicates, each a draw of users with replacement."""
     min_rows: int = 1000
-    """Fewest impressions on the evaluation day on which a promotion may rest."""
+    """Fewest impressions in the window on which a promotion may rest."""
     min_positives: int = 100
     """Fewest clicks, and fewest conversions, likewise."""
     min_users: int = 100
@@ -200,9 +206,9 @@ class GateSettings:
         _one_of("gate.mode", self.mode, get_args(GateMode))
         if not 0.5 <= self.confidence < 1.0:
             raise BadConfigError(f"gate.confidence = {self.confidence} must be at least 0.5 and below 1")
-        for name in ("replicates", "min_rows", "min_positives", "min_users"):
+        for name in ("replicates", "window_days", "agreeing_days", "min_rows", "min_positives", "min_users"):
             _at_least(f"gate.{name}", getattr(self, name), 1)
-        for name in ("max_uauc_loss", "max_log_loss_increase", "max_calibration_error"):
+        for name in ("max_loss_to_champion", "max_uauc_loss", "max_log_loss_increase", "max_calibration_error"):
             _at_least(f"gate.{name}", getattr(self, name), 0)
 
 

@@ -28,9 +28,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from onetrans import __version__, storage
-from onetrans.errors import BadConfigError, BadDataError, PipelineError
+from onetrans.errors import BadConfigError, BadDataError, NotReadyError, PipelineError
 from onetrans.lake import AUDIT_FILE
-from onetrans.plan import GATE_FILE, METRICS_FILE, PLAN_FILE, PROMOTION_FILE, Plan
+from onetrans.plan import GATE_FILE, METRICS_FILE, PAGE_FILE, PLAN_FILE, PROMOTION_FILE, Plan
 from onetrans.schema import Feature, FeatureSchema, Kind
 from onetrans.settings import MlflowSettings, Settings
 
@@ -111,22 +111,51 @@ _turn = threading.local()
 
 @contextmanager
 def one_at_a_time(tracking_uri: str) -> Iterator[None]:
-    """Let one process of this machine at a time create things in a SQLite store; a server needs no such help.
+    """Let one process of this machine at a time create runs and move aliases: MLflow has no compare-and-swap.
 
     A thread that has its turn may ask for it again.
     """
-    if not tracking_uri.startswith("sqlite:///") or getattr(_turn, "mine", "") == tracking_uri:
+    if getattr(_turn, "mine", "") == tracking_uri:
         yield
         return
-    lock = Path(tracking_uri.removeprefix("sqlite:///").split("?")[0] + ".lock")
+    lock = _lock_file(tracking_uri)
     lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as file:
+    with lock.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         _turn.mine = tracking_uri
         try:
             yield
         finally:
             _turn.mine = ""
+
+
+def _lock_file(tracking_uri: str) -> Path:
+    """Return the file whose lock is a turn: beside a SQLite store, in the temporary folder for a server's."""
+    if tracking_uri.startswith("sqlite:///"):
+        return Path(tracking_uri.removeprefix("sqlite:///").split("?")[0] + ".lock")
+    name = hashlib.sha256(tracking_uri.encode()).hexdigest()[:16]
+    return Path(tempfile.gettempdir()) / f"onetrans-{os.getuid()}" / f"mlflow-{name}.lock"
+
+
+@contextmanager
+def answering(settings: MlflowSettings) -> Iterator[None]:
+    """Say in one sentence that MLflow does not answer, in place of its own long error.
+
+    Raises:
+        NotReadyError: if a call inside was not answered; it may be tried again later.
+    """
+    from mlflow.exceptions import MlflowException
+    from requests import RequestException
+
+    try:
+        yield
+    except (MlflowException, RequestException) as error:
+        code = getattr(error, "error_code", "INTERNAL_ERROR")
+        if code not in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED"):
+            raise
+        raise NotReadyError(
+            f"MLflow at {settings.tracking_uri} does not answer ({_first_line(error)[:300]}); nothing was promoted"
+        ) from error
 
 
 def _again(call: Callable[[], T]) -> T:
@@ -219,13 +248,14 @@ def recorded_step(settings: Settings, plan: Plan, step: str) -> Iterator[None]:
     if not plan.mlflow_run_id:
         yield
         return
-    parent, client = start_day(settings, plan), connect(settings.mlflow)
-    _take_error_away(client, parent, step)
-    try:
-        yield
-    except BaseException as error:
-        _end_as_failed(client, parent, f"{TAG_ERROR}.{step}", error)
-        raise
+    with answering(settings.mlflow):
+        parent, client = start_day(settings, plan), connect(settings.mlflow)
+        _take_error_away(client, parent, step)
+        try:
+            yield
+        except BaseException as error:
+            _end_as_failed(client, parent, f"{TAG_ERROR}.{step}", error)
+            raise
 
 
 def _take_error_away(client: MlflowClient, parent: str, step: str) -> None:
@@ -371,8 +401,8 @@ def log_evaluation(settings: Settings, plan: Plan, metrics: Mapping[str, Any]) -
     _again(lambda: client.log_dict(parent, dict(metrics), METRICS_FILE))
 
 
-def log_gate(settings: Settings, plan: Plan, verdict: Mapping[str, Any]) -> None:
-    """Record the gate's verdict (the content of ``gate.json``) on the parent run, and end the run."""
+def log_gate(settings: Settings, plan: Plan, verdict: Mapping[str, Any], page: str) -> None:
+    """Record the gate's verdict (the content of ``gate.json``, and its page) on the parent run, and end the run."""
     client, parent = connect(settings.mlflow), start_day(settings, plan)
     figures = {
         f"gate.{task}.{figure}": float(lift[figure])
@@ -385,6 +415,7 @@ def log_gate(settings: Settings, plan: Plan, verdict: Mapping[str, Any]) -> None
         client, parent, {TAG_DECISION: verdict["verdict"], "mlflow.note.content": f"**{plan.ds}**: {verdict['reason']}"}
     )
     _again(lambda: client.log_dict(parent, dict(verdict), GATE_FILE))
+    _again(lambda: client.log_text(parent, page, PAGE_FILE))
     _again(lambda: client.set_terminated(parent, "FINISHED"))
 
 

@@ -76,7 +76,9 @@ class Shop:
         for task in ("ctr", "cvr"):
             noise, truth = rng.random(scores.num_rows), np.array(scores[f"true_{task}"])
             scores = scores.append_column(f"onetrans_{task}", pa.array(truth if better else noise))
-            scores = scores.append_column(f"dcnv2_din_{task}", pa.array(0.2 * truth + 0.8 * rng.random(truth.shape[0])))
+            for scorer, known in (("dcnv2_din", 0.2), ("popularity", 0.1)):
+                blurred = known * truth + (1.0 - known) * rng.random(truth.shape[0])
+                scores = scores.append_column(f"{scorer}_{task}", pa.array(blurred))
         pq.write_table(scores, storage.local_path(storage.join(plan.path, SCORES_FILE)))
         metrics = {name: m.to_dict() for name, m in compute_metrics(scores, list(plan.models)).items()}
         storage.write_json(storage.join(plan.path, "metrics.json"), {"ds": str(plan.ds), **metrics})

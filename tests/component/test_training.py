@@ -274,7 +274,9 @@ def test_scores_hold_every_row_of_the_day_once_with_both_models(lake, first_day)
     scores = pq.read_table(storage.local_path(plan.path) / "scores.parquet")
     assert scores.column_names == [
         "request_id", "user_id", "item_id", "ts", "click", "conversion", "true_ctr", "true_cvr",
-        "onetrans_ctr", "onetrans_cvr", "dcnv2_din_ctr", "dcnv2_din_cvr",
+        "onetrans_ctr", "onetrans_cvr", "dcnv2_din_ctr", "dcnv2_din_cvr", "popularity_ctr", "popularity_cvr",
+        "item_impressions", "user_impressions", *(f"context.{f.name}" for f in SCHEMA.of_side("context")
+                                                  if f.kind != "vector"),
     ]  # fmt: skip
     published = Lake(settings.lake).read("training_requests", [days[3]]).to_pylist()
     expected = {
@@ -363,7 +365,7 @@ def test_the_commands_run_a_day_without_mlflow(lake, tmp_path, monkeypatch, caps
     assert cli(["evaluate", *day]) == 0
     printed = capsys.readouterr().out
     assert printed.splitlines()[0].split()[:3] == ["model", "ctr_auc", "ctr_uauc"]
-    assert [line.split()[0] for line in printed.splitlines()[1:4]] == ["onetrans", "dcnv2_din", "truth"]
+    assert [line.split()[0] for line in printed.splitlines()[1:4]] == ["onetrans", "dcnv2_din", "popularity"]
 
 
 def test_training_is_computed_as_the_settings_say(lake, first_day, tmp_path):

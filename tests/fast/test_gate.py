@@ -41,6 +41,8 @@ def _table(seed=3, rows=3000, users=300, candidate_noise=0.3, baseline_noise=1.2
             "onetrans_cvr": blurred(need, cvr_noise),
             "dcnv2_din_ctr": blurred(appeal, baseline_noise),
             "dcnv2_din_cvr": blurred(need, baseline_noise),
+            "popularity_ctr": blurred(appeal, 5.0),
+            "popularity_cvr": blurred(need, 5.0),
         }
     )
 
@@ -90,7 +92,7 @@ def test_better_clicks_do_not_buy_worse_conversions():
     assert "cvr_auc_lift" in _failed(verdict)
     assert "ctr_auc_lift" not in _failed(verdict)
     assert verdict.reason.startswith("Not promoted: CVR AUC")
-    assert f"could have found: CTR {verdict.lifts['ctr'].half_width:.4f}" in verdict.reason
+    assert f"would show in 4 of 5 cases: CTR {verdict.lifts['ctr'].detectable:.4f}" in verdict.reason
 
 
 def test_a_lift_inside_the_noise_is_declined_though_it_is_positive():

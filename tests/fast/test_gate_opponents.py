@@ -1,0 +1,169 @@
+"""The gate against others than the baseline: champion, popularity, chance, days before, a collapsed baseline."""
+
+import dataclasses
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from test_gate import SETTINGS, _failed, _table, _with
+
+from onetrans.errors import BadDataError
+from onetrans.gate import judge
+from onetrans.scores import ChampionRecord, Scores, with_champion
+
+
+def _against(table, ctr, cvr, version="3", state="scored"):
+    """The same day with a champion's scores."""
+    if ctr is not None:
+        table = table.append_column("champion_ctr", pa.array(ctr)).append_column("champion_cvr", pa.array(cvr))
+    return with_champion(table, ChampionRecord(state, f"champion version {version}", version, "2024-01-01"))
+
+
+def _judge(table, earlier=(), before=None, **changes):
+    days = [Scores.from_table(t, ds=f"day {i}") for i, t in enumerate([*earlier, table])]
+    return judge(days[-1], dataclasses.replace(SETTINGS, **changes), days[:-1], before)
+
+
+def _column(table, name):
+    return table[name].to_numpy()
+
+
+def test_a_candidate_as_good_as_the_champion_passes_and_the_reason_says_so():
+    table = _table()
+    verdict = _judge(_against(table, _column(table, "onetrans_ctr"), _column(table, "onetrans_cvr")))
+    assert verdict.verdict == "promoted"
+    assert verdict.comparisons["onetrans over champion"]["ctr"].lift == 0.0
+    assert "no worse than the champion: CTR AUC" in verdict.reason
+    assert "champion 3's" in verdict.reason
+
+
+def test_a_candidate_that_beats_the_baseline_but_not_the_champion_is_refused():
+    better = _table(candidate_noise=0.0)
+    table = _table(candidate_noise=0.6)
+    verdict = _judge(_against(table, _column(better, "onetrans_ctr"), _column(better, "onetrans_cvr")))
+    assert {"ctr_auc_not_below_champion", "cvr_auc_not_below_champion"} <= _failed(verdict)
+    assert not {"ctr_auc_lift", "cvr_auc_lift"} & _failed(verdict)
+    assert verdict.comparisons["dcnv2_din over champion"]["ctr"].high < 0
+
+
+def test_the_margin_is_held_against_the_lower_bound():
+    """Not shown to be worse is not enough: the interval has to exclude a loss that matters."""
+    table, other = _table(candidate_noise=0.32), _table(candidate_noise=0.3)
+    against = _against(table, _column(other, "onetrans_ctr"), _column(other, "onetrans_cvr"))
+    low = min(lift.low for lift in _judge(against).comparisons["onetrans over champion"].values())
+    assert low < 0
+    assert "not_below_champion" in str(_failed(_judge(against, max_loss_to_champion=-low)))
+    assert _judge(against, max_loss_to_champion=-low + 1e-6).verdict == "promoted"
+
+
+@pytest.mark.parametrize("state", ["none", "candidate", "later", "untracked"])
+def test_without_a_fair_comparison_the_baseline_decides_and_the_verdict_says_why(state):
+    verdict = _judge(_against(_table(), None, None, state=state))
+    assert (verdict.verdict, verdict.champion.state) == ("promoted", state)
+    assert not any("champion" in c.name for c in verdict.criteria)
+
+
+def test_a_champion_that_cannot_score_the_rows_is_never_replaced_by_itself():
+    verdict = _judge(_against(_table(), None, None, state="incomparable"))
+    assert _failed(verdict) == {"champion_comparable"}
+    assert verdict.reason.startswith("Not promoted: champion version 3")
+
+
+def test_champion_columns_that_nobody_accounts_for_are_an_error():
+    table = _table()
+    with pytest.raises(BadDataError, match="champion's columns are there, but the file says 'none'"):
+        Scores.from_table(_against(table, *[_column(table, "onetrans_ctr")] * 2, state="none"))
+    with pytest.raises(BadDataError, match="champion's columns are missing, but the file says 'scored'"):
+        Scores.from_table(_against(table, None, None))
+    with pytest.raises(BadDataError, match="no probability in 'champion_ctr', for example nan"):
+        Scores.from_table(_against(table, np.full(3000, np.nan), _column(table, "onetrans_cvr")))
+
+
+def test_a_candidate_that_only_beats_a_broken_baseline_is_refused():
+    table = _table(candidate_noise=6.0)
+    rng = np.random.default_rng(0)
+    for task in ("ctr", "cvr"):
+        table = _with(table, f"dcnv2_din_{task}", 0.5 - 0.4 * (_column(table, f"onetrans_{task}") - 0.5))
+        table = _with(table, f"popularity_{task}", _column(_table(candidate_noise=1.0), f"onetrans_{task}"))
+    settings = {"max_log_loss_increase": 9.0, "max_uauc_loss": 1.0, "max_calibration_error": 9.0}
+    verdict = _judge(table, **settings)
+    assert _failed(verdict) == {"ctr_auc_over_popularity", "cvr_auc_over_popularity"}
+    for task in ("ctr", "cvr"):
+        table = _with(table, f"onetrans_{task}", rng.random(3000))
+    assert {"ctr_auc_above_chance", "cvr_auc_above_chance"} <= _failed(_judge(table, **settings))
+
+
+def test_days_are_pooled_without_comparing_a_row_of_one_day_with_a_row_of_another():
+    """Each day's scores are shifted by a constant: pooled as one heap the AUC would be another."""
+    days = [_table(seed=seed, rows=1000) for seed in range(4)]
+    shifted = [
+        _with(t, "onetrans_ctr", 0.1 + 0.2 * (number % 2) + 0.5 * _column(t, "onetrans_ctr"))
+        for number, t in enumerate(days)
+    ]
+    plain, moved = (_judge(d[-1], d[:-1], window_days=4, max_log_loss_increase=9.0) for d in (days, shifted))
+    assert (plain.rows, plain.days) == (4000, ("day 0", "day 1", "day 2", "day 3"))
+    assert moved.lifts["ctr"] == plain.lifts["ctr"]
+    alone = _judge(days[-1])
+    assert plain.lifts["ctr"].standard_error < 0.65 * alone.lifts["ctr"].standard_error
+    assert plain.models == alone.models, "figures of the models are those of the evaluation day"
+
+
+def test_the_window_takes_what_it_is_asked_for_and_what_there_is():
+    days = [_table(seed=seed, rows=1000) for seed in range(3)]
+    assert _judge(days[-1], days[:-1], window_days=2).days == ("day 1", "day 2")
+    assert _judge(days[-1], days[:-1], window_days=9).days == ("day 0", "day 1", "day 2")
+
+
+def test_a_user_of_several_days_is_drawn_once_for_all_of_them():
+    table = _table(rows=1000)
+    verdict = _judge(table, [table, table], window_days=3)
+    assert verdict.users == Scores.from_table(table).users
+    alone = _judge(table)
+    assert verdict.lifts["ctr"].standard_error == pytest.approx(alone.lifts["ctr"].standard_error, rel=1e-9)
+
+
+def test_a_broken_today_is_not_hidden_by_good_days_before():
+    good = [_table(seed=seed) for seed in range(3)]
+    today = _table(seed=9, candidate_noise=1.35, baseline_noise=1.2)
+    verdict = _judge(today, good, window_days=4, max_log_loss_increase=9.0, max_uauc_loss=1.0)
+    assert verdict.lifts["ctr"].low > 0
+    assert _failed(verdict) == {"days_agree"}
+
+
+def test_days_in_a_row_have_to_agree_and_to_be_there():
+    good = [_table(seed=seed) for seed in range(3)]
+    assert _judge(good[-1], good[:-1], agreeing_days=3).verdict == "promoted"
+    verdict = _judge(good[-1], good[1:-1], agreeing_days=3)
+    assert _failed(verdict) == {"days_agree"}
+    assert "2 of the last 3 days" in verdict.reason
+    bad = _table(seed=1, candidate_noise=1.2, baseline_noise=0.3)
+    assert _failed(_judge(good[-1], [good[0], bad], agreeing_days=3)) == {"days_agree"}
+    assert _judge(good[-1], [bad, good[0]], agreeing_days=2).verdict == "promoted"
+
+
+def test_the_champion_is_compared_on_the_days_that_this_version_scored():
+    def day(seed, version, noise):
+        other = _table(seed=seed, candidate_noise=noise)
+        return _against(_table(seed=seed), _column(other, "onetrans_ctr"), _column(other, "onetrans_cvr"), version)
+
+    verdict = _judge(day(3, "2", 1.0), [day(1, "1", 0.0), day(2, "2", 1.0)], window_days=3)
+    two = _judge(day(3, "2", 1.0), [day(2, "2", 1.0)], window_days=2)
+    assert verdict.comparisons["onetrans over champion"]["ctr"].lift == pytest.approx(
+        two.comparisons["onetrans over champion"]["ctr"].lift
+    )
+    assert verdict.verdict == "promoted"
+
+
+def test_a_baseline_below_the_band_of_its_last_days_is_warned_of():
+    now = _judge(_table()).models["dcnv2_din"].ctr_auc
+    usual = {"ctr": [now + 0.1, now + 0.11, now + 0.1, now + 0.09], "cvr": []}
+    (warning,) = _judge(_table(), before=usual).warnings
+    assert "The baseline has collapsed: dcnv2_din's CTR AUC" in warning
+    assert _judge(_table(), before={"ctr": usual["ctr"][:2]}).warnings == (), "two days make no band"
+    assert _judge(_table(), before={"ctr": [now - 0.01, now + 0.01, now]}).warnings == ()
+    assert _judge(_table(), before={"ctr": [now + 0.1, now - 0.1, now]}).warnings == (), "days that differ make it wide"
+
+
+def test_what_the_day_could_have_found_is_what_it_finds_in_four_of_five_cases():
+    lift = _judge(_table()).lifts["ctr"]
+    assert lift.detectable == pytest.approx(lift.standard_error * (1.6449 + 0.8416), rel=1e-3)

@@ -68,7 +68,8 @@ IMPRESSIONS = "impressions"
 
 EXAMPLES = """examples:
   onetrans evaluate --plan var/runs/ds=2022-05-06/0123456789ab
-  onetrans evaluate --config tiny --ds 2022-05-06 --no-mlflow"""
+  onetrans evaluate --config tiny --ds 2022-05-06 --no-mlflow
+  onetrans evaluate --model-path var/runs/plain/0123456789ab/onetrans --data-dir data/mine"""
 
 
 def evaluate(plan: Plan, settings: Settings) -> dict[str, Any]:
@@ -365,11 +366,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     parser.add_argument("--plan", help="folder printed by `onetrans plan`; without it --ds finds the plan")
     add_day_arguments(parser)
+    from onetrans.plain_runs import add_evaluation_arguments
+
+    add_evaluation_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Evaluate a plan and print its figures."""
+    """Evaluate a plan, or a model on plain files, and print the figures."""
+    from onetrans import plain_runs
+
     settings = load_settings()
+    if plain_runs.chosen(arguments, ["data_dir", "model_path"], ["plan", "ds"]):
+        return plain_runs.evaluate_files(arguments, settings)
     plan = plan_of(arguments, settings)
     metrics = evaluate(plan, settings)
     print(figures_table(metrics))

@@ -24,7 +24,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, astuple, dataclass, fields
 from datetime import UTC, datetime
@@ -36,11 +36,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from onetrans import storage
-from onetrans.artifact import save_model
+from onetrans.artifact import load_model, save_model
 from onetrans.batch import RequestBatch
 from onetrans.checkpoint import Checkpoint
 from onetrans.errors import EXIT_BAD_CONFIG, BadConfigError, PipelineError
 from onetrans.loader import Cursor, LoaderConfig, RequestData, prefetch
+from onetrans.metrics import Metrics
 from onetrans.models import RankingModel, Scores, build_model
 from onetrans.models.compute import Compute, Precision
 from onetrans.models.config import CONFIGS
@@ -54,12 +55,19 @@ logger = logging.getLogger(__name__)
 MODEL_FOLDER = "model"
 """Folder of the saved model, within the folder of a model's training."""
 
+BEST_FOLDER, PASSES_FILE = "best", "passes.json"
+"""Weights of the pass that was best on held-out rows, and the figures of every pass; only where rows are held out."""
+
 CURVE_POINTS = 100
 """Points of a loss curve sent to a tracker; ``losses.csv`` holds every step."""
 
 EXAMPLES = """examples:
   onetrans train --plan var/runs/ds=2022-05-06/0123456789ab --model onetrans
-  onetrans train --model dcnv2_din --config tiny --ds 2022-05-06 --no-mlflow"""
+  onetrans train --model dcnv2_din --config tiny --ds 2022-05-06 --no-mlflow
+  onetrans train --model onetrans --config tiny --epochs 5 --batch-size 2048 --data-dir data/mine"""
+
+Validate = Callable[[RankingModel], Metrics]
+"""Scores held-out rows with a model in evaluation mode."""
 
 
 class DivergedError(PipelineError):
@@ -155,8 +163,12 @@ class Step:
 class Training:
     """One model, its optimizers and how far they have come."""
 
-    def __init__(self, plan: Plan, model_name: str, settings: Settings) -> None:
-        """Build the model and put it where its checkpoint, or the training it goes on from, left off."""
+    def __init__(self, plan: Plan, model_name: str, settings: Settings, validate: Validate | None = None) -> None:
+        """Build the model and put it where its checkpoint, or the training it goes on from, left off.
+
+        With ``validate`` every pass is measured on held-out rows, and the weights of the best one are kept.
+        """
+        self.validate = validate
         self.plan = plan
         self.model_name = model_name
         self.settings = settings
@@ -249,6 +261,9 @@ class Training:
                     _forget_moved(unmoved, self.model)
                 now = time.monotonic()
                 self.seconds = before + now - began
+                if self.validate is not None and self.cursor.epoch > loaded.cursor.epoch:
+                    self._measure_pass(self.validate, tracker)
+                    self.save()
                 if stop.is_set():
                     self.save()
                     raise InterruptedTrainingError(
@@ -288,6 +303,26 @@ class Training:
             norms.dense,
             norms.embedding,
         )
+
+    def _measure_pass(self, validate: Validate, tracker: Tracker) -> None:
+        """Measure the model on held-out rows after a pass; a pass that is done again replaces its own entry."""
+        figures = validate(self.model.eval())
+        self.model.train()
+        passes = [*self._passes()[: self.cursor.epoch - 1], figures.to_dict()]
+        tracker.log_metrics({f"val_{name}": value for name, value in figures.figures().items()}, self.step)
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in figures.figures().items() if "auc" in name)
+        logger.info("%s: pass %d of %d, held out: %s", self.model_name, len(passes), self.plan.recipe.epochs, shown)
+        if _best(passes) == len(passes):
+            save_model(self._best_folder, self.model, self.plan.schema, self.model_plan.config, {"pass": len(passes)})
+        storage.write_json(storage.join(self.folder, PASSES_FILE), passes)
+
+    def _passes(self) -> list[dict[str, Any]]:
+        path = storage.join(self.folder, PASSES_FILE)
+        return storage.read_json(path) if storage.exists(path) else []
+
+    @property
+    def _best_folder(self) -> str:
+        return storage.join(self.folder, BEST_FOLDER)
 
     def _diverged(self, what: str, cursor: Cursor) -> DivergedError:
         recent = ", ".join(f"{row.loss:.4g}" for row in self.losses[-5:]) or "none"
@@ -333,6 +368,9 @@ class Training:
     def finish(self, tracker: Tracker) -> dict[str, Any]:
         """Save the model and return the record of the training."""
         model_folder = storage.join(self.folder, MODEL_FOLDER)
+        passes = self._passes()
+        if passes:
+            self.model.load_state_dict(load_model(self._best_folder)[0].state_dict())
         trained_on = {"ds": str(self.plan.ds), "plan_id": self.plan.plan_id, "git_revision": self.plan.git_revision}
         save_model(model_folder, self.model, self.plan.schema, self.model_plan.config, trained_on)
         tail = self.losses[-max(1, len(self.losses) // 10) :]
@@ -357,6 +395,7 @@ class Training:
             "dense_parameters": sum(p.numel() for p in self.model.dense_parameters().values()),
             "embedding_parameters": sum(p.numel() for p in self.model.embedding_parameters().values()),
             "final_loss": _mean(tail, 0.0)["loss"],
+            **({"passes": passes, "best_pass": _best(passes)} if passes else {}),
             "git_revision": self.plan.git_revision,
             "finished_at": datetime.now(UTC).isoformat(timespec="microseconds"),
         }
@@ -373,8 +412,16 @@ class Training:
         return record
 
 
-def train(plan: Plan, model_name: str, settings: Settings, stop: threading.Event | None = None) -> dict[str, Any]:
+def train(
+    plan: Plan,
+    model_name: str,
+    settings: Settings,
+    stop: threading.Event | None = None,
+    validate: Validate | None = None,
+) -> dict[str, Any]:
     """Train one model of a plan to the end and return its record; a finished training returns at once.
+
+    ``validate`` measures every pass on held-out rows; the weights of the best pass are then the model's.
 
     Raises:
         BadConfigError: if the plan has no such model, or a checkpoint does not fit.
@@ -391,7 +438,7 @@ def train(plan: Plan, model_name: str, settings: Settings, stop: threading.Event
     if settings.training.threads:
         torch.set_num_threads(settings.training.threads)
     with open_tracker(settings, plan, model_name) as tracker:
-        training = Training(plan, model_name, settings)
+        training = Training(plan, model_name, settings, validate)
         if not training.finished:
             training.run(tracker, stop)
         record = training.finish(tracker)
@@ -444,6 +491,12 @@ def _mean(rows: list[Step], rate: float) -> dict[str, float]:
     return {**means, "samples_per_second": rate} if rate else means
 
 
+def _best(passes: list[dict[str, Any]]) -> int:
+    """Return the number of the pass, from 1, with the highest mean of CTR AUC and CVR AUC; the earlier of equals."""
+    means = [sum(p[task] or 0.0 for task in ("ctr_auc", "cvr_auc")) for p in passes]
+    return means.index(max(means)) + 1
+
+
 def _parameters(plan: Plan, model_name: str) -> dict[str, Any]:
     """Return what a reader of the run filters by; only what the plan decides, so that a retry repeats it."""
     return {
@@ -487,11 +540,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, choices=tuple(CONFIGS), help="model to train")
     parser.add_argument("--plan", help="folder printed by `onetrans plan`; without it --ds makes the plan")
     add_day_arguments(parser)
+    from onetrans.plain_runs import add_training_arguments
+
+    add_training_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Train one model of a plan."""
+    """Train one model of a plan, or on plain files."""
+    from onetrans import plain_runs
+
     settings = load_settings()
+    if plain_runs.chosen(arguments, ["data_dir"], ["plan", "ds"]):
+        with stop_on_sigterm() as stop:
+            return plain_runs.train_on_files(arguments, settings, stop)
+    for name in ("epochs", "batch_size"):
+        if getattr(arguments, name) is not None:
+            raise BadConfigError(f"--{name.replace('_', '-')} needs --data-dir; for days it is training.{name}")
     plan = plan_of(arguments, settings)
     with stop_on_sigterm() as stop:
         record = train(plan, arguments.model, settings, stop)

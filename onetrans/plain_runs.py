@@ -1,0 +1,239 @@
+"""Training and evaluation on plain files (:mod:`onetrans.plain_files`): the way in without a lake or Airflow.
+
+A run is pinned by a plan as a day's is, so a killed one goes on from its
+checkpoint, and the same command on the same files finds its finished work.  With
+a ``val`` split the model is scored on it after every pass, and the weights of the
+best pass are the ones kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from datetime import UTC, date, datetime
+from typing import Any, get_args
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from onetrans import plain_files, storage
+from onetrans.artifact import load_model
+from onetrans.errors import BadConfigError, BadDataError
+from onetrans.evaluate import compute_metrics, figures_table, score_day
+from onetrans.metrics import Metrics
+from onetrans.models import RankingModel, model_name
+from onetrans.optim_config import optimizer_preset
+from onetrans.plain_files import Split
+from onetrans.plan import METRICS_FILE, SCORES_FILE, ModelPlan, Plan, Recipe, git_revision, preset_models
+from onetrans.schema import FeatureSchema
+from onetrans.settings import Settings
+from onetrans.train import MODEL_FOLDER, train
+
+logger = logging.getLogger(__name__)
+
+_FOLDER = "plain"
+"""Folder of these runs beside the days' runs."""
+
+
+def train_on_files(arguments: argparse.Namespace, settings: Settings, stop: Any) -> int:
+    """Train one model on ``--data-dir``, print its figures on ``val`` and where it lies.
+
+    Raises:
+        BadConfigError: if the folder, its schema or the split ``train`` is missing.
+        BadDataError: if a row cannot be read.
+    """
+    training = settings.training
+    if arguments.config:
+        training = replace(training, preset=arguments.config)
+    if arguments.epochs is not None:
+        training = replace(training, epochs=arguments.epochs)
+    if arguments.batch_size is not None:
+        training = replace(training, batch_size=arguments.batch_size)
+    settings = replace(settings, training=training)
+    plan = plan_files(arguments.data_dir, settings)
+    validate = None
+    if plain_files.split_files(arguments.data_dir, "val"):
+        held_out = plain_files.prepare(arguments.data_dir, "val", plan.schema, _out(settings))
+        _refuse_common(plan.train_files, held_out, "train", "val")
+
+        def validate(model: RankingModel) -> Metrics:
+            return measure({arguments.model: model}, replace(plan, evaluation_files=tuple(held_out)), settings)[1][
+                arguments.model
+            ]
+
+    record = train(plan, arguments.model, settings, stop, validate)
+    for number, figures in enumerate(record.get("passes", ()), 1):
+        kept = "  <- kept" if number == record["best_pass"] else ""
+        print(f"pass {number}: val {_told(figures)}{kept}")
+    print(storage.join(plan.model_path(arguments.model), MODEL_FOLDER))
+    return 0
+
+
+def plan_files(directory: str, settings: Settings) -> Plan:
+    """Return the plan of a training on ``directory``; the same files and settings find the plan made before."""
+    schema = plain_files.read_schema(directory)
+    sources = plain_files.split_files(directory, "train")
+    files = plain_files.prepare(directory, "train", schema, _out(settings))
+    training = settings.training
+    recipe = Recipe(
+        training.batch_size, training.epochs, training.seed, training.click_weight, training.conversion_weight
+    )
+    models = preset_models(training.preset)
+    decides = {
+        "train": plain_files.digest(sources),
+        "schema": schema.fingerprint,
+        "recipe": asdict(recipe),
+        "models": {name: model.decides() for name, model in models.items()},
+    }
+    plan_id = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
+    path = storage.join(_out(settings), plan_id)
+    if storage.exists(storage.join(path, "plan.json")):
+        return Plan.load(path)
+    return Plan(
+        plan_id=plan_id,
+        path=path,
+        ds=_last_day(files),
+        preset=training.preset,
+        decision=f"reads the files of {directory}, without a lake",
+        train_days=(),
+        warm_start_ds=None,
+        snapshot_id=0,
+        train_files=tuple(files),
+        evaluation_files=(),
+        schema=schema,
+        recipe=recipe,
+        models=models,
+        git_revision=git_revision(),
+        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+    ).save()
+
+
+def evaluate_files(arguments: argparse.Namespace, settings: Settings) -> int:
+    """Score a split of ``--data-dir`` with the model at ``--model-path`` and print its figures.
+
+    Raises:
+        BadDataError: if there is no model, or its schema is not the folder's.
+        BadConfigError: if the split is not there.
+    """
+    folder = storage.resolve(arguments.model_path)
+    if not storage.exists(storage.join(folder, "model.json")):
+        folder = storage.join(folder, MODEL_FOLDER)
+    model, schema, config = load_model(folder)
+    found = plain_files.read_schema(arguments.data_dir)
+    if found.fingerprint != schema.fingerprint:
+        raise BadDataError(
+            f"{arguments.model_path} was trained with feature schema {schema.fingerprint}, "
+            f"{arguments.data_dir} has {found.fingerprint}; use the folder it was trained on, or train again"
+        )
+    split: Split = arguments.split
+    files = plain_files.prepare(arguments.data_dir, split, schema, _out(settings))
+    name = model_name(config)
+    plan = _evaluation_plan(name, ModelPlan(config, optimizer_preset("tiny"), None), schema, files, settings)
+    scores, metrics = measure({name: model}, plan, settings)
+    print(figures_table({key: figures.to_dict() for key, figures in metrics.items()}))
+    if arguments.out:
+        out = storage.resolve(arguments.out)
+        sink = pa.BufferOutputStream()
+        pq.write_table(scores, sink)
+        storage.write_bytes(storage.join(out, SCORES_FILE), sink.getvalue().to_pybytes())
+        storage.write_json(storage.join(out, METRICS_FILE), {key: f.to_dict() for key, f in metrics.items()})
+        print(storage.join(out, METRICS_FILE))
+    return 0
+
+
+def measure(models: Mapping[str, RankingModel], plan: Plan, settings: Settings) -> tuple[pa.Table, dict[str, Metrics]]:
+    """Return the scores of a plan's evaluation files and each model's figures."""
+    scores = score_day(plan, models, settings)
+    return scores, compute_metrics(scores, list(models))
+
+
+def _evaluation_plan(
+    name: str, model: ModelPlan, schema: FeatureSchema, files: Sequence[str], settings: Settings
+) -> Plan:
+    training = settings.training
+    return Plan(
+        plan_id="",
+        path="",
+        ds=_last_day(files),
+        preset=training.preset,
+        decision="",
+        train_days=(),
+        warm_start_ds=None,
+        snapshot_id=0,
+        train_files=(),
+        evaluation_files=tuple(files),
+        schema=schema,
+        recipe=Recipe(training.batch_size, 1, training.seed, 1.0, 1.0),
+        models={name: model},
+        git_revision="",
+        created_at="",
+    )
+
+
+def _refuse_common(one: Sequence[str], other: Sequence[str], first: str, second: str) -> None:
+    """Refuse splits that share requests: a figure on rows that were trained on says nothing."""
+    seen = pa.concat_arrays([_column(file, "request_id") for file in one])
+    both = [pc.sum(pc.is_in(_column(file, "request_id"), seen)).as_py() or 0 for file in other]
+    if sum(both):
+        raise BadDataError(f"{sum(both):,} requests stand both in {first} and in {second}")
+
+
+def _last_day(files: Sequence[str]) -> date:
+    latest = max(pc.max(_column(file, "ts")).as_py() for file in files)
+    return latest.date()
+
+
+def _column(file: str, name: str) -> pa.Array:
+    filesystem, inner = storage.open_filesystem(file)
+    return pq.read_table(inner, filesystem=filesystem, columns=[name], partitioning=None)[name].combine_chunks()
+
+
+def _out(settings: Settings) -> str:
+    return storage.join(storage.resolve(settings.training.runs), _FOLDER)
+
+
+def _told(figures: Mapping[str, Any]) -> str:
+    names = ("ctr_auc", "ctr_uauc", "cvr_auc", "ctr_log_loss")
+    return ", ".join(f"{name} {figures[name]:.4f}" for name in names if figures.get(name) is not None)
+
+
+def add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of a training on plain files."""
+    group = parser.add_argument_group("plain files, without a lake")
+    group.add_argument("--data-dir", metavar="DIR", help="folder with schema.toml, train, and if you like val and test")
+    group.add_argument("--epochs", type=int, metavar="N", help="passes over train (default: training.epochs)")
+    group.add_argument(
+        "--batch-size", type=int, metavar="N", help="impressions of a step (default: training.batch_size)"
+    )
+
+
+def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of an evaluation on plain files."""
+    group = parser.add_argument_group("plain files, without a lake")
+    group.add_argument("--model-path", metavar="PATH", help="folder that `onetrans train --data-dir` printed")
+    group.add_argument("--data-dir", metavar="DIR", help="folder with schema.toml and the split")
+    group.add_argument("--split", choices=get_args(Split), default="test", help="what to score (default: test)")
+    group.add_argument("--out", metavar="DIR", help="also write scores.parquet and metrics.json there")
+
+
+def chosen(arguments: argparse.Namespace, needed: Sequence[str], excluded: Sequence[str]) -> bool:
+    """Tell whether the options ask for plain files.
+
+    Raises:
+        BadConfigError: if some of ``needed`` are given and others not, or beside one of ``excluded``.
+    """
+    given = [name for name in needed if getattr(arguments, name) is not None]
+    if not given:
+        return False
+    absent = [f"--{name.replace('_', '-')}" for name in needed if name not in given]
+    if absent:
+        raise BadConfigError(f"{absent[0]} is needed beside --{given[0].replace('_', '-')}")
+    beside = [f"--{name.replace('_', '-')}" for name in excluded if getattr(arguments, name)]
+    if beside:
+        raise BadConfigError(f"{beside[0]} belongs to a day of the lake, --data-dir to plain files: give one of them")
+    return True

@@ -1,0 +1,72 @@
+"""A model is trained and evaluated on plain files by the commands a person types."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from onetrans import storage
+from onetrans.artifact import load_model
+from onetrans.cli import main as cli
+from onetrans.errors import EXIT_BAD_CONFIG, EXIT_BAD_DATA, EXIT_OK
+from tests.plain_logs import SCHEMA, rows, write
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ONETRANS_TRAINING_THREADS", "1")
+    log = tmp_path / "log"
+    log.mkdir()
+    (log / "schema.toml").write_text(SCHEMA)
+    write(log / "train.csv", rows(400, 1, "train"))
+    write(log / "val.jsonl", rows(120, 2, "val"))
+    write(log / "test.parquet", rows(120, 3, "test"))
+    return log
+
+
+def command(folder: Path, *more: str) -> list[str]:
+    return ["train", "--model", "onetrans", "--config", "tiny", "--data-dir", str(folder), "--batch-size", "64", *more]
+
+
+def test_the_best_pass_on_held_out_rows_is_kept_and_evaluated(folder, capsys):
+    assert cli(command(folder, "--epochs", "4")) == EXIT_OK
+    *passes, path = capsys.readouterr().out.strip().splitlines()
+    assert [line.split(":")[0] for line in passes] == ["pass 1", "pass 2", "pass 3", "pass 4"]
+    kept = [number for number, line in enumerate(passes, 1) if line.endswith("<- kept")]
+    figures = storage.read_json(storage.join(path.rsplit("/", 1)[0], "passes.json"))
+    means = [figure["ctr_auc"] + figure["cvr_auc"] for figure in figures]
+    assert kept == [means.index(max(means)) + 1]
+
+    assert cli(["evaluate", "--model-path", path, "--data-dir", str(folder), "--split", "val", "--out", "o"]) == EXIT_OK
+    measured = storage.read_json("o/metrics.json")["onetrans"]
+    assert measured == pytest.approx(figures[kept[0] - 1], rel=1e-6)
+    assert cli(["evaluate", "--model-path", path.rsplit("/", 1)[0], "--data-dir", str(folder)]) == EXIT_OK
+    assert "onetrans" in capsys.readouterr().out
+
+    # The same command finds its work; other files are another run.
+    assert cli(command(folder, "--epochs", "4")) == EXIT_OK
+    assert capsys.readouterr().out.strip().splitlines() == [*passes, path]
+    write(folder / "train.csv", rows(401, 1, "train"))
+    assert cli(command(folder, "--epochs", "1")) == EXIT_OK
+    assert capsys.readouterr().out.strip().splitlines()[-1] != path
+
+
+def test_without_held_out_rows_the_last_pass_is_kept(folder, capsys):
+    (folder / "val.jsonl").unlink()
+    assert cli(command(folder, "--epochs", "1")) == EXIT_OK
+    (path,) = capsys.readouterr().out.strip().splitlines()
+    assert load_model(path)[1].name == "plain"
+
+
+def test_options_that_contradict_each_other_and_rows_in_two_splits_are_refused(folder, capsys):
+    assert cli(["train", "--model", "onetrans", "--epochs", "3", "--ds", "2026-01-01"]) == EXIT_BAD_CONFIG
+    assert "--epochs needs --data-dir" in capsys.readouterr().err
+    assert cli(command(folder, "--ds", "2026-01-01")) == EXIT_BAD_CONFIG
+    assert "--ds belongs to a day of the lake" in capsys.readouterr().err
+    assert cli(["evaluate", "--data-dir", str(folder)]) == EXIT_BAD_CONFIG
+    assert "--model-path is needed beside --data-dir" in capsys.readouterr().err
+    write(folder / "val.jsonl", rows(50, 2, "train"))
+    assert cli(command(folder)) == EXIT_BAD_DATA
+    assert "50 requests stand both in train and in val" in capsys.readouterr().err

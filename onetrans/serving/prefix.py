@@ -155,7 +155,7 @@ def extend(model: OneTrans, kept: Sequence[UserState], batch: RequestBatch, even
     appended = Layout.of(ends - begins - old_R)
     row_T = appended.index_T + (begins + old_R)[appended.request_T]
     new = _events_of(batch, row_T, appended.lengths_R)
-    x_TM, time_T, _ = model.s_tokenizer(model.embeddings("event", new.event_EV), new)
+    x_TM, time_T, _ = model.s_tokenizer(model.embeddings, new)
     rotation = model._rotation(appended.index_T + old_R[appended.request_T], time_T)
     time_R = [part.clone() for part in time_T.split(appended.lengths_R.tolist())]
     keys: list[list[Tensor]] = [[] for _ in kept]

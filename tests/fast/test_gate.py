@@ -232,3 +232,14 @@ def test_a_missing_column_and_an_empty_table_are_errors():
         Scores.from_table(_table().drop_columns(["dcnv2_din_cvr"]))
     with pytest.raises(BadDataError, match="there are no rows"):
         Scores.from_table(_table().slice(0, 0))
+
+
+def test_conversion_is_judged_over_clicks_alone():
+    """What a model says of a conversion where nobody clicked can never be right or wrong."""
+    table = _table()
+    unclicked = table["click"].to_numpy() == 0
+    raised = np.where(unclicked, 0.999, table["onetrans_cvr"].to_numpy())
+    before, after = _judge(table), _judge(_with(table, "onetrans_cvr", raised))
+    assert after.lifts["cvr"] == before.lifts["cvr"]
+    assert after.verdict == before.verdict == "promoted"
+    assert after.models["onetrans"] == before.models["onetrans"]

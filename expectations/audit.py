@@ -66,15 +66,18 @@ def audit_staged(
 
     # A row rule cannot be judged on a column that is not there; the rules of the columns say so.
     readable = files.has(needed_columns(table, schema), declared)
-    view = view_of(table, schema, day.settled_before) if readable else None
+    view = view_of(table, schema, day.settled_before, day.known) if readable else None
+    watched = day.watched
     in_memory = files.rows <= settings.max_rows_in_memory
     if in_memory:
-        profiles, rows = reading.read_here(files, view)
+        profiles, rows = reading.read_here(files, view, watched)
     else:
-        profiles, rows = reading.read_with_spark(files, view, spark or _start_spark())
+        profiles, rows = reading.read_with_spark(files, view, watched, spark or _start_spark())
 
     judge = Judge()
-    columns = reading.column_table(files, declared, profiles, settings.max_missing_share)
+    columns = reading.column_table(
+        files, declared, profiles, settings.max_missing_share, day.before, settings.max_shift
+    )
     results = [judge.judge(f"{table} columns", columns, rules.columns_as_declared(), rules.COLUMN_KEY)]
     if rows is not None:
         results.append(judge.judge(f"{table} rows", rows, suite.expectations(day), suite.key))
@@ -93,6 +96,7 @@ def audit_staged(
         "rows": files.rows,
         "rows_judged": rows is not None,
         "findings": [finding.to_dict() for finding in found],
+        "distributions": {path: list(profiles[path].bins) for path in watched if path in profiles},
         "data_docs": page_path(site, table, ds),
         "engine": "pandas" if in_memory else "spark",
         "seconds": round(time.monotonic() - began, 3),

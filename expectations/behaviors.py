@@ -36,6 +36,7 @@ def expectations(day: AuditDay) -> list[Expectation]:
         *rules.row_count(day),
         rules.only_this_day(day),
         rules.one_row_per(*KEY),
+        rules.busy_to_the_end(day, "available_at"),
         gxe.ExpectColumnValuesToBeBetween(
             column="delay_s",
             min_value=0,

@@ -25,6 +25,7 @@ def columns(schema: FeatureSchema) -> list[Column]:
             Column("position", "int", smallest=0),
             label("click"),
             label("conversion"),
+            Column("conversion_at", "timestamp", optional=True, may_be_missing=1.0),
             *stored(schema, "context"),
             *truth(),
         ]
@@ -39,6 +40,7 @@ def expectations(day: AuditDay) -> list[Expectation]:
         rules.only_this_day(day),
         rules.one_row_per(*KEY),
         rules.time_within_day(day, "ts"),
+        rules.busy_to_the_end(day, "ts"),
         rules.binary("click"),
         rules.binary("conversion"),
         gxe.ExpectColumnPairValuesAToBeGreaterThanB(
@@ -59,4 +61,6 @@ def expectations(day: AuditDay) -> list[Expectation]:
         gxe.ExpectColumnMaxToBeBetween(
             column="conversion", min_value=1, severity=rules.WARNING, description="some impression converted"
         ),
+        *rules.usual_rate(day, "click"),
+        *rules.usual_rate(day, "conversion"),
     ]

@@ -177,6 +177,8 @@ def _plain(row: dict[str, Any]) -> dict[str, Any]:
 def _value(value: Any) -> Any:
     if isinstance(value, float):
         return int(value) if value.is_integer() and abs(value) < 2**53 else round(float(value), 6)
+    if value is pd.NaT:
+        return "nothing"
     if isinstance(value, datetime):
         # Spark hands out local times without a zone, which is what astimezone takes them for.
         return f"{value.astimezone(UTC):%Y-%m-%d %H:%M:%S.%f} UTC"

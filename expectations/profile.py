@@ -1,4 +1,4 @@
-"""A column's profile: how many values, how many missing, the smallest and the largest; one pass, any size.
+"""A column's profile: how many values, how many missing, the smallest, the largest, counts per bin; one pass.
 
 Batches are profiled one at a time and merged, so memory stays that of a batch,
 and the parts of a large table can be profiled wherever they lie.
@@ -7,13 +7,14 @@ and the parts of a large table can be profiled wherever they lie.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from expectations.columns import is_vector
+from expectations.distribution import Bins, count
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Profile:
     """Smallest finite number; infinity if there is none."""
     largest: float = -math.inf
     """Largest finite number; minus infinity if there is none."""
+    bins: tuple[int, ...] = ()
+    """Values per bin (:mod:`expectations.distribution`); empty where the spread is not watched."""
 
     def merge(self, other: Profile) -> Profile:
         """Return the figures over both sets of rows."""
@@ -39,12 +42,34 @@ class Profile:
             self.not_finite + other.not_finite,
             min(self.smallest, other.smallest),
             max(self.largest, other.largest),
+            tuple(map(sum, zip(self.bins, other.bins, strict=True))) if self.bins else other.bins,
         )
 
+    def to_list(self) -> list[float]:
+        """Return the figures as numbers, the bins last."""
+        return [self.values, self.missing, self.not_finite, self.smallest, self.largest, *self.bins]
 
-def profile_batch(batch: pa.RecordBatch) -> dict[str, Profile]:
-    """Profile every column and nested field of one batch, by path."""
-    return {path: _profile(array) for path, array in leaves(batch)}
+    @classmethod
+    def from_list(cls, figures: list[float]) -> Profile:
+        """Read what :meth:`to_list` wrote."""
+        values, missing, not_finite, smallest, largest, *bins = figures
+        return cls(int(values), int(missing), int(not_finite), smallest, largest, tuple(int(n) for n in bins))
+
+
+def profile_batch(batch: pa.RecordBatch, watched: Mapping[str, Bins] | None = None) -> dict[str, Profile]:
+    """Profile every column and nested field of one batch, by path; those ``watched`` with counts per bin."""
+    watched = watched or {}
+    return {
+        path: replace(_profile(array), bins=tuple(count(array, watched[path]).tolist()))
+        if path in watched and _countable(array.type)
+        else _profile(array)
+        for path, array in leaves(batch)
+    }
+
+
+def _countable(kind: pa.DataType) -> bool:
+    """Tell whether a column of this type can be counted; one that is not as declared is told by another rule."""
+    return pa.types.is_string(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind)
 
 
 def merge_profiles(parts: Iterable[dict[str, Profile]]) -> dict[str, Profile]:

@@ -12,15 +12,17 @@ running Spark session on one machine, so Spark pays only where it has many.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from expectations.columns import LIST_OF_STRUCT, Column, found_types
+from expectations.distribution import Bins, shift
 from expectations.profile import Profile, merge_profiles, profile_batch
 from expectations.views import View
 from onetrans import storage
@@ -87,7 +89,9 @@ def open_staged(staged: Staged) -> StagedFiles:
     return StagedFiles(staged, tuple(paths), tuple(schemas), rows, values)
 
 
-def read_here(files: StagedFiles, view: View | None) -> tuple[dict[str, Profile], pd.DataFrame | None]:
+def read_here(
+    files: StagedFiles, view: View | None, watched: Mapping[str, Bins]
+) -> tuple[dict[str, Profile], pd.DataFrame | None]:
     """Return the profile of every column and the view of all rows (None if no view is asked for).
 
     Raises:
@@ -96,7 +100,7 @@ def read_here(files: StagedFiles, view: View | None) -> tuple[dict[str, Profile]
     profiles: list[dict[str, Profile]] = []
     views: list[pa.RecordBatch] = []
     for batch in _batches(files):
-        profiles.append(profile_batch(batch))
+        profiles.append(profile_batch(batch, watched))
         if view is not None:
             views.append(view(batch))
     if view is None:
@@ -110,12 +114,12 @@ def read_here(files: StagedFiles, view: View | None) -> tuple[dict[str, Profile]
 
 
 def read_with_spark(
-    files: StagedFiles, view: View | None, spark: SparkSession
+    files: StagedFiles, view: View | None, watched: Mapping[str, Bins], spark: SparkSession
 ) -> tuple[dict[str, Profile], SparkDataFrame | None]:
     """Do as :func:`read_here`, on Spark's executors; the view stays distributed."""
     staged = spark.read.parquet(*files.paths)
-    parts = staged.mapInArrow(_profile_parts, "path string, profile array<double>").collect()
-    profiles = merge_profiles({row["path"]: Profile(*_counts(row["profile"]))} for row in parts)
+    parts = staged.mapInArrow(_profiler(watched), "path string, profile array<double>").collect()
+    profiles = merge_profiles({row["path"]: Profile.from_list(row["profile"])} for row in parts)
     if view is None:
         return profiles, None
     empty = view(pa.RecordBatch.from_pylist([], schema=files.schemas[0]))
@@ -129,13 +133,19 @@ def read_with_spark(
 
 
 def column_table(
-    files: StagedFiles, declared: list[Column], profiles: dict[str, Profile], limit: float
+    files: StagedFiles,
+    declared: list[Column],
+    profiles: dict[str, Profile],
+    limit: float,
+    before: Mapping[str, Sequence[int]],
+    max_shift: float,
 ) -> pd.DataFrame:
     """Return one row per declared or found column: what it must be beside what it is.
 
     ``use`` is ``required`` (never missing), ``feature`` or ``extra`` (not declared).  Where files
     disagree on a column's type, the row names the first one that is not as declared.  ``limit`` is the
-    share of values a feature may lack before the audit warns.
+    share of values a feature may lack before the audit warns, ``before`` holds the counts per bin of the days before
+    of the columns that are compared with them, and ``max_shift`` how far they may lie apart beyond chance.
     """
     types = [found_types(schema) for schema in files.schemas]
     rows: list[dict[str, Any]] = []
@@ -153,6 +163,7 @@ def column_table(
                 "found": found,
                 "file": files.paths[places[0] if places else 0].rsplit("/", 1)[-1],
                 **_figures(profiles.get(column.name, Profile())),
+                **_shift(profiles.get(column.name, Profile()), before.get(column.name, ()), max_shift),
                 "missing_share_allowed": column.may_be_missing if column.may_be_missing is not None else allowed,
                 "smallest_allowed": column.smallest,
                 "largest_allowed": column.largest,
@@ -170,6 +181,7 @@ def column_table(
                     "found": found_by_name[name],
                     "file": files.paths[index].rsplit("/", 1)[-1],
                     **_figures(Profile()),
+                    **_shift(Profile(), (), max_shift),
                     "missing_share_allowed": 1.0,
                     "smallest_allowed": None,
                     "largest_allowed": None,
@@ -189,6 +201,14 @@ def _figures(profile: Profile) -> dict[str, Any]:
         "smallest": profile.smallest if math.isfinite(profile.smallest) else None,
         "largest": profile.largest if math.isfinite(profile.largest) else None,
     }
+
+
+def _shift(profile: Profile, before: Sequence[int], allowed: float) -> dict[str, float]:
+    # A schema may have changed its boundaries since: counts of other bins say nothing.
+    if not profile.bins or len(profile.bins) != len(before):
+        return {"shift": 0.0, "shift_allowed": allowed}
+    index, chance = shift(np.array(profile.bins), np.array(before))
+    return {"shift": index, "shift_allowed": allowed + chance}
 
 
 def _parquet(staged: Staged, path: str) -> pq.ParquetFile:
@@ -215,12 +235,9 @@ def _unreadable(staged: Staged, path: str, error: Exception) -> BadDataError:
     )
 
 
-def _profile_parts(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    for path, part in merge_profiles(profile_batch(batch) for batch in batches).items():
-        figures = [float(part.values), float(part.missing), float(part.not_finite), part.smallest, part.largest]
-        yield pa.RecordBatch.from_pydict({"path": [path], "profile": [figures]})
+def _profiler(watched: Mapping[str, Bins]) -> Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+    def profile(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for path, part in merge_profiles(profile_batch(batch, watched) for batch in batches).items():
+            yield pa.RecordBatch.from_pydict({"path": [path], "profile": [[float(n) for n in part.to_list()]]})
 
-
-def _counts(figures: list[float]) -> tuple[int, int, int, float, float]:
-    values, missing, not_finite, smallest, largest = figures
-    return int(values), int(missing), int(not_finite), smallest, largest
+    return profile

@@ -6,6 +6,7 @@ and shown, and the day goes on.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import great_expectations.expectations as gxe
@@ -14,6 +15,7 @@ from great_expectations.expectations.metadata_types import FailureSeverity
 from great_expectations.expectations.row_conditions import Column
 
 from expectations.day import AuditDay
+from onetrans.days import day_bounds
 
 CRITICAL = FailureSeverity.CRITICAL
 WARNING = FailureSeverity.WARNING
@@ -82,6 +84,71 @@ def time_within_day(day: AuditDay, column: str) -> Expectation:
     )
 
 
+def busy_to_the_end(day: AuditDay, time: str) -> Expectation:
+    """Something happened in the last hours of the day: the log was not cut off early."""
+    hours = day.settings.max_quiet_hours
+    last = day_bounds(day.ds, day.schema.timezone)[1]
+    return gxe.ExpectColumnMinToBeBetween(
+        column="hours_to_end",
+        max_value=hours,
+        severity=WARNING,
+        description=f"the latest {time} lies in the last {hours:g} hours of the day, which ends at "
+        f"{last:%Y-%m-%d %H:%M} UTC",
+    )
+
+
+def usual_rate(day: AuditDay, label: str) -> list[Expectation]:
+    """A label's rate is about that of the days before; what chance explains (four standard errors) is allowed.
+
+    While conversions may still come, a low rate says little, so that of conversions fails no day then.
+    """
+    usual = day.usual_rate(label)
+    if usual is None:
+        return []
+    chance = 4 * math.sqrt(usual * (1 - usual) / max(day.staged.rows, 1))
+    rules: list[Expectation] = []
+    change = day.settings.max_rate_change
+    for severity, factor, near in ((WARNING, change, "near"), (CRITICAL, 2 * change, "not far from")):
+        if severity is CRITICAL and label == "conversion" and day.schema.attribution_hours:
+            continue
+        low, high = max(usual / factor - chance, 0.0), min(usual * factor + chance, 1.0)
+        rules.append(
+            gxe.ExpectColumnMeanToBeBetween(
+                column=label,
+                min_value=low,
+                max_value=high,
+                severity=severity,
+                description=f"the rate of {label} is {near} that of the days before: {low:.2%} to {high:.2%}, as "
+                f"{usual:.2%} is the median of {len(day.trailing)} days",
+            )
+        )
+    return rules
+
+
+def few_unknown(column: str, day: AuditDay, description: str) -> Expectation:
+    """Few rows point to something that is not there: a view's share of such rows has a bound."""
+    share = day.settings.max_unknown_share
+    return gxe.ExpectColumnMeanToBeBetween(
+        column=column, max_value=share, severity=WARNING, description=f"{description} for at most {share:.0%}"
+    )
+
+
+def adds_up_to(column: str, total: int, description: str) -> Expectation:
+    """A view's counts add up to what another table says, exactly."""
+    return gxe.ExpectColumnSumToBeBetween(
+        column=column, min_value=total, max_value=total, severity=CRITICAL, description=description
+    )
+
+
+def every_impression_counted(day: AuditDay, key: str) -> list[Expectation]:
+    """The counts of all users, or items, add up to the impressions they were counted from."""
+    if day.window_impressions is None:
+        return []
+    longest = max(day.schema.aggregates.windows)
+    text = f"every published impression of {longest} days is counted for one {key}: {day.window_impressions:,} in all"
+    return [adds_up_to("counted", day.window_impressions, text)]
+
+
 def none_of(column: str, description: str, severity: FailureSeverity = CRITICAL) -> Expectation:
     """A view's count of something wrong is zero in every row."""
     return gxe.ExpectColumnValuesToBeInSet(column=column, value_set=[0], severity=severity, description=description)
@@ -130,6 +197,13 @@ def columns_as_declared() -> Sequence[Expectation]:
             or_equal=True,
             severity=WARNING,
             description="no feature is missing from more rows than allowed",
+        ),
+        gxe.ExpectColumnPairValuesAToBeGreaterThanB(
+            column_A="shift_allowed",
+            column_B="shift",
+            or_equal=True,
+            severity=WARNING,
+            description="no feature's values are spread otherwise than on the days before (population stability index)",
         ),
         gxe.ExpectColumnValuesToBeInSet(
             column="not_finite",

@@ -48,6 +48,7 @@ def expectations(day: AuditDay) -> list[Expectation]:
         rules.only_this_day(day),
         rules.one_row_per(*KEY),
         rules.time_within_day(day, "ts"),
+        rules.busy_to_the_end(day, "ts"),
     ]
     for sequence in day.schema.sequences:
         name = sequence.column
@@ -68,13 +69,14 @@ def expectations(day: AuditDay) -> list[Expectation]:
         rules.none_of("candidates_unclicked_conversions", "a candidate's conversion has a click"),
     ]
     if day.impressions is not None:
-        declared.append(
-            gxe.ExpectColumnSumToBeBetween(
-                column="candidates_count",
-                min_value=day.impressions,
-                max_value=day.impressions,
-                severity=rules.CRITICAL,
-                description=f"each of the {day.impressions:,} published impressions is a candidate, once",
-            )
-        )
+        text = f"each of the {day.impressions:,} published impressions is a candidate, once"
+        declared.append(rules.adds_up_to("candidates_count", day.impressions, text))
+    if day.labels is not None:
+        for name, total in zip(("clicks", "conversions"), day.labels, strict=True):
+            text = f"the candidates have the {name} of the published impressions, {total:,}"
+            declared.append(rules.adds_up_to(f"candidates_{name}", total, text))
+    if "user_id" in day.known:
+        declared.append(rules.few_unknown("user_unknown", day, "the user has no row in user_features"))
+    if "item_id" in day.known:
+        declared.append(rules.few_unknown("candidates_unknown", day, "a candidate has no row in item_features"))
     return declared

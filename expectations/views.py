@@ -10,9 +10,9 @@ Shape suffixes: R rows of the batch, E elements of all lists of the batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 
 import numpy as np
 import numpy.typing as npt
@@ -28,12 +28,19 @@ View = Callable[[pa.RecordBatch], pa.RecordBatch]
 _MISSING = int(np.iinfo(np.int64).min)
 
 
-def view_of(table: str, schema: FeatureSchema, settled_before: datetime) -> View:
-    """Return the view of ``table``; ``settled_before`` is used by ``behavior_sequences`` alone."""
+def view_of(
+    table: str, schema: FeatureSchema, settled_before: datetime, known: Mapping[str, pa.Array] | None = None
+) -> View:
+    """Return the view of ``table``.
+
+    ``settled_before`` is the day's end less the tolerance; ``known``, the ids that have features, is used by
+    ``training_requests`` alone.
+    """
+    end = settled_before + timedelta(minutes=schema.day_tolerance_minutes)
     if table == "impressions":
-        return lambda batch: impressions(batch)
+        return lambda batch: impressions(batch, end)
     if table == "behaviors":
-        return lambda batch: behaviors(batch)
+        return lambda batch: behaviors(batch, end)
     if table == "user_features":
         return lambda batch: features(batch, "user_id", ("user",), schema.aggregates)
     if table == "item_features":
@@ -43,7 +50,7 @@ def view_of(table: str, schema: FeatureSchema, settled_before: datetime) -> View
     if table == "behavior_sequences":
         return lambda batch: behavior_sequences(batch, names, settled_before)
     if table == "training_requests":
-        return lambda batch: training_requests(batch, names)
+        return lambda batch: training_requests(batch, names, known or {}, end)
     raise KeyError(table)
 
 
@@ -63,26 +70,28 @@ def needed_columns(table: str, schema: FeatureSchema) -> list[str]:
         "impressions": ["ds", "request_id", "item_id", "ts", "click", "conversion"],
         "behaviors": ["ds", "event_id", "type", "ts", "available_at"],
         "behavior_sequences": ["ds", "user_id", *sequences],
-        "training_requests": ["ds", "request_id", "ts", *sequences, "candidates"],
+        "training_requests": ["ds", "request_id", "user_id", "ts", *sequences, "candidates"],
     }[table]
 
 
-def impressions(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """Impressions as they are, the day as text."""
+def impressions(batch: pa.RecordBatch, end: datetime) -> pa.RecordBatch:
+    """Impressions as they are, the day as text, and ``hours_to_end`` of the day."""
     kept = ("request_id", "item_id", "ts", "click", "conversion")
-    return _view({"ds": _day(batch), **{name: batch.column(name) for name in kept}})
+    columns = {name: batch.column(name) for name in kept}
+    return _view({"ds": _day(batch), **columns, "hours_to_end": _hours_to(end, batch.column("ts"))})
 
 
-def behaviors(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """Events as they are, and ``delay_s``: seconds from an event to the instant it became known."""
+def behaviors(batch: pa.RecordBatch, end: datetime) -> pa.RecordBatch:
+    """Events as they are; ``delay_s``: seconds until one became known; ``hours_to_end`` of the day from then."""
     known, happened = (batch.column(name).cast(pa.int64()) for name in ("available_at", "ts"))
     delay_s = pc.divide(pc.cast(pc.subtract(known, happened), pa.float64()), 1e6)
     kept = ("event_id", "type", "ts", "available_at")
-    return _view({"ds": _day(batch), **{name: batch.column(name) for name in kept}, "delay_s": delay_s})
+    return _view({"ds": _day(batch), **{name: batch.column(name) for name in kept}, "delay_s": delay_s,
+                  "hours_to_end": _hours_to(end, batch.column("available_at"))})  # fmt: skip
 
 
 def features(batch: pa.RecordBatch, key: str, prefixes: tuple[str, ...], declared: Aggregates) -> pa.RecordBatch:
-    """The key, and how many pairs of counts contradict each other.
+    """The key, how many pairs of counts contradict each other, and the impressions of the longest window.
 
     ``impossible_counts``: windows with more clicks than impressions, or more conversions than clicks.
     ``shrinking_windows``: counts that are larger in a shorter window than in a longer one.
@@ -102,6 +111,7 @@ def features(batch: pa.RecordBatch, key: str, prefixes: tuple[str, ...], declare
             key: batch.column(key),
             "impossible_counts": impossible_R,
             "shrinking_windows": shrinking_R,
+            "counted": pc.fill_null(batch.column(f"{prefixes[0]}_impressions_{max(declared.windows)}d"), 0.0),
         }
     )
 
@@ -123,13 +133,20 @@ def behavior_sequences(batch: pa.RecordBatch, names: tuple[str, ...], settled_be
     return _view(view)
 
 
-def training_requests(batch: pa.RecordBatch, names: tuple[str, ...]) -> pa.RecordBatch:
+def training_requests(
+    batch: pa.RecordBatch,
+    names: tuple[str, ...],
+    known: Mapping[str, pa.Array] | None = None,
+    end: datetime | None = None,
+) -> pa.RecordBatch:
     """Per sequence: its length, events out of order and events not before the request; then the candidates.
 
     ``candidates_repeated`` counts items listed again, ``candidates_bad_labels`` labels that are not 0 or 1,
-    ``candidates_unclicked_conversions`` conversions without a click.
+    ``candidates_unclicked_conversions`` conversions without a click, ``candidates_unknown`` the share of candidates
+    without features; ``user_unknown`` is 1 where the user has none; ``hours_to_end`` of the day.
     """
-    kept = ("request_id", "ts")
+    known = known or {}
+    kept = ("request_id", "user_id", "ts")
     view: dict[str, pa.Array | npt.NDArray[np.generic]] = {
         "ds": _day(batch),
         **{name: batch.column(name) for name in kept},
@@ -148,6 +165,15 @@ def training_requests(batch: pa.RecordBatch, names: tuple[str, ...]) -> pa.Recor
     labels = (0, 1, _MISSING)
     view["candidates_bad_labels"] = candidates.count(~np.isin(click_E, labels) | ~np.isin(conversion_E, labels))
     view["candidates_unclicked_conversions"] = candidates.count((conversion_E == 1) & (click_E != 1))
+    view["candidates_clicks"] = candidates.count(click_E == 1)
+    view["candidates_conversions"] = candidates.count(conversion_E == 1)
+    if end is not None:
+        view["hours_to_end"] = _hours_to(end, batch.column("ts"))
+    if "user_id" in known:
+        view["user_unknown"] = _unknown(batch.column("user_id"), known["user_id"]).astype(np.float64)
+    if "item_id" in known:
+        unknown_R = candidates.count(_unknown(candidates.field("item_id"), known["item_id"]))
+        view["candidates_unknown"] = unknown_R / np.maximum(candidates.lengths_R, 1)
     return _view(view)
 
 
@@ -196,6 +222,16 @@ class _Lists:
 def _view(columns: dict[str, pa.Array | npt.NDArray[np.generic]]) -> pa.RecordBatch:
     arrays = [column if isinstance(column, pa.Array) else pa.array(column) for column in columns.values()]
     return pa.RecordBatch.from_arrays(arrays, names=list(columns))
+
+
+def _hours_to(end: datetime, times: pa.Array) -> pa.Array:
+    """Return the hours from times to an instant; a number, as Great Expectations' engines disagree about zones."""
+    left = pc.subtract(int(end.timestamp() * 1_000_000), times.cast(pa.int64()))
+    return pc.divide(pc.cast(left, pa.float64()), 3.6e9)
+
+
+def _unknown(ids: pa.Array, known: pa.Array) -> Bools:
+    return pc.invert(pc.is_in(ids.cast(pa.string()), value_set=known)).to_numpy(zero_copy_only=False)
 
 
 def _day(batch: pa.RecordBatch) -> pa.Array:

@@ -18,6 +18,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, date, datetime
 from functools import cached_property
@@ -65,6 +66,7 @@ AUDIT_FILE = "_audit.json"
 _BUILT = "_staged.json"
 _COMMIT_TRIES = 20
 _COMMIT_WAIT_SECONDS = 0.2
+_READERS = 16
 
 _PROPERTIES = {
     # A retry of PyIceberg's own repeats the append on top of what another writer committed meanwhile, without the
@@ -94,19 +96,43 @@ class Staged:
     """Snapshot id of every published table that was read."""
     reads: Mapping[str, tuple[date, date]] = field(default_factory=dict)
     """First and last day of every published table that the rows rest on, whether or not each day was there."""
+    sequence: Mapping[str, int] = field(default_factory=dict)
+    """Sequence number of every snapshot in ``inputs``: it counts a table's commits, and outlives the snapshot."""
+    raw: str = ""
+    """Stamp of the raw files of the day (``jobs.sources.Source.stamp``); empty: the table reads none of its own."""
     created_at: str = ""
     """When the manifest was written, UTC."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for the manifest file."""
         reads = {table: [str(first), str(last)] for table, (first, last) in self.reads.items()}
-        return {**asdict(self), "ds": self.ds.isoformat(), "inputs": dict(self.inputs), "reads": reads}
+        return {
+            **asdict(self),
+            "ds": self.ds.isoformat(),
+            "inputs": dict(self.inputs),
+            "reads": reads,
+            "sequence": dict(self.sequence),
+        }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Staged:
         """Read what :meth:`to_dict` wrote."""
         reads = {table: (parse_day(first), parse_day(last)) for table, (first, last) in data.get("reads", {}).items()}
         return cls(**{**data, "ds": parse_day(data["ds"]), "reads": reads})
+
+
+@dataclass(frozen=True)
+class Repair:
+    """What a person did about one refused row."""
+
+    refused: str
+    """The row as it came, as JSON of all its columns."""
+    repaired: str | None
+    """The row in its place, likewise; None: it is left out."""
+
+    def to_dict(self) -> dict[str, str | None]:
+        """Return plain data for the file of repairs."""
+        return {"refused": self.refused, "repaired": self.repaired}
 
 
 @dataclass(frozen=True)
@@ -192,6 +218,11 @@ class Lake:
         files = storage.list_files(storage.join(self.warehouse, "staged"), ".json")
         return {parse_day(file.rsplit("/", 1)[1].removesuffix(".json")) for file in files}
 
+    def staged_paths(self, table: str) -> list[str]:
+        """Return the folders of the latest staged attempt of every day of a table."""
+        manifests = storage.list_files(storage.join(self.warehouse, "staged", _known(table)), ".json")
+        return [storage.read_json(path)["path"] for path in manifests]
+
     def built(self, folder: str) -> Staged | None:
         """Return the manifest of the files in a folder, staged or published; None if they have none."""
         path = storage.join(folder, _BUILT)
@@ -199,6 +230,25 @@ class Lake:
 
     def _manifest(self, table: str, ds: date) -> str:
         return storage.join(self.warehouse, "staged", _known(table), f"{ds}.json")
+
+    # Repairs are part of what a day is built from, so that building it again gives the same rows.
+
+    def repairs(self, raw_table: str, ds: date) -> list[Repair]:
+        """Return what was done about refused rows of a raw table's day, in the order of the refused."""
+        path = self._repairs(raw_table, ds)
+        return [Repair(**entry) for entry in storage.read_json(path)] if storage.exists(path) else []
+
+    def add_repairs(self, raw_table: str, ds: date, repairs: Iterable[Repair]) -> None:
+        """Add repairs of a day; one of a row that was repaired before takes the earlier one's place."""
+        known = {repair.refused: repair for repair in self.repairs(raw_table, ds)}
+        original = {repair.repaired: repair.refused for repair in known.values() if repair.repaired is not None}
+        for repair in repairs:
+            refused = original.get(repair.refused, repair.refused)
+            known[refused] = Repair(refused, repair.repaired)
+        storage.write_json(self._repairs(raw_table, ds), [known[refused].to_dict() for refused in sorted(known)])
+
+    def _repairs(self, raw_table: str, ds: date) -> str:
+        return storage.join(self.warehouse, "repairs", raw_table, f"{ds}.json")
 
     # The audit's verdict lies beside the files it speaks of, so that it can never be read for others.
 
@@ -208,7 +258,11 @@ class Lake:
 
     def verdict(self, staged: Staged) -> dict[str, Any] | None:
         """Return the audit's verdict on exactly these files, or None if they were not audited."""
-        path = storage.join(staged.path, AUDIT_FILE)
+        return self.verdict_in(staged.path)
+
+    def verdict_in(self, folder: str) -> dict[str, Any] | None:
+        """Return the audit's verdict on the files in a folder, staged or published; None if they were not audited."""
+        path = storage.join(folder, AUDIT_FILE)
         return storage.read_json(path) if storage.exists(path) else None
 
     # Publishing
@@ -282,6 +336,17 @@ class Lake:
 
         _until_committed(clear)
 
+    def expire(self, table: str, snapshots: Sequence[int]) -> None:
+        """Forget snapshots of a table, in one commit; the current one stays, and files are left where they are."""
+
+        def expire() -> None:
+            target = self.table(table)
+            present = {snapshot.snapshot_id for snapshot in target.snapshots()} & set(snapshots)
+            if present:
+                target.maintenance.expire_snapshots().by_ids(sorted(present)).commit()
+
+        _until_committed(expire)
+
     def _load_or_create(self, table: str, schema: pa.Schema, partition: tuple[str, ...]) -> Table:
         try:
             return self.table(table)
@@ -313,11 +378,16 @@ class Lake:
 
     def snapshot_id(self, table: str) -> int | None:
         """Return the id of the table's current snapshot, or None if nothing was ever published."""
+        version = self.version(table)
+        return version[0] if version else None
+
+    def version(self, table: str) -> tuple[int, int] | None:
+        """Return id and sequence number of the table's current snapshot, or None if nothing was ever published."""
         try:
             snapshot = self.table(table).current_snapshot()
         except NoSuchTableError:
             return None
-        return snapshot.snapshot_id if snapshot else None
+        return (snapshot.snapshot_id, snapshot.sequence_number or 0) if snapshot else None
 
     def _scan(
         self, table: str, snapshot_id: int | None, where: str = "true", columns: tuple[str, ...] = ("*",)
@@ -346,6 +416,27 @@ class Lake:
     def days(self, table: str, snapshot_id: int | None = None) -> list[date]:
         """Return the published days of a table, oldest first."""
         return [day.ds for day in self.published(table, snapshot_id)]
+
+    def built_days(self, table: str) -> dict[date, Staged]:
+        """Return the manifests of the published days of a table, oldest first; days without one are left out."""
+        folders = self.folders(table)
+        with ThreadPoolExecutor(max_workers=_READERS) as pool:
+            found = list(pool.map(self.built, folders.values()))
+        return {ds: staged for ds, staged in zip(folders, found, strict=True) if staged is not None}
+
+    def folders(
+        self, table: str, days: Iterable[date] | None = None, snapshot_id: int | None = None
+    ) -> dict[date, str]:
+        """Return the folder of the files of published days (default: all), oldest first; absent days are left out."""
+        wanted = None if days is None else sorted(set(days))
+        if wanted == []:
+            return {}
+        try:
+            tasks = self._scan(table, snapshot_id, "true" if wanted is None else _among("ds", wanted)).plan_files()
+        except NoSuchTableError:
+            return {}
+        found = {partition_day(task.file.partition[0]): task.file.file_path.rsplit("/", 1)[0] for task in tasks}
+        return dict(sorted(found.items()))
 
     def files(self, table: str, days: Iterable[date], snapshot_id: int | None = None) -> list[str]:
         """Return the Parquet files of some published days, in day order then path order.

@@ -96,6 +96,14 @@ class AuditSettings:
     """Largest share of impressions that are clicked; above it the day fails."""
     max_missing_share: float = 0.95
     """The audit warns when a feature is missing from more than this share of the rows."""
+    max_rate_change: float = 1.5
+    """The audit warns when a label's rate is this many times its median of the trailing days; twice that fails it."""
+    max_shift: float = 0.25
+    """The audit warns when a feature's population stability index against the trailing days exceeds this."""
+    max_quiet_hours: float = 6.0
+    """The audit warns when nothing happened in the last hours of a day, more of them than this: a log cut off early."""
+    max_unknown_share: float = 0.5
+    """The audit warns when more than this share of requests or candidates has no row of user or item features."""
 
     def __post_init__(self) -> None:
         _at_least("audit.max_rows_in_memory", self.max_rows_in_memory, 1)
@@ -105,6 +113,10 @@ class AuditSettings:
         _within("audit.max_click_rate", self.max_click_rate, 0.0, 1.0)
         _within("audit.min_click_rate", self.min_click_rate, 0.0, self.max_click_rate)
         _within("audit.max_missing_share", self.max_missing_share, 0.0, 1.0)
+        _at_least("audit.max_rate_change", self.max_rate_change, 1.0)
+        _at_least("audit.max_shift", self.max_shift, 0.0)
+        _within("audit.max_quiet_hours", self.max_quiet_hours, 0.0, 24.0)
+        _within("audit.max_unknown_share", self.max_unknown_share, 0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -278,6 +290,26 @@ class ServingSettings:
 
 
 @dataclass(frozen=True)
+class RetentionSettings:
+    """How long ``onetrans retain`` keeps what was replaced."""
+
+    snapshot_days: float = 30.0
+    """Days for which a replaced version of a table stays readable, counted from its replacement."""
+    staging_days: float = 3.0
+    """Days after which files that nothing names are removed; longer than the longest job."""
+    checkpoint_days: int = 30
+    """Days before the newest planned one for which checkpoints stay; at least ``training.lookback_days``."""
+    reading_days: float = 7.0
+    """Days since anything was written in a plan's folder for which its run counts as reading what it pins."""
+
+    def __post_init__(self) -> None:
+        _at_least("retention.snapshot_days", self.snapshot_days, 1.0)
+        _at_least("retention.staging_days", self.staging_days, 1.0)
+        _at_least("retention.checkpoint_days", self.checkpoint_days, 1)
+        _at_least("retention.reading_days", self.reading_days, 1.0)
+
+
+@dataclass(frozen=True)
 class Settings:
     """All settings of a deployment."""
 
@@ -297,6 +329,8 @@ class Settings:
     """Where runs and models are recorded."""
     serving: ServingSettings = field(default_factory=ServingSettings)
     """How ranking requests are answered."""
+    retention: RetentionSettings = field(default_factory=RetentionSettings)
+    """How long what was replaced is kept."""
 
 
 def config_file(environ: Mapping[str, str] | None = None) -> Path | None:

@@ -10,6 +10,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from expectations.distribution import bins_of
+from expectations.profile import profile_batch
 from onetrans import storage
 from onetrans.lake import Lake, Staged
 from onetrans.schema import Aggregates, Feature, FeatureSchema, Sequence, hash64
@@ -288,10 +290,17 @@ def stage(lake: Lake, table: str, data: pa.Table, ds: date = DS, files: int = 2,
     return lake.mark_staged(Staged(table, ds, **values))
 
 
-def publish(lake: Lake, table: str, data: pa.Table, ds: date = DS) -> int:
+def publish(lake: Lake, table: str, data: pa.Table, ds: date = DS, **verdict: Any) -> int:
     """Stage a day, call it audited, and publish it."""
-    lake.write_verdict(stage(lake, table, data, ds), {"passed": True})
+    lake.write_verdict(stage(lake, table, data, ds), {"passed": True, **verdict})
     return lake.publish(table, ds)
+
+
+def usual_distributions(table: str) -> dict[str, list[int]]:
+    """What the audit of a valid day counts."""
+    watched = bins_of(table, audit_schema())
+    profiles = profile_batch(valid_table(table).combine_chunks().to_batches()[0], watched)
+    return {path: list(profiles[path].bins) for path in watched}
 
 
 def only_file(staged: Staged, part: int = 0) -> Path:

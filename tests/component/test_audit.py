@@ -45,7 +45,14 @@ def lake(tmp_path: Path) -> Lake:
 def audit(
     lake: Lake, table: str = "impressions", schema: FeatureSchema | None = None, **settings: Any
 ) -> dict[str, Any]:
-    return audit_staged(lake, schema or audit_schema(), table, DS, settings=AuditSettings(**settings))
+    return audit_staged(
+        lake, schema or audit_schema(), table, DS, settings=AuditSettings(**{"max_quiet_hours": 24.0, **settings})
+    )
+
+
+def _lenient(settings: dict[str, Any]) -> AuditSettings:
+    """The rows of a valid day lie around noon."""
+    return AuditSettings(**{"max_quiet_hours": 24.0, **settings})
 
 
 def broken_impressions() -> pa.Table:
@@ -284,6 +291,7 @@ def deployment(tmp_path: Path, lake: Lake, monkeypatch: pytest.MonkeyPatch) -> L
             lines += [f"[[{section}]]", *(f"{k} = {json.dumps(v)}" for k, v in entry.items() if v not in (0, [], ""))]
     (tmp_path / "schema.toml").write_text("\n".join(lines))
     monkeypatch.setenv("ONETRANS_LAKE_WAREHOUSE", str(tmp_path / "lake"))
+    monkeypatch.setenv("ONETRANS_AUDIT_MAX_QUIET_HOURS", "24")
     monkeypatch.setenv("ONETRANS_SOURCE_SCHEMA", str(tmp_path / "schema.toml"))
     return lake
 

@@ -19,6 +19,7 @@ from expectations.audit import audit_staged
 from expectations.day import AuditDay
 from expectations.suites import SUITES
 from onetrans.lake import Lake, PublishedDay, Staged
+from onetrans.schema import hash64
 from onetrans.settings import AuditSettings, LakeSettings
 from tests.audit_tables import (
     DS,
@@ -30,10 +31,12 @@ from tests.audit_tables import (
     audit_schema,
     publish,
     stage,
+    usual_distributions,
     valid_table,
 )
 
 DAY = timedelta(days=1)
+LABELS = ("click", "conversion")
 Rows = list[Row]
 
 
@@ -56,7 +59,9 @@ class Case:
     manifest: dict[str, Any] = field(default_factory=dict)
     """Fields of the manifest that differ."""
     earlier: tuple[int, ...] = ()
-    """Row counts of the days before, published first."""
+    """Row counts of the days before, published first; their values are spread like those of a valid day."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Settings that differ."""
     severity: str = "critical"
     """Severity of the finding."""
     also: tuple[str, ...] = ()
@@ -93,6 +98,17 @@ def again(row: int = 0) -> Callable[[Rows], None]:
 
 def swap_events(column: str, row: int = 2) -> Callable[[Rows], None]:
     return lambda rows: rows[row][column].reverse()
+
+
+def as_many(times: int, **ones: int) -> Callable[[Rows], None]:
+    """Repeat the rows of the day; every n-th row, as ``label=n`` says, has a label of 1."""
+
+    def change(rows: Rows) -> None:
+        rows[:] = [{**row, "request_id": f"{row['request_id']} {n}"} for n in range(times) for row in rows]
+        for number, row in enumerate(rows):
+            row.update({label: int(number % n == 0) for label, n in ones.items()})
+
+    return change
 
 
 def drop(column: str) -> Callable[[pa.Table], pa.Table]:
@@ -137,6 +153,9 @@ EXTRA = "there is no column besides the declared ones"
 REQUIRED = "keys, times, labels and the numbers of a list are never missing or empty"
 MISSING = "no feature is missing from more rows than allowed"
 FINITE = "numbers are finite"
+SHIFT = "no feature's values are spread otherwise than on the days before"
+FOUR_DAYS = (ROWS,) * 4
+MANY = 40
 SMALLEST = "no number is below the smallest one its column allows"
 LARGEST = "no number is above the largest one its column allows"
 
@@ -175,9 +194,11 @@ SHARED = [
         "the day is not empty",
         "the table",
         list.clear,
-        also=("between 0.05%", "some impression converted"),
+        also=("between 0.05%", "some impression converted", "the latest ts"),
     ),
-    Case("behaviors", "no rows", "the day is not empty", "the table", list.clear, also=("every event type",)),
+    Case(
+        "behaviors", "no rows", "the day is not empty", "the table", list.clear, also=("every event type", "the latest")
+    ),
     Case("impressions", "far fewer rows", "130 to", "the table", earlier=(1300,) * 3, also=("650 to",)),
     Case("impressions", "far more rows", "0 to 11", "the table", earlier=(1,) * 3, also=("0 to 3",)),
     Case("impressions", "fewer rows", "25 to", "the table", earlier=(50, 50, 51), severity="warning"),
@@ -223,6 +244,32 @@ SHARED = [
         example="not_finite = 1",
     ),
     Case("user_features", "an infinite rate", FINITE, "user_ctr_7d", put("user_ctr_7d", np.inf)),
+    *(
+        Case(table, "another spread", SHIFT, column, change, earlier=FOUR_DAYS, severity="warning", example="shift = ")
+        for table, column, change in (
+            ("impressions", "surface", put_all("surface", "search")),
+            ("behaviors", "price", put_all("price", 100.0)),
+            ("user_features", "segment", put_all("segment", "old")),
+            ("item_features", "price", put_all("price", 100.0)),
+            ("training_requests", "surface", put_all("surface", hash64("search"))),
+            (
+                "training_requests",
+                "candidates.price",
+                lambda rows: [candidate.update(price=100.0) for row in rows for candidate in row["candidates"]],
+            ),
+        )
+    ),
+    *(
+        Case(
+            table,
+            "cut off early",
+            f"the latest {time} lies in",
+            "hours_to_end",
+            settings={"max_quiet_hours": 11},
+            severity="warning",
+        )
+        for table, time in (("impressions", "ts"), ("behaviors", "available_at"), ("training_requests", "ts"))
+    ),
 ]
 
 
@@ -264,6 +311,42 @@ CASES = [
         "conversion",
         put_all("conversion", 0),
         severity="warning",
+    ),
+    Case(
+        "impressions",
+        "fewer clicks",
+        "the rate of click is near",
+        "click",
+        as_many(MANY, click=4, conversion=4),
+        earlier=(ROWS * MANY,) * 3,
+        severity="warning",
+    ),
+    Case(
+        "impressions",
+        "hardly any clicks",
+        "the rate of click is not far from",
+        "click",
+        as_many(MANY, click=12, conversion=12),
+        earlier=(ROWS * MANY,) * 3,
+        also=("the rate of click is near", "the rate of conversion is near"),
+    ),
+    Case(
+        "impressions",
+        "fewer conversions",
+        "the rate of conversion is near",
+        "conversion",
+        as_many(MANY, conversion=12),
+        earlier=(ROWS * MANY,) * 3,
+        severity="warning",
+    ),
+    Case(
+        "impressions",
+        "hardly any conversions",
+        "the rate of conversion is not far from",
+        "conversion",
+        as_many(MANY, conversion=48),
+        earlier=(ROWS * MANY,) * 3,
+        also=("the rate of conversion is near",),
     ),
     Case("impressions", "a negative position", SMALLEST, "position", put("position", -1), example="smallest = -1"),
     Case("impressions", "a true rate above 1", LARGEST, "true_ctr", put("true_ctr", 1.5), example="largest = 1.5"),
@@ -319,6 +402,16 @@ CASES = [
         example="user_id = u3",
     ),
     Case("user_features", "a negative count", SMALLEST, "user_conversions_1d", put("user_conversions_1d", -1.0)),
+    *(
+        Case(
+            table,
+            "an impression is not counted",
+            f"every published impression of 7 days is counted for one {key}",
+            "counted",
+            manifest={"window": ROWS * 50 + 1},
+        )
+        for table, key in (("user_features", "user"), ("item_features", "item"))
+    ),
     Case("user_features", "a rate above 1", LARGEST, "user_cvr_1d", put("user_cvr_1d", 1.01)),
     Case(
         "item_features",
@@ -519,6 +612,36 @@ CASES = [
         "candidates_count",
         manifest={"impressions": ROWS * 3 + 1},
     ),
+    Case(
+        "training_requests",
+        "a click is lost",
+        "the candidates have the clicks of the published impressions, 25",
+        "candidates_clicks",
+        manifest={"impressions": ROWS * 3, "labels": (25, 12)},
+    ),
+    Case(
+        "training_requests",
+        "a conversion is lost",
+        "the candidates have the conversions of the published impressions, 13",
+        "candidates_conversions",
+        manifest={"impressions": ROWS * 3, "labels": (24, 13)},
+    ),
+    Case(
+        "training_requests",
+        "users without features",
+        "the user has no row in user_features",
+        "user_unknown",
+        manifest={"user_features": 3},
+        severity="warning",
+    ),
+    Case(
+        "training_requests",
+        "items without features",
+        "a candidate has no row in item_features",
+        "candidates_unknown",
+        manifest={"item_features": 1},
+        severity="warning",
+    ),
 ]
 
 
@@ -550,7 +673,19 @@ def test_broken_data_fires_its_expectation(case: Case, lake: Lake) -> None:
 
 @pytest.mark.parametrize("table", SUITES)
 def test_a_valid_day_fires_nothing(table: str, lake: Lake) -> None:
-    verdict = _audit(Case(table, "valid", "", "", earlier=(ROWS + 5, ROWS)), lake)
+    manifest = {
+        "user_features": {"window": ROWS * 50},
+        "item_features": {"window": ROWS * 50},
+        "training_requests": {
+            "impressions": ROWS * 3,
+            "labels": (24, 12),
+            "user_features": ROWS,
+            "item_features": ROWS,
+        },
+    }
+    verdict = _audit(Case(table, "valid", "", "", earlier=FOUR_DAYS, manifest=manifest.get(table, {})), lake)
+    judged = {str(rule.description).split(":")[0] for rule in SUITES[table].expectations(_day(table))}
+    assert verdict["evaluated"] == len(judged) + len(rules.columns_as_declared()), "every rule was in force"
     assert verdict["findings"] == []
     assert verdict["passed"]
     assert verdict["rows"] == ROWS
@@ -560,6 +695,7 @@ def test_a_valid_day_fires_nothing(table: str, lake: Lake) -> None:
 @pytest.mark.parametrize("table", SUITES)
 def test_every_expectation_has_a_case(table: str) -> None:
     day = _day(table)
+    assert day.trailing
     starts = [case.fires for case in CASES if case.table == table]
     shared = {rule.description for rule in rules.row_count(day)}
     for rule in SUITES[table].expectations(day):
@@ -574,25 +710,54 @@ def test_every_rule_of_the_columns_has_a_case() -> None:
 
 
 def _day(table: str) -> AuditDay:
-    earlier = tuple(PublishedDay(table, DS - back * DAY, ROWS + 1, 1, 1) for back in (2, 1))
-    return AuditDay(Staged(table, DS, "", ROWS), audit_schema(), AuditSettings(), earlier, impressions=ROWS * 3 + 1)
+    """A day of which everything is known, so that every rule of its suite is in force."""
+    earlier = tuple(PublishedDay(table, DS - back * DAY, ROWS + 1, 1, 1) for back in (4, 3, 2, 1))
+    usual = {path: tuple(counts) for path, counts in usual_distributions(table).items()}
+    ids = {"user_id": pa.array(["u0"]), "item_id": pa.array(["i0"])}
+    return AuditDay(
+        Staged(table, DS, "", ROWS), audit_schema(), AuditSettings(), earlier, trailing=(usual,) * 4,
+        **{"training_requests": {"impressions": ROWS * 3 + 1, "labels": (25, 13), "known": ids},
+           "user_features": {"window_impressions": ROWS * 50},
+           "item_features": {"window_impressions": ROWS * 50}}.get(table, {}),
+    )  # fmt: skip
 
 
 def _prepare(case: Case, lake: Lake) -> None:
+    usual = {"distributions": usual_distributions(case.table)}
     for back, count in enumerate(reversed(case.earlier), start=1):
-        publish(lake, case.table, _repeated(case.table, count, DS - back * DAY), DS - back * DAY)
-    manifest = dict(case.manifest)
-    if "impressions" in manifest:
-        impressions = _repeated("impressions", manifest.pop("impressions"))
-        manifest["inputs"] = {"impressions": publish(lake, "impressions", impressions)}
+        publish(lake, case.table, _repeated(case.table, count, DS - back * DAY), DS - back * DAY, **usual)
+    manifest = {name: value for name, value in case.manifest.items() if name == "rows"}
+    manifest["inputs"] = _publish_inputs(case.manifest, lake)
     kinds, rows = FACTORIES[case.table]()
     case.rows(rows)
     stage(lake, case.table, case.columns(pa.Table.from_pylist(rows, schema=kinds)), **manifest)
 
 
+def _publish_inputs(about: dict[str, Any], lake: Lake) -> dict[str, int]:
+    """Publish what the day was built from: so many rows of impressions (with their labels), of users and items."""
+    inputs = {}
+    if "impressions" in about:
+        counted = {label: [0, 0, ones] for label, ones in zip(LABELS, about.get("labels", ()), strict=False)}
+        data = _repeated("impressions", about["impressions"])
+        inputs["impressions"] = publish(lake, "impressions", data, distributions=counted)
+    if "window" in about:
+        for back, rows in ((3, 1), (1, about["window"] - 1)):
+            inputs["impressions"] = publish(
+                lake, "impressions", _repeated("impressions", rows, DS - back * DAY), DS - back * DAY
+            )
+    for table in ("user_features", "item_features"):
+        if table in about:
+            # The last ids, so that few of them are those of the requests.
+            data = valid_table(table).slice(0 if about[table] == ROWS else ROWS - about[table])
+            inputs[table] = publish(lake, table, data)
+    return inputs
+
+
 def _audit(case: Case, lake: Lake) -> dict[str, Any]:
     _prepare(case, lake)
-    return audit_staged(lake, audit_schema(), case.table, DS, settings=AuditSettings())
+    # The rows of a valid day lie around noon.
+    settings = AuditSettings(**{"max_quiet_hours": 12.0, **case.settings})
+    return audit_staged(lake, audit_schema(), case.table, DS, settings=settings)
 
 
 def _repeated(table: str, rows: int, ds: date = DS) -> pa.Table:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import date
+from datetime import date, timedelta
 
 from pyspark.sql import Column as SparkColumn
 from pyspark.sql import DataFrame
@@ -59,15 +59,24 @@ def derived(impressions: DataFrame, schema: FeatureSchema) -> DataFrame:
     """Return past events made from impressions, for a log that has no behaviours of its own.
 
     Each declared type gives an event at the request's time, known ``outcome_delay_minutes`` later: an impression
-    always, a click or a conversion where the label is 1.  Context columns that an event feature reads go along.
+    always, a click or a conversion where the label is 1.  A conversion is not known before it came; where the log does
+    not say when that was but has an attribution window, not before the window closes.  Context columns that an event
+    feature reads go along.
     """
     happened = {"impression": F.lit(True), "click": F.col("click") == 1, "conversion": F.col("conversion") == 1}
-    kinds = F.array(*(F.when(happened[kind], F.lit(kind)) for kind in schema.derived_behaviors))
+    soon = F.col("ts") + F.lit(timedelta(minutes=schema.outcome_delay_minutes))
+    came = F.col("ts") + F.lit(timedelta(hours=schema.attribution_hours))
+    if "conversion_at" in impressions.columns:
+        came = F.coalesce("conversion_at", came)
+    known = {"conversion": F.greatest(soon, came)}
+    events = [
+        F.when(happened[kind], F.struct(F.lit(kind).alias("type"), known.get(kind, soon).alias("available_at")))
+        for kind in schema.derived_behaviors
+    ]
     return impressions.select(
         "request_id", "user_id", "item_id", "ts",
-        (F.col("ts") + F.expr(f"INTERVAL {schema.outcome_delay_minutes} MINUTES")).alias("available_at"),
         *(column for column in event_columns(schema) if column in impressions.columns),
-        F.explode(F.array_compact(kinds)).alias("type"),
+        F.inline(F.array_compact(F.array(*events))),
     ).withColumn("event_id", F.concat_ws("|", "request_id", "item_id", "type"))  # fmt: skip
 
 
@@ -82,7 +91,7 @@ def build(work: Workspace, ds: date) -> Staged:
         reads = {"impressions": (ds, ds)}
         raw = derived(work.read("impressions", [ds]), schema)
     else:
-        raw = work.source.behaviors(work.spark, ds)
+        raw = work.raw("behaviors", ds)
     checked = behaviors(raw, schema, day_limits(ds, schema)[1])
     if not any(day < ds for day in work.lake.days(TABLE)):
         history = work.source.history(work.spark)
@@ -95,7 +104,7 @@ def build(work: Workspace, ds: date) -> Staged:
             checked = checked.unionByName(earlier.join(delivered, "event_id", "left_anti"))
     checked = refuse_duplicates(checked, ("event_id",))
     if set(event_columns(schema)) - set(checked.columns):
-        items = good_rows(attributes(work.source.items(work.spark, ds), "items", schema))
+        items = good_rows(attributes(work.raw("items", ds), "items", schema))
         checked = with_item_columns(checked, items, schema)
     return work.stage_checked(TABLE, ds, checked, reads, ("user_id", "item_id", "type", "ts"))
 

@@ -17,7 +17,7 @@ from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
 from jobs.contract import Column, contract
-from jobs.sources.reading import UNREADABLE
+from jobs.sources.reading import AS_JSON, UNREADABLE
 from onetrans.days import day_bounds
 from onetrans.schema import FeatureSchema, InputTable
 
@@ -67,7 +67,7 @@ def typed(raw: DataFrame, columns: Sequence[Column], schema: FeatureSchema) -> D
         if not column.nullable:
             problems.append(F.when(empty, F.lit(f"{column.name}: missing")))
     return frame.select(
-        F.to_json("raw").alias("raw"),
+        F.to_json("raw", AS_JSON).alias("raw"),
         *(value.alias(name) for name, value in values.items()),
         F.coalesce(*problems).alias("reason"),
     )

@@ -69,6 +69,7 @@ def _columns(schema: FeatureSchema, table: InputTable) -> tuple[Column, ...]:
             Column("position", "position", required=False, nullable=True),
             Column("click", "label"),
             Column("conversion", "label"),
+            Column("conversion_at", "time", required=False, nullable=True),
             *_declared(
                 {c: k for c, k in schema.source_columns("context").items() if c not in clock},
                 schema.vector_columns("context"),

@@ -1,6 +1,8 @@
 """Day-lagged counts and rates of a key (user, item, author, ...), shared by both feature tables.
 
-Figures for day D count the impressions of days before D; a rate is pulled to
+Figures for day D count the impressions of days before D, and of their conversions
+those that were known when D began: a day that is built again when its labels are
+complete gives later days no more than they could know.  A rate is pulled to
 the overall rate of its window by a prior worth ``smoothing`` impressions (for a
 conversion rate, clicks), so a key with little evidence sits near the mean.
 """
@@ -12,14 +14,20 @@ from datetime import date, timedelta
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from onetrans.schema import Aggregates
+from jobs.checks import day_limits
+from onetrans.schema import Aggregates, FeatureSchema
 
 _COUNTED = ("impressions", "clicks", "conversions")
 
 
-def counts(impressions: DataFrame, key: str, ds: date, windows: tuple[int, ...]) -> DataFrame:
+def counts(impressions: DataFrame, key: str, ds: date, schema: FeatureSchema) -> DataFrame:
     """Return per value of column ``key`` the counts ``<figure>_<window>d`` over the windows that end before ``ds``."""
+    windows = schema.aggregates.windows
     labels = {"impressions": F.lit(1), "clicks": F.col("click"), "conversions": F.col("conversion")}
+    if "conversion_at" in impressions.columns:
+        earliest_request = day_limits(ds, schema)[0]
+        unknown = F.coalesce(F.col("conversion_at") >= earliest_request, F.lit(False))
+        labels["conversions"] = F.when(unknown, F.lit(0)).otherwise(F.col("conversion"))
     sums = []
     for window in windows:
         inside = F.col("ds").between(ds - timedelta(days=window), ds - timedelta(days=1))

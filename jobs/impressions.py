@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import date
+from datetime import date, timedelta
 
 from pyspark.sql import Column as SparkColumn
 from pyspark.sql import DataFrame, Window
@@ -25,6 +25,10 @@ def impressions(raw: DataFrame, schema: FeatureSchema, ds: date) -> DataFrame:
     converted without a click, if its time lies outside the day by more than the schema's tolerance, if its request
     has more than one user, or if another row of the same request and item says something else.
 
+    Where the log says when a conversion came (``conversion_at``), one that came more than the schema's
+    ``attribution_hours`` after its row's time is none, however late the day is built: so a day's labels mean the same
+    whenever it is built after its window has closed.
+
     All rows of a request get the request's time, the earliest of theirs, so nothing a request showed first can
     know what happened while the rest was shown.  Context columns of the clock are computed from it.
     """
@@ -34,8 +38,10 @@ def impressions(raw: DataFrame, schema: FeatureSchema, ds: date) -> DataFrame:
         frame,
         ((F.col("ts") < first) | (F.col("ts") >= after), "ts: outside the day"),
         ((F.col("conversion") == 1) & (F.col("click") == 0), "conversion: 1 without a click"),
+        *_conversion_times(frame),
         *((~F.col(c).between(0, 1), f"{c}: not a probability") for c in ("true_ctr", "true_cvr") if c in frame.columns),
     )
+    frame = _attributed(frame, schema)
     # One exchange serves the rules below: rows of one request and item are rows of one request.
     frame = refuse_duplicates(frame.repartition("request_id"), ("request_id", "item_id"))
     request = Window.partitionBy("request_id")
@@ -50,6 +56,29 @@ def impressions(raw: DataFrame, schema: FeatureSchema, ds: date) -> DataFrame:
     return frame.withColumns(clock) if clock else frame
 
 
+def _conversion_times(frame: DataFrame) -> list[tuple[SparkColumn, str]]:
+    if "conversion_at" not in frame.columns:
+        return []
+    return [
+        (F.col("conversion_at") < F.col("ts"), "conversion_at: before the request"),
+        (F.col("conversion_at").isNotNull() & (F.col("conversion") == 0), "conversion_at: without a conversion"),
+    ]
+
+
+def _attributed(frame: DataFrame, schema: FeatureSchema) -> DataFrame:
+    """Return the rows with conversions that came too late taken back; without times or a window nothing changes."""
+    if "conversion_at" not in frame.columns or not schema.attribution_hours:
+        return frame
+    window = timedelta(hours=schema.attribution_hours)
+    late = F.coalesce(F.col("conversion_at") > F.col("ts") + F.lit(window), F.lit(False))
+    return frame.withColumns(
+        {
+            "conversion": F.when(late, F.lit(0)).otherwise(F.col("conversion")),
+            "conversion_at": F.when(~late, F.col("conversion_at")),
+        }
+    )
+
+
 def _from_clock(name: str, schema: FeatureSchema) -> SparkColumn:
     local = F.from_utc_timestamp("ts", schema.timezone)
     number = F.hour(local) if name == "hour_of_day" else F.weekday(local) + 1
@@ -58,7 +87,7 @@ def _from_clock(name: str, schema: FeatureSchema) -> SparkColumn:
 
 def build(work: Workspace, ds: date) -> Staged:
     """Stage one day."""
-    checked = impressions(work.source.impressions(work.spark, ds), work.schema, ds)
+    checked = impressions(work.raw("impressions", ds), work.schema, ds)
     return work.stage_checked(TABLE, ds, checked, {}, ("request_id", "item_id"))
 
 

@@ -29,7 +29,7 @@ def item_features(items: DataFrame, impressions: DataFrame | None, schema: Featu
         for name in ("item", *aggregates.item_keys):
             items = unknown_figures(items, name, aggregates)
         return items
-    counted = counts(impressions, "item_id", ds, aggregates.windows)
+    counted = counts(impressions, "item_id", ds, schema)
     total = totals(counted, aggregates)
     items = items.join(counted, "item_id", "full_outer")
     frame = with_figures(items, total, "item_id", "item", aggregates)
@@ -42,7 +42,7 @@ def item_features(items: DataFrame, impressions: DataFrame | None, schema: Featu
 
 def build(work: Workspace, ds: date) -> Staged:
     """Stage one day."""
-    checked = attributes(work.source.items(work.spark, ds), "items", work.schema)
+    checked = attributes(work.raw("items", ds), "items", work.schema)
     quarantined = work.quarantine_attributes(TABLE, ds, checked, "item_id")
     longest = max(work.schema.aggregates.windows)
     days = work.window("impressions", ds, longest)

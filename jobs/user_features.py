@@ -25,14 +25,14 @@ def user_features(users: DataFrame, impressions: DataFrame | None, schema: Featu
     aggregates = schema.aggregates
     if impressions is None:
         return unknown_figures(users, "user", aggregates)
-    counted = counts(impressions, "user_id", ds, aggregates.windows)
+    counted = counts(impressions, "user_id", ds, schema)
     users = users.join(counted, "user_id", "full_outer")
     return with_figures(users, totals(counted, aggregates), "user_id", "user", aggregates)
 
 
 def build(work: Workspace, ds: date) -> Staged:
     """Stage one day."""
-    checked = attributes(work.source.users(work.spark, ds), "users", work.schema)
+    checked = attributes(work.raw("users", ds), "users", work.schema)
     quarantined = work.quarantine_attributes(TABLE, ds, checked, "user_id")
     longest = max(work.schema.aggregates.windows)
     days = work.window("impressions", ds, longest)

@@ -2,33 +2,55 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import date, timedelta
+from functools import reduce
 
 import pyarrow.parquet as pq
 from pyspark.sql import Column as SparkColumn
-from pyspark.sql import DataFrame, Observation, SparkSession
+from pyspark.sql import DataFrame, Observation, SparkSession, Window
 from pyspark.sql import functions as F
+from pyspark.sql import types as T
 from pyspark.sql.pandas.types import from_arrow_schema
 
 from jobs.checks import REPEAT
 from jobs.sources import Source, open_source
+from jobs.sources.reading import AS_JSON, FILE, ROW
 from jobs.spark import session
 from onetrans import storage
 from onetrans.days import describe_days
 from onetrans.errors import BadDataError, NotReadyError
 from onetrans.lake import QUARANTINE, Lake, Staged
-from onetrans.schema import FeatureSchema, load_schema
+from onetrans.schema import FeatureSchema, InputTable, load_schema
 from onetrans.settings import Settings
 
 Reads = Mapping[str, tuple[date, date]]
 """Table -> first and last day that decide what is built."""
 
+INPUTS: Mapping[str, InputTable] = {
+    "impressions": "impressions",
+    "behaviors": "behaviors",
+    "user_features": "users",
+    "item_features": "items",
+}
+"""Table -> the raw table its rows come from."""
+
 logger = logging.getLogger(__name__)
+
+REPAIRED = "repaired by hand"
+"""What stands in place of a file for a row that a person repaired."""
+
+READ_JSON = {
+    "timestampFormat": "yyyy-MM-dd'T'HH:mm:ss[.SSSSSS][XXX]",
+    "timestampNTZFormat": "yyyy-MM-dd'T'HH:mm:ss[.SSSSSS]",
+}
+"""How times of a repaired row are written: as ``AS_JSON`` writes them, or shorter."""
 
 _ROWS_PER_FILE = 2_000_000
 _ROW_GROUP_BYTES = 16 << 20
@@ -49,6 +71,8 @@ class Workspace:
     """The log's feature schema."""
     source: Source
     """The raw log."""
+    _stamps: dict[tuple[str, date], str] = field(default_factory=dict)
+    """Raw table and day -> stamp of its files when they were read."""
 
     @classmethod
     def open(cls, settings: Settings) -> Workspace:
@@ -56,6 +80,38 @@ class Workspace:
         schema = load_schema(settings.source)
         source = open_source(settings.source, schema)
         return cls(settings, session(settings.spark), Lake(settings.lake), schema, source)
+
+    # Reading the raw log
+
+    def raw(self, table: InputTable, ds: date) -> DataFrame:
+        """Return the raw rows of one table and day, repaired ones in place of the refused they replace.
+
+        Which files they came from is remembered for the manifest.
+        """
+        self._stamps[table, ds] = raw_stamp(self.lake, self.source, table, ds)
+        frame: DataFrame = getattr(self.source, table)(self.spark, ds)
+        if not self.lake.repairs(table, ds):
+            return frame
+        whole = self.whole(table, ds)
+        assert whole is not None  # a row can be repaired only where it is known whole
+        return whole.select(frame.columns)
+
+    def whole(self, table: InputTable, ds: date) -> DataFrame | None:
+        """Return the same rows with ``_row`` and ``_file`` beside them; None if the source does not know rows whole."""
+        frame = self.source.whole(self.spark, table, ds)
+        repairs = self.lake.repairs(table, ds)
+        if frame is None or not repairs:
+            return frame
+        text = T.StructType([T.StructField(ROW, T.StringType())])
+        replaced = self.spark.createDataFrame([(repair.refused,) for repair in repairs], text)
+        repaired = self.spark.createDataFrame([(r.repaired,) for r in repairs if r.repaired is not None], text)
+        own = {name: self.schema.columns.get(table, {}).get(name, name) for name in frame.columns}
+        kinds = {field.name: field.dataType for field in frame.schema if field.name not in (ROW, FILE)}
+        kind = T.StructType([T.StructField(own[name], of) for name, of in kinds.items()])
+        parsed = repaired.withColumn("_parsed", F.from_json(ROW, kind, READ_JSON)).select(
+            *(F.col("_parsed")[own[name]].alias(name) for name in kinds), ROW, F.lit(REPAIRED).alias(FILE)
+        )
+        return frame.join(F.broadcast(replaced), ROW, "left_anti").unionByName(parsed)
 
     # Reading published tables
 
@@ -97,10 +153,19 @@ class Workspace:
             before -= timedelta(days=1)
         return before
 
-    def _snapshots(self, tables: Iterable[str]) -> dict[str, int]:
-        """Return the current snapshot of those tables that have one."""
-        found = {table: self.lake.snapshot_id(table) for table in tables}
-        return {table: snapshot for table, snapshot in found.items() if snapshot is not None}
+    def _from(self, table: str, ds: date, reads: Reads) -> Staged:
+        """Return the beginning of a manifest: what the day is about to be built from, as it is now."""
+        versions = {name: version for name in reads if (version := self.lake.version(name)) is not None}
+        return Staged(
+            table,
+            ds,
+            self.lake.new_stage_path(table, ds),
+            rows=0,
+            inputs={name: snapshot for name, (snapshot, _) in versions.items()},
+            sequence={name: number for name, (_, number) in versions.items()},
+            reads=reads,
+            raw=self._stamps.get((INPUTS.get(table, ""), ds), ""),
+        )
 
     # Staging
 
@@ -111,10 +176,9 @@ class Workspace:
             BadDataError: if the day has no rows.
         """
         started = time.monotonic()
-        inputs = self._snapshots(reads)
-        path = self.lake.new_stage_path(table, ds)
-        write(frame.withColumn("ds", F.lit(ds)).select("ds", *(c for c in frame.columns if c != "ds")), path)
-        return self._mark(Staged(table, ds, path, 0, quarantined, inputs, reads), started)
+        staged = self._from(table, ds, reads)
+        write(frame.withColumn("ds", F.lit(ds)).select("ds", *(c for c in frame.columns if c != "ds")), staged.path)
+        return self._mark(replace(staged, quarantined=quarantined), started)
 
     def stage_checked(self, table: str, ds: date, checked: DataFrame, reads: Reads, key: Sequence[str]) -> Staged:
         """Write the good rows of a checked frame as one day of a table, the refused ones to the quarantine.
@@ -125,8 +189,7 @@ class Workspace:
             BadDataError: if more rows are refused than the settings allow, or none is left.
         """
         started = time.monotonic()
-        inputs = self._snapshots(reads)
-        path = self.lake.new_stage_path(table, ds)
+        staged = self._from(table, ds, reads)
         seen = Observation()
         reason = F.col("reason")
         watched = checked.observe(
@@ -137,11 +200,11 @@ class Workspace:
             F.count_if(reason.isNotNull() & (reason != REPEAT)).alias("refused"),
         )
         good = watched.where(reason.isNull()).drop("raw", "reason")
-        write(good.withColumn("ds", F.lit(ds)).select("ds", *(c for c in good.columns if c != "ds")), path)
+        write(good.withColumn("ds", F.lit(ds)).select("ds", *(c for c in good.columns if c != "ds")), staged.path)
         repeats, refused = seen.get["repeats"], seen.get["refused"]
         _tell_repeats(table, ds, repeats, key, seen.get["example"])
         self.quarantine(table, ds, checked, refused, seen.get["rows"] - repeats)
-        return self._mark(Staged(table, ds, path, 0, refused, inputs, reads), started)
+        return self._mark(replace(staged, quarantined=refused), started)
 
     def quarantine_attributes(self, table: str, ds: date, checked: DataFrame, key: str) -> int:
         """Put the refused rows of a checked snapshot into the quarantine of a feature table; return how many.
@@ -177,11 +240,13 @@ class Workspace:
             return
         path = self.lake.new_stage_path(QUARANTINE, ds)
         attempt = path.rsplit("/", 1)[1]
-        kept = checked.where(F.col("reason").isNotNull() & (F.col("reason") != REPEAT)).select(
+        kept = self._as_they_came(table, ds, checked.where(F.col("reason").isNotNull() & (F.col("reason") != REPEAT)))
+        kept = kept.select(
             F.lit(ds).alias("ds"),
             F.lit(table).alias("table_name"),
             "reason",
             "raw",
+            "file",
             F.lit(attempt).alias("attempt"),
         )
         write(kept.coalesce(1), path)
@@ -196,6 +261,33 @@ class Workspace:
             )
         logger.warning("%s %s: %s; they are in table %s", table, ds, text, QUARANTINE)
 
+    def _as_they_came(self, table: str, ds: date, refused: DataFrame) -> DataFrame:
+        """Return refused rows with all columns of their files in ``raw``, and ``file``.
+
+        The jobs read only the columns they need; the few rows that are refused are looked up again, by what was read
+        of them.
+        """
+        found = [] if table not in INPUTS or self._derives(table) else [self.whole(INPUTS[table], ds)]
+        if table == "behaviors" and found:
+            found.append(self.source.whole(self.spark, "behaviors", None))
+        frames = [
+            frame.select(F.to_json(F.struct(*_contract(frame)), AS_JSON).alias("raw"), ROW, FILE)
+            for frame in found
+            if frame is not None
+        ]
+        if not frames:
+            return refused.withColumn("file", F.lit(None).cast("string"))
+        counted = refused.groupBy("raw").agg(F.count("*").alias("_n"), F.min("reason").alias("reason"))
+        # A row may stand in the log many times, and only some of them are refused: as many are kept.
+        place = F.row_number().over(Window.partitionBy("raw").orderBy(FILE, ROW))
+        matched = counted.join(reduce(DataFrame.unionByName, frames), "raw", "left").withColumn("_place", place)
+        return matched.where(F.col("_place") <= F.col("_n")).select(
+            "reason", F.coalesce(ROW, "raw").alias("raw"), F.col(FILE).alias("file")
+        )
+
+    def _derives(self, table: str) -> bool:
+        return table == "behaviors" and bool(self.schema.derived_behaviors)
+
     def _mark(self, staged: Staged, started: float) -> Staged:
         rows = sum(_rows(file) for file in storage.list_files(staged.path, ".parquet"))
         if not rows:
@@ -203,6 +295,20 @@ class Workspace:
         staged = self.lake.mark_staged(replace(staged, rows=rows))
         logger.info("%s %s: staged %s rows in %.1f s", staged.table, staged.ds, f"{rows:,}", time.monotonic() - started)
         return staged
+
+
+def _contract(frame: DataFrame) -> list[str]:
+    """Return the columns that the jobs read, of a frame of whole rows."""
+    return [column for column in frame.columns if column not in (ROW, FILE)]
+
+
+def raw_stamp(lake: Lake, source: Source, table: InputTable, ds: date) -> str:
+    """Return a text that changes when the files of a raw table's day do, or the repairs of its rows."""
+    repairs = lake.repairs(table, ds)
+    if not repairs:
+        return source.stamp(table, ds)
+    text = json.dumps([repair.to_dict() for repair in repairs], sort_keys=True)
+    return f"{source.stamp(table, ds)}+{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def write(frame: DataFrame, path: str) -> None:

@@ -9,13 +9,13 @@ than the snapshot it read, or is stale itself.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import date
 
 from pyiceberg.exceptions import NoSuchTableError
 
-from onetrans.days import describe_days, spans
+from onetrans.days import describe_days
 from onetrans.lake import TABLES, Lake, Staged, partition_day
 
 
@@ -31,42 +31,47 @@ class _Commits:
     """Published day -> folder of its files."""
 
 
-def stale_days(lake: Lake, after: date) -> dict[str, list[date]]:
+def stale_days(lake: Lake, after: date, outdated: Iterable[tuple[date, str]] = ()) -> dict[str, list[date]]:
     """Return, by table, the published days after a day that are stale, oldest first; tables without any are left out.
 
-    Nothing is known of a day whose snapshots have expired, or that was published before builds recorded what they
-    read: such a day is not named.
+    ``outdated`` are days of tables that are to be built again for a reason of their own: they are left out, and what
+    reads them is stale.  Nothing is known of a day that was published before builds recorded what they read: such a
+    day is not named.
     """
     if not any(ds > after for ds in lake.staged_days()):
         return {}
     commits = {table: _commits(lake, table) for table in TABLES}
+    doubtful: dict[str, list[date]] = {}
+    for ds, table in outdated:
+        doubtful.setdefault(table, []).append(ds)
     stale: dict[str, list[date]] = {}
     # In the order of building, so that a day is looked at after those it may read.
     for ds in sorted({ds for table in TABLES for ds in commits[table].of_day if ds > after}):
         for table in TABLES:
             if ds in commits[table].of_day:
                 built = lake.built(commits[table].folder[ds])
-                if built is not None and _is_stale(built, commits, stale):
+                if ds not in doubtful.get(table, []) and built is not None and _is_stale(built, commits, doubtful):
                     stale.setdefault(table, []).append(ds)
+                    doubtful.setdefault(table, []).append(ds)
     return stale
 
 
-def describe_stale(stale: Mapping[str, list[date]]) -> str:
-    """Say which days are stale and what builds them again; empty text if none is.
+def in_order(stale: Mapping[str, Iterable[date]]) -> list[tuple[date, str]]:
+    """Return days of tables in the order in which they can be built: day by day, within a day table by table."""
+    return sorted(
+        ((ds, table) for table, days in stale.items() for ds in days),
+        key=lambda entry: (entry[0], TABLES.index(entry[1])),
+    )
 
-    Only the tables that are stale are built again: a table that is built again makes those stale that read it.
-    """
+
+def describe_stale(stale: Mapping[str, list[date]]) -> str:
+    """Say which days are stale and what builds them again; empty text if none is."""
     if not stale:
         return ""
     told = ", ".join(f"{table} {describe_days(days)}" for table, days in stale.items())
-    commands = [
-        f"python -m jobs.{table} {f'--ds {first}' if first == last else f'--from {first} --to {last}'} --publish"
-        for table, days in sorted(stale.items(), key=lambda entry: TABLES.index(entry[0]))
-        for first, last in spans(days)
-    ]
     return (
         f"days that were built on an earlier version of what they read: {told}. To build them again: "
-        f"{' && '.join(commands)}"
+        "python -m jobs.rebuild (with --dry-run it only names them)"
     )
 
 
@@ -86,12 +91,15 @@ def _commits(lake: Lake, table: str) -> _Commits:
     return found
 
 
-def _is_stale(built: Staged, commits: Mapping[str, _Commits], stale: Mapping[str, list[date]]) -> bool:
+def _is_stale(built: Staged, commits: Mapping[str, _Commits], doubtful: Mapping[str, list[date]]) -> bool:
     for table, (first, last) in built.reads.items():
-        if any(first <= ds <= last for ds in stale.get(table, [])):
+        if any(first <= ds <= last for ds in doubtful.get(table, [])):
             return True
         # A table without a snapshot was empty then, so whatever it has now is later.
-        read = commits[table].of_snapshot.get(built.inputs[table]) if table in built.inputs else 0
+        read: int | None = 0
+        if table in built.inputs:
+            # The snapshot may have expired since; its number was written down.
+            read = built.sequence.get(table) or commits[table].of_snapshot.get(built.inputs[table])
         if read is not None and any(first <= ds <= last and n > read for ds, n in commits[table].of_day.items()):
             return True
     return False

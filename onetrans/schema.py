@@ -32,6 +32,7 @@ import tomllib
 from collections import abc
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
@@ -41,6 +42,7 @@ import numpy.typing as npt
 import xxhash
 
 from onetrans import storage
+from onetrans.days import day_bounds
 from onetrans.errors import BadConfigError
 from onetrans.settings import SourceSettings
 
@@ -68,6 +70,7 @@ _UNREADABLE: Mapping[str, Mapping[str, str]] = {
         "request_id": "names one request, and never comes again",
         "user_id": "belongs to the user; let a feature with side = 'user' read it",
         "item_id": "belongs to the candidate; let a feature with side = 'item' read it",
+        "conversion_at": "tells the label, which the model is to predict",
     },
     "event": {
         "ts": "is a time that never comes again; the order of events is known to the models",
@@ -285,6 +288,8 @@ class FeatureSchema:
     """For a log without behaviours of its own: which of impression, click and conversion become past events."""
     outcome_delay_minutes: int = 30
     """How long after its request a derived event counts as known."""
+    attribution_hours: float = 0.0
+    """How long after its request a conversion still counts; 0: as delivered, and complete when the day is."""
     columns: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """Per input table: column of the contract -> column of the team's own files, where they differ."""
 
@@ -310,6 +315,10 @@ class FeatureSchema:
                 )
         if self.outcome_delay_minutes < 0:
             raise BadConfigError(f"schema {self.name!r}: outcome_delay_minutes must not be negative")
+        if not 0 <= self.attribution_hours <= 24 * 365:
+            raise BadConfigError(
+                f"schema {self.name!r}: attribution_hours = {self.attribution_hours} must be in 0..8760 (a year)"
+            )
         for side in ("user", "item"):
             if not self.of_side(side):
                 raise BadConfigError(f"schema {self.name!r}: no feature has side = {side!r}")
@@ -340,6 +349,11 @@ class FeatureSchema:
                     "columns that begin with 'true_' may not be features"
                 )
         self.embedding_tables()
+
+    def labels_close(self, ds: date) -> datetime:
+        """Return the instant (UTC) after which no conversion of a day can still come: the end of the day's window."""
+        last_request = day_bounds(ds, self.timezone)[1] + timedelta(minutes=self.day_tolerance_minutes)
+        return last_request + timedelta(hours=self.attribution_hours)
 
     def of_side(self, side: Side) -> tuple[Feature, ...]:
         """Return the features of one side, in schema order."""

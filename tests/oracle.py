@@ -3,13 +3,14 @@
 Nothing here is incremental, nothing is capped before it must be, and no code is
 shared with the jobs but the hash.  A world is a log of several days with what
 real logs have: ties, late and repeated deliveries, events at the very instant
-of a request, outcomes known later, unknown users and items.
+of a request and at midnight, outcomes known later, unknown users and items.
 """
 
 from __future__ import annotations
 
 import random
 from collections import defaultdict
+from copy import deepcopy
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
@@ -42,6 +43,7 @@ SCHEMA = FeatureSchema(
     ),
     sequences=(Sequence("click", "click", max_length=3), Sequence("buy", "purchase", max_length=2)),
     aggregates=Aggregates(windows=(1, 2), item_keys=("brand",), smoothing=3.0),
+    attribution_hours=30,
 )
 """Short sequences, so that most of them overflow, and a time zone whose clock changes within the days."""
 
@@ -57,20 +59,40 @@ class World:
     history: list[Row] = field(default_factory=list)
     users: list[Row] = field(default_factory=list)
     items: list[Row] = field(default_factory=list)
+    schema: FeatureSchema = SCHEMA
+    taken: set[tuple[Any, ...]] = field(default_factory=set)
+    """Identities of the events drawn so far: what an event says never changes."""
 
     @property
     def days(self) -> list[date]:
         return sorted(self.impressions)
 
+    @property
+    def first_day(self) -> date:
+        return self.days[0]
 
-def day_start(ds: date) -> datetime:
-    return datetime(ds.year, ds.month, ds.day, tzinfo=ZoneInfo(SCHEMA.timezone)).astimezone(UTC)
+    def start(self, ds: date) -> datetime:
+        """The first instant of a day; on some days of some zones local midnight does not exist."""
+        return datetime(ds.year, ds.month, ds.day, tzinfo=ZoneInfo(self.schema.timezone)).astimezone(UTC)
+
+    def grid(self, ds: date) -> list[datetime]:
+        """Every second hour of a day, and its last microsecond."""
+        start, end = self.start(ds), self.start(ds + timedelta(days=1))
+        hours = round((end - start) / timedelta(hours=1))
+        return [*(start + timedelta(hours=h) for h in range(0, hours, 2)), end - timedelta(microseconds=1)]
 
 
-def random_world(seed: int, days: int = 3, users: int = 60, items: int = 12) -> World:
+def random_world(
+    seed: int,
+    days: int = 3,
+    users: int = 60,
+    items: int = 12,
+    first_day: date = FIRST_DAY,
+    schema: FeatureSchema = SCHEMA,
+) -> World:
     """Draw a world whose times lie on a grid of two hours, so that nearly everything ties with something."""
     draw = random.Random(seed)
-    world = World()
+    world = World(schema=schema)
     world.users = [
         {"user_id": f"u{u}", "age": draw.choice([None, draw.uniform(10, 60)]), "taste": [0.5, -u] if u % 3 else None}
         for u in range(users)
@@ -86,29 +108,63 @@ def random_world(seed: int, days: int = 3, users: int = 60, items: int = 12) -> 
         for i in range(items)
         if i % 6
     ]
-    taken: set[tuple[Any, ...]] = set()
-    dates = [FIRST_DAY + timedelta(days=d) for d in range(days)]
+    dates = [first_day + timedelta(days=d) for d in range(days)]
     for number, ds in enumerate(dates):
         for u in range(users):
             if u % 7 == 0:
                 continue  # shown things now and then, but never acts
             for _ in range(draw.choice([0, 1, 2, 5])):
-                _add_event(world, draw, dates, number, f"u{u}", f"i{draw.randrange(items)}", taken)
+                _add_event(world, draw, dates, number, f"u{u}", f"i{draw.randrange(items)}")
         for u in range(users):
             for r in range(draw.choice([0, 0, 1, 2])):
                 _add_request(world, draw, ds, f"u{u}", f"{ds}-{u}-{r}", items)
-    for ds in dates:  # an empty day would be an error, and is tested as one
-        assert world.impressions[ds]
-        assert world.behaviors[ds]
+    _fill(world, draw, dates, items)
     return world
 
 
+def corrected(world: World, ds: date, seed: int, items: int = 12) -> World:
+    """Return the world as a correction of one day tells it: rows of the day gone, changed and new.
+
+    New events of the day are late: they happened on any day up to then.  An event that is gone may still come with a
+    later delivery, which is then its first.
+    """
+    draw = random.Random(seed)
+    after = deepcopy(world)
+    dates = world.days[: world.days.index(ds) + 1]
+    rows = [row for row in world.impressions[ds] if hash64(row["request_id"]) % 4]
+    after.impressions[ds] = [{**row, "click": 1} if hash64(row["item_id"]) % 3 == 0 else dict(row) for row in rows]
+    after.behaviors[ds] = [event for event in world.behaviors[ds] if draw.random() < 0.7 or event["type"] == "other"]
+    for number in range(len(dates)):
+        for u in range(1, 30):
+            _add_event(after, draw, dates, number, f"u{u}", f"i{draw.randrange(items)}", delivered=ds)
+    for u in range(0, 30, 3):
+        _add_request(after, draw, ds, f"u{u}", f"{ds}-{u}-new", items)
+    _fill(after, draw, [ds], items)
+    return after
+
+
+def _fill(world: World, draw: random.Random, dates: list[date], items: int) -> None:
+    """Give every day a row: an empty day would be an error, and is tested as one."""
+    for ds in dates:
+        if not world.impressions[ds]:
+            _add_request(world, draw, ds, "u1", f"{ds}-filled", items)
+        while not any(event["type"] == "click" for event in world.behaviors[ds]):
+            _add_event(world, draw, [ds], 0, "u1", f"i{draw.randrange(10**6)}", delivered=ds)
+
+
 def _add_event(
-    world: World, draw: random.Random, dates: list[date], number: int, user: str, item: str, taken: set[tuple[Any, ...]]
+    world: World,
+    draw: random.Random,
+    dates: list[date],
+    number: int,
+    user: str,
+    item: str,
+    delivered: date | None = None,
 ) -> None:
-    ds = dates[number]
-    old = number == 0 and draw.random() < 0.5
-    ts = day_start(ds) + timedelta(hours=2 * draw.randrange(12)) - timedelta(days=3 if old else 0)
+    """Add an event that happened on a day: to the history, to the delivery of that day or of a later one."""
+    ds, taken = dates[number], world.taken
+    old = delivered is None and number == 0 and draw.random() < 0.5
+    ts = draw.choice(world.grid(ds)) - timedelta(days=3 if old else 0)
     kind = draw.choice(["click", "click", "purchase", "other"])
     if (user, item, kind, ts) in taken:
         return
@@ -126,6 +182,9 @@ def _add_event(
     if old:
         world.history.append({**event, "available_at": None})
         return
+    if delivered is not None:
+        world.behaviors[delivered].append(event)
+        return
     first = min(number + draw.choice([0, 0, 0, 1, 2]), len(dates) - 1)
     world.behaviors[dates[first]] += [event] * draw.choice([1, 1, 1, 2])  # repeated word for word
     if draw.random() < 0.2 and first + 1 < len(dates):  # delivered again, with another opinion of when it was known
@@ -135,24 +194,28 @@ def _add_event(
 
 
 def _add_request(world: World, draw: random.Random, ds: date, user: str, request: str, items: int) -> None:
-    start = day_start(ds) + draw.choice([timedelta(minutes=-30), *(timedelta(hours=2 * h) for h in range(12))])
+    early = world.start(ds) - timedelta(minutes=world.schema.day_tolerance_minutes)
+    start = draw.choice([early, *world.grid(ds)])
     own = [event["available_at"] or event["ts"] for event in world.behaviors[ds] if event["user_id"] == user]
-    instants = [ts for ts in own if timedelta(0) <= ts - day_start(ds) < timedelta(hours=22)]
+    instants = [ts for ts in own if world.start(ds) <= ts <= world.grid(ds)[-1]]
     if instants and draw.random() < 0.4:
         start = draw.choice(instants)  # asks at the very instant at which an event becomes known
     device = draw.choice(["phone", "desktop", None])
     for position, item in enumerate(draw.sample(range(items), draw.choice([1, 2, 4]))):
         click = int(draw.random() < 0.5)
+        conversion = click * int(draw.random() < 0.5)
+        came = draw.choice([None, *(timedelta(hours=h) for h in (0, 2, 26, 30, 31))]) if conversion else None
         row = {
             "request_id": request,
             "user_id": user,
             "item_id": f"i{item}",
-            "ts": start + timedelta(minutes=draw.choice([0, 0, 7])),
+            "ts": min(start + timedelta(minutes=draw.choice([0, 0, 7])), world.grid(ds)[-1]),
             "position": position,
             "device": device,
             "click": click,
-            "conversion": click * int(draw.random() < 0.5),
+            "conversion": conversion,
         }
+        row["conversion_at"] = None if came is None else row["ts"] + came
         world.impressions[ds] += [row] * draw.choice([1, 1, 1, 2])
 
 
@@ -160,12 +223,16 @@ def _add_request(world: World, draw: random.Random, ds: date, user: str, request
 
 
 def impressions(world: World, ds: date) -> list[Row]:
-    """Each shown item once; the time of a request is its earliest row's."""
+    """Each shown item once; a conversion counts within the window; the time of a request is its earliest row's."""
     rows = _distinct(world.impressions[ds])
+    for row in rows:
+        came = row["conversion_at"]
+        if came is not None and came - row["ts"] > timedelta(hours=world.schema.attribution_hours):
+            row |= {"conversion": 0, "conversion_at": None}
     for row in rows:
         row["ts"] = min(other["ts"] for other in rows if other["request_id"] == row["request_id"])
     for row in rows:
-        local = row["ts"].astimezone(ZoneInfo(SCHEMA.timezone))
+        local = row["ts"].astimezone(ZoneInfo(world.schema.timezone))
         row |= {"ds": ds, "hour_of_day": float(local.hour), "day_of_week": str(local.isoweekday())}
     return rows
 
@@ -173,7 +240,7 @@ def impressions(world: World, ds: date) -> list[Row]:
 def behaviors(world: World, ds: date) -> list[Row]:
     """Each event of a delivery once; the first day's delivery holds the history as well."""
     price = {item["item_id"]: item["price"] for item in world.items}
-    rows = _distinct(world.behaviors[ds] + (world.history if ds == FIRST_DAY else []))
+    rows = _distinct(world.behaviors[ds] + (world.history if ds == world.first_day else []))
     for row in rows:
         micros = round(row["ts"].timestamp() * 1_000_000)
         row["event_id"] = hash64(row["event_id"] or f"{row['user_id']}|{row['item_id']}|{row['type']}|{micros}")
@@ -204,10 +271,10 @@ def seen_by(world: World, ds: date, user: str, ts: datetime, sequence: Sequence)
 
 def tails(world: World, ds: date) -> dict[str, dict[str, list[Row]]]:
     """Per user and sequence: the last ``max_length`` settled events, and all that are not older than these."""
-    settled_before = day_start(ds + timedelta(days=1)) - timedelta(minutes=SCHEMA.day_tolerance_minutes)
+    settled_before = world.start(ds + timedelta(days=1)) - timedelta(minutes=world.schema.day_tolerance_minutes)
     found: dict[str, dict[str, list[Row]]] = {}
     events = known_events(world, ds)
-    for sequence in SCHEMA.sequences:
+    for sequence in world.schema.sequences:
         for user in {event["user_id"] for event in events}:
             own = [e for e in events if e["user_id"] == user and e["type"] == sequence.event]
             settled = [e for e in own if e["available_at"] < settled_before][-sequence.max_length :]
@@ -216,7 +283,7 @@ def tails(world: World, ds: date) -> dict[str, dict[str, list[Row]]]:
             found.setdefault(user, {})[sequence.column] = [
                 {"event_id": e["event_id"], "available_at": e["available_at"], **_event_features(e)} for e in kept
             ]
-    used = {event["user_id"] for event in events if event["type"] in {s.event for s in SCHEMA.sequences}}
+    used = {event["user_id"] for event in events if event["type"] in {s.event for s in world.schema.sequences}}
     return {user: lists for user, lists in found.items() if user in used}
 
 
@@ -226,13 +293,17 @@ def figures(world: World, ds: date, key_of: dict[str, str | None], name: str) ->
     result: dict[str, Row] = defaultdict(dict)
     if not any(day < ds for day in world.days):
         return {key: {} for key in key_of.values() if key is not None}
-    for window in SCHEMA.aggregates.windows:
+    for window in world.schema.aggregates.windows:
         days = [day for day in world.days if ds - timedelta(days=window) <= day < ds]
         rows = [row for day in days for row in impressions(world, day)]
+        known_before = world.start(ds) - timedelta(minutes=world.schema.day_tolerance_minutes)
+        for row in rows:
+            if row["conversion_at"] is not None and row["conversion_at"] >= known_before:
+                row["conversion"] = 0
         everything = _counts(rows)
         for key in {key for key in key_of.values() if key is not None}:
             counted = _counts([row for row in rows if key_of.get(row[by]) == key])
-            prior = SCHEMA.aggregates.smoothing
+            prior = world.schema.aggregates.smoothing
             for rate, events, trials in (("ctr", "clicks", "impressions"), ("cvr", "conversions", "clicks")):
                 if everything[trials]:
                     overall = everything[events] / everything[trials]
@@ -250,7 +321,7 @@ def user_features(world: World, ds: date) -> dict[str, Row]:
         user: {
             "age": known.get(user, {}).get("age"),
             "taste": known.get(user, {}).get("taste"),
-            **_all_figures("user"),
+            **_all_figures(world, "user"),
             **computed.get(user, {}),
         }
         for user in everyone
@@ -269,9 +340,9 @@ def item_features(world: World, ds: date) -> dict[str, Row]:
             "brand": brand_of[item],
             "price": known.get(item, {}).get("price"),
             "image": known.get(item, {}).get("image"),
-            **_all_figures("item"),
+            **_all_figures(world, "item"),
             **own.get(item, {}),
-            **_all_figures("brand"),
+            **_all_figures(world, "brand"),
             **by_brand.get(brand_of[item] or "", {}),
         }
         for item in everything
@@ -306,7 +377,7 @@ def training_requests(world: World, ds: date) -> dict[str, Row]:
             "conversion": shown["conversion"],
         }
     for row in rows.values():
-        for sequence in SCHEMA.sequences:
+        for sequence in world.schema.sequences:
             row[sequence.column] = seen_by(world, ds, row["user_id"], row["ts"], sequence)
     return rows
 
@@ -340,10 +411,10 @@ def _counts(rows: list[Row]) -> Row:
     }
 
 
-def _all_figures(name: str) -> Row:
-    return dict.fromkeys(SCHEMA.aggregates.columns(name))
+def _all_figures(world: World, name: str) -> Row:
+    return dict.fromkeys(world.schema.aggregates.columns(name))
 
 
 def _window_rows(world: World, ds: date) -> list[Row]:
-    longest = max(SCHEMA.aggregates.windows)
+    longest = max(world.schema.aggregates.windows)
     return [row for day in world.days if ds - timedelta(days=longest) <= day < ds for row in impressions(world, day)]

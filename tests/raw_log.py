@@ -25,6 +25,7 @@ TIME = pa.timestamp("us", tz="UTC")
 TYPES = {
     "ts": TIME,
     "available_at": TIME,
+    "conversion_at": TIME,
     "position": pa.int32(),
     "click": pa.int32(),
     "conversion": pa.int32(),

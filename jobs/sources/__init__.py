@@ -12,7 +12,7 @@ from typing import Protocol
 from pyspark.sql import DataFrame, SparkSession
 
 from onetrans import storage
-from onetrans.schema import FeatureSchema
+from onetrans.schema import FeatureSchema, InputTable
 from onetrans.settings import SourceSettings
 
 
@@ -37,6 +37,18 @@ class Source(Protocol):
 
     def items(self, spark: SparkSession, ds: date) -> DataFrame:
         """Return the item attributes that hold on one day."""
+
+    def whole(self, spark: SparkSession, table: InputTable, ds: date | None) -> DataFrame | None:
+        """Return the rows of a table's day, or of the history, with ``_row`` and ``_file`` beside them.
+
+        None if a row of the contract is no row of a file, or there is no history.
+        """
+
+    def stamp(self, table: InputTable, ds: date) -> str:
+        """Return a text that changes when the files of a table's day do; empty if it has no files of its own day.
+
+        Opens no file: names, sizes and times of the last change decide.
+        """
 
     def missing(self, ds: date) -> str:
         """Say what of one day's files is not there yet; empty if nothing is missing.  Opens no file."""

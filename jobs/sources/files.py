@@ -8,7 +8,7 @@ from typing import get_args
 from pyspark.sql import DataFrame, SparkSession
 
 from jobs.contract import contract
-from jobs.sources.reading import Where, data_files, folders, read_files, require_columns
+from jobs.sources.reading import Where, data_files, files_stamp, folders, read_files, require_columns
 from onetrans import storage
 from onetrans.days import describe_days, parse_day
 from onetrans.errors import BadConfigError, BadDataError, NotReadyError
@@ -44,6 +44,20 @@ class Files:
     def items(self, spark: SparkSession, ds: date) -> DataFrame:
         """Return the items of one day, or the one snapshot."""
         return self._snapshot(spark, "items", ds)
+
+    def whole(self, spark: SparkSession, table: InputTable, ds: date | None) -> DataFrame | None:
+        """Return the rows of a table's day, or of the history, with ``_row`` and ``_file`` beside them."""
+        if ds is None:
+            folder, day = storage.join(self.path, table, "history"), "history"
+        elif self.days(table):
+            folder, day = storage.join(self.path, table, f"ds={ds}"), str(ds)
+        else:
+            folder, day = storage.join(self.path, table), "snapshot"
+        return self._read(spark, table, day, folder, whole=True) if storage.exists(folder) else None
+
+    def stamp(self, table: InputTable, ds: date) -> str:
+        """Return a text that changes when the files of a table's day do; empty for a snapshot of all days."""
+        return files_stamp(storage.join(self.path, table, f"ds={ds}"))
 
     def missing(self, ds: date) -> str:
         """Say which table has no file of the day yet; empty if every one has.
@@ -114,11 +128,11 @@ class Files:
             return self._day(spark, table, ds)
         return self._read(spark, table, "snapshot", folder)
 
-    def _read(self, spark: SparkSession, table: InputTable, day: str, folder: str) -> DataFrame:
+    def _read(self, spark: SparkSession, table: InputTable, day: str, folder: str, whole: bool = False) -> DataFrame:
         where = Where(table, day)
         files = data_files(folder)
         if not files:
             raise NotReadyError(f"{where}: {folder} holds no .parquet, .csv, .json or .jsonl file")
         columns = contract(self.schema, table)
-        frame = read_files(spark, files, where, columns, self.schema.columns.get(table))
+        frame = read_files(spark, files, where, columns, self.schema.columns.get(table), whole)
         return require_columns(frame, columns, where, self.schema)

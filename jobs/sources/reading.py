@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import csv
 import gzip
+import hashlib
 import json
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
+from pyspark.sql import Column as SparkColumn
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
@@ -43,6 +46,20 @@ FORMATS = {
 UNREADABLE = "_unreadable"
 """Column that holds the text of a CSV or JSON line that does not parse; null otherwise."""
 
+ROW = "_row"
+"""Column that holds a row as it came, as JSON under the files' own names."""
+
+FILE = "_file"
+"""Column that holds the file of a row."""
+
+AS_JSON = {
+    "ignoreNullFields": "false",
+    "timestampFormat": "yyyy-MM-dd'T'HH:mm:ss.SSSSSSXXX",
+    "timestampNTZFormat": "yyyy-MM-dd'T'HH:mm:ss.SSSSSS",
+}
+"""How a row is written, so that nothing of it is lost and it can be read again."""
+
+_UNREAD = "_unread_"
 _JSON_SAMPLE_LINES = 1000
 _WHOLE = T.ByteType | T.ShortType | T.IntegerType | T.LongType
 
@@ -65,6 +82,18 @@ def data_files(path: str) -> list[str]:
     return [file for file in storage.list_files(path) if _format(file)]
 
 
+def files_stamp(path: str) -> str:
+    """Return a hash of the files under ``path``: names, sizes, times of the last change; empty if there is none."""
+    filesystem, inner = storage.open_filesystem(path)
+    found = filesystem.get_file_info(fs.FileSelector(inner, recursive=True, allow_not_found=True))
+    listed = sorted(
+        (info.path.removeprefix(inner), info.size, info.mtime_ns)
+        for info in found
+        if info.type == fs.FileType.File and _format(info.base_name) and not info.base_name.startswith((".", "_"))
+    )
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16] if listed else ""
+
+
 def folders(path: str) -> list[str]:
     """Return the names of the folders directly under ``path``, sorted; none if ``path`` is not there."""
     filesystem, inner = storage.open_filesystem(path)
@@ -78,11 +107,13 @@ def read_files(
     where: Where,
     columns: Sequence[Column] | None = None,
     renames: Mapping[str, str] | None = None,
+    whole: bool = False,
 ) -> DataFrame:
     """Return the rows of raw files: the contract's ``columns`` that are there, under its names; by default all.
 
     Parquet keeps its types; CSV and JSON columns are text, and their unparsable lines are in ``_unreadable``.
-    ``renames`` maps a name of the contract to the name in the files.
+    ``renames`` maps a name of the contract to the name in the files.  With ``whole``, ``_row`` holds the row as it
+    came, as JSON of all columns under the files' own names, and ``_file`` the file.
 
     Raises:
         BadDataError: if a file is empty or broken, if files differ in a column that is read, or if a column is missing
@@ -100,19 +131,42 @@ def read_files(
     own = {c.name: (renames or {}).get(c.name, c.name) for c in columns or ()} or {name: name for name in found}
     wanted = list(dict.fromkeys(own.values()))
     kind = kinds.pop()
+    read = [*wanted, *(_others(heads, wanted) if whole else ())]
     if kind == "parquet":
-        frame = _read_parquet(spark, files, heads, where, wanted)
+        frame = _read_parquet(spark, files, heads, where, read)
     elif kind == "csv":
-        frame = _read_csv(spark, files, heads, where, wanted)
+        frame = _read_csv(spark, files, heads, where, read)
     else:
-        frame = _read_json(spark, files, found, wanted)
+        frame = _read_json(spark, files, found, read)
     for column in columns or ():
         if own[column.name] not in frame.columns and (column.required or column.name in (renames or {})):
             told = column.name if own[column.name] == column.name else f"{own[column.name]} (read as {column.name})"
             raise BadDataError(f"{where}: column {told} is missing; there are {', '.join(found) or 'none'}")
     there = [(name, _quoted(text)) for name, text in own.items() if text in frame.columns]
-    notes = [UNREADABLE] if UNREADABLE in frame.columns else []
+    notes = [F.col(UNREADABLE)] if UNREADABLE in frame.columns else []
+    if whole:
+        own_columns = [F.col(_quoted(name)) for name in frame.columns if not name.startswith(_UNREAD)]
+        notes += [F.to_json(F.struct(*own_columns), AS_JSON).alias(ROW), _address().alias(FILE)]
     return frame.select(*(F.col(text).alias(name) for name, text in there), *notes)
+
+
+def _address() -> SparkColumn:
+    """Return the file of a row; Spark writes local ones as file:/path."""
+    return F.regexp_replace("_metadata.file_path", "^file:/(?!/)", "file:///")
+
+
+def _others(heads: Sequence[pa.Schema], wanted: Sequence[str]) -> list[str]:
+    """Return the columns beyond those wanted that can be read as well: what stops no day must not stop a look at it."""
+    common = [name for name in heads[0].names if all(name in head.names for head in heads)]
+    count = Counter(name.lower() for name in common)
+    return [
+        name
+        for name in common
+        if name not in wanted
+        and count[name.lower()] == 1
+        and len({str(head.field(name).type) for head in heads}) == 1
+        and not (pa.types.is_timestamp(heads[0].field(name).type) and heads[0].field(name).type.unit == "ns")
+    ]
 
 
 def require_columns(frame: DataFrame, columns: Iterable[Column], where: Where, schema: FeatureSchema) -> DataFrame:
@@ -283,7 +337,7 @@ def _read_csv(
         if header.count(name) > 1:
             raise BadDataError(f"{where}: the header of {files[0]} repeats column {name}: {', '.join(header)}")
     # A column nobody reads keeps its place only: its name may clash with another's in Spark's eyes.
-    names = [name if name in wanted else f"_unread_{place}" for place, name in enumerate(header)]
+    names = [name if name in wanted else f"{_UNREAD}{place}" for place, name in enumerate(header)]
     return (
         spark.read.schema(_text((*names, UNREADABLE)))
         .options(header=True, enforceSchema=True, columnNameOfCorruptRecord=UNREADABLE, quote='"', escape='"')

@@ -1,23 +1,31 @@
-"""``onetrans lake``: what is published, table by table and day by day."""
+"""``onetrans lake``: what is published, table by table and day by day, and whether its labels can still change."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from onetrans.days import describe_days
 from onetrans.errors import EXIT_OK, BadConfigError, NotReadyError
 from onetrans.lake import QUARANTINE, TABLES, Lake
-from onetrans.settings import config_file, load_settings
+from onetrans.outdated import LABELLED, described, label_states, not_final
+from onetrans.schema import FeatureSchema, load_schema
+from onetrans.settings import Settings, config_file, load_settings
+
+logger = logging.getLogger(__name__)
 
 EXAMPLES = """examples:
   onetrans lake                          every table, its days, rows and newest snapshot
   onetrans lake impressions              the days of one table
   onetrans lake impressions --snapshots  its commits, newest first
-  onetrans lake --json"""
+  onetrans lake --json
+
+A day is final once it was built after the attribution window of its conversions had closed (attribution_hours of the
+schema file).  `python -m jobs.rebuild` builds again the days that were built before."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +42,8 @@ def run(arguments: argparse.Namespace) -> int:
         BadConfigError: if ``--snapshots`` is asked for without a table.
         NotReadyError: if there is no lake; none is made.
     """
-    lake = Lake(load_settings().lake)
+    settings = load_settings()
+    lake = Lake(settings.lake)
     if not lake.exists():
         file = config_file()
         raise NotReadyError(
@@ -47,9 +56,10 @@ def run(arguments: argparse.Namespace) -> int:
             raise BadConfigError("--snapshots needs a table, for example: onetrans lake impressions --snapshots")
         listed = _snapshots(lake, arguments.table)
     elif arguments.table is not None:
-        listed = [vars(day) for day in lake.published(arguments.table)]
+        listed = _days(lake, arguments.table, settings)
     else:
-        listed = [_overview(lake, table) for table in (*TABLES, QUARANTINE)]
+        schema = _schema_if_any(settings)
+        listed = [_overview(lake, table, schema) for table in (*TABLES, QUARANTINE)]
     if arguments.json:
         print(json.dumps(listed, indent=2, default=str))
     elif listed:
@@ -59,8 +69,29 @@ def run(arguments: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-def _overview(lake: Lake, table: str) -> dict[str, Any]:
+def _days(lake: Lake, table: str, settings: Settings) -> list[dict[str, Any]]:
+    days = [vars(day) for day in lake.published(table)]
+    schema = _schema_if_any(settings) if table in LABELLED else None
+    if schema is not None:
+        told = described(label_states(lake, schema, table, datetime.now(UTC)), schema)
+        days = [{**day, "labels": told.get(day["ds"])} for day in days]
+    return days
+
+
+def _schema_if_any(settings: Settings) -> FeatureSchema | None:
+    """Return the schema of the log, which says when labels are complete; None, and a word on it, if there is none."""
+    try:
+        return load_schema(settings.source)
+    except BadConfigError as error:
+        logger.info("which days are final is not shown: %s", error)
+        return None
+
+
+def _overview(lake: Lake, table: str, schema: FeatureSchema | None) -> dict[str, Any]:
     days = lake.published(table)
+    waiting = None
+    if schema is not None and table in LABELLED:
+        waiting = describe_days(list(not_final(label_states(lake, schema, table, datetime.now(UTC)))))
     return {
         "table": table,
         "days": describe_days([day.ds for day in days]),
@@ -68,6 +99,7 @@ def _overview(lake: Lake, table: str) -> dict[str, Any]:
         "rows": sum(day.rows for day in days),
         "files": sum(day.files for day in days),
         "bytes": sum(day.bytes for day in days),
+        "not final": waiting,
         "snapshot": lake.snapshot_id(table),
     }
 

@@ -17,7 +17,7 @@ EXAMPLES = """example:
   onetrans publish impressions --ds 2022-05-04
 
 The day must have been staged by its job and passed its audit; publishing it again changes nothing.
-Later days that were built on what the day was before are named, with the commands that build them again."""
+Later days that were built on what the day was before are named; `python -m jobs.rebuild` builds them again."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -181,7 +181,7 @@ def test_a_mistyped_column(
         ({"request_id": None}, 4, "request_id: missing", '"item_id":"i0"'),
         ({"user_id": None}, 4, "user_id: missing", '"request_id":"r0"'),
         ({"item_id": " "}, 5, "item_id: missing", '"item_id":" "'),
-        ({"ts": NOON + timedelta(days=1)}, 8, "ts: outside the day", '"ts":"2024-03-01T12:00:00.000Z"'),
+        ({"ts": NOON + timedelta(days=1)}, 8, "ts: outside the day", '"ts":"2024-03-01T12:00:00.000000Z"'),
         ({"ts": None}, 8, "ts: missing", '"request_id":"r0"'),
         ({"request_id": "r0"}, 40, "request_id, item_id: several rows of one key disagree", '"request_id":"r0"'),
     ],

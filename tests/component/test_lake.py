@@ -376,7 +376,7 @@ def test_lake_lists_tables_days_and_snapshots(deployment: Lake, capsys: pytest.C
     capsys.readouterr()
     assert cli(["lake"]) == EXIT_OK
     header, first, *others = capsys.readouterr().out.splitlines()
-    assert header.split() == ["table", "days", "count", "rows", "files", "MB", "snapshot"]
+    assert header.split() == ["table", "days", "count", "rows", "files", "MB", "not", "final", "snapshot"]
     assert first.split()[:5] == ["impressions", "2024-02-28..2024-02-29,", "2024-03-05", "3", "1,501"]
     assert first.endswith(str(deployment.snapshot_id(TABLE)))
     assert [line.split()[:4] for line in others][-1] == ["quarantine", "none", "0", "0"]

@@ -54,7 +54,7 @@ def test_the_contract_asks_for_declared_columns_and_not_for_computed_ones() -> N
     shop = schema()
     needed = ["request_id", "user_id", "item_id", "ts", "click", "conversion", "device"]
     assert names(contract(shop, "impressions")) == needed
-    assert names(contract(shop, "impressions"), required=False) == ["position", "true_ctr", "true_cvr"]
+    assert names(contract(shop, "impressions"), required=False) == ["position", "conversion_at", "true_ctr", "true_cvr"]
     assert names(contract(shop, "behaviors")) == ["user_id", "item_id", "type", "ts"]
     assert names(contract(shop, "behaviors"), required=False) == ["available_at", "event_id", "price"]
     assert names(contract(shop, "users")) == ["user_id", "age"]

@@ -25,11 +25,11 @@ from pyspark.sql import DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
 from jobs.contract import Column, contract
-from jobs.sources.reading import Where, data_files, folders, read_files, require_columns
+from jobs.sources.reading import Where, data_files, files_stamp, folders, read_files, require_columns
 from onetrans import storage
 from onetrans.days import day_bounds, describe_days
 from onetrans.errors import BadConfigError, BadDataError, NotReadyError
-from onetrans.schema import FeatureSchema
+from onetrans.schema import FeatureSchema, InputTable
 
 SESSION_GAP = timedelta(seconds=60)
 """Longest pause within one request; nearly all of the log's gaps are either below it or far above."""
@@ -97,9 +97,17 @@ class KuaiRand:
         videos = videos.withColumnRenamed("video_id", "item_id")
         return require_columns(with_video_columns(videos), contract(self.schema, "items"), where, self.schema)
 
+    def whole(self, spark: SparkSession, table: InputTable, ds: date | None) -> DataFrame | None:
+        """Return None: rows of the log are made into requests and events before they are checked."""
+        return None
+
+    def stamp(self, table: InputTable, ds: date) -> str:
+        """Return a text that changes when the day's files do; empty for a snapshot, and for the release as one log."""
+        return files_stamp(self._folder(ds)) if table in ("impressions", "behaviors") else ""
+
     def missing(self, ds: date) -> str:
         """Say that the day has no folder; the official release is one log, whose days only reading it tells."""
-        folder = storage.join(self.path, "daily", f"date={ds:%Y%m%d}")
+        folder = self._folder(ds)
         if not self._cut_days() or data_files(folder):
             return ""
         return f"impressions {ds}: there is no file in {folder}; days that are there: {describe_days(self._cut_days())}"
@@ -134,6 +142,9 @@ class KuaiRand:
         return rows.join(F.broadcast(before.select("user_id", "video_id", "time_ms").distinct()),
                          ["user_id", "video_id", "time_ms"], "left_anti")  # fmt: skip
 
+    def _folder(self, ds: date) -> str:
+        return storage.join(self.path, "daily", f"date={ds:%Y%m%d}")
+
     def _cut_days(self) -> list[date]:
         names = folders(storage.join(self.path, "daily"))
         return sorted(datetime.strptime(n[5:], "%Y%m%d").date() for n in names if n.startswith("date="))
@@ -141,7 +152,7 @@ class KuaiRand:
     def _rows(self, spark: SparkSession, ds: date, allow_none: bool = False) -> DataFrame:
         where = Where("impressions", str(ds))
         log = self._matching("log_standard_", ".csv")
-        folder = storage.join(self.path, "daily", f"date={ds:%Y%m%d}")
+        folder = self._folder(ds)
         if storage.exists(folder):
             rows = read_files(spark, data_files(folder), where, _LOG)
         elif self._cut_days():

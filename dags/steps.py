@@ -84,6 +84,7 @@ class Step(BaseOperator):
         arguments: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
         unharmed: str = UNHARMED,
+        dated: bool = True,
         **kwargs: Any,
     ) -> None:
         """Describe a step.
@@ -93,9 +94,11 @@ class Step(BaseOperator):
             arguments: its arguments; templated, with :data:`DAY` for the run's day; one that renders empty is left out.
             environment: variables set on top of the worker's; templated; one that renders empty is left as it is.
             unharmed: what a failure of this step leaves as it was, a sentence.
+            dated: whether it works on a day; one that does not also runs where the run names none.
             **kwargs: those of every operator.
         """
         super().__init__(**kwargs)
+        self.dated = dated
         self.module = module
         self.arguments = list(arguments)
         self.environment = dict(environment or {})
@@ -104,7 +107,7 @@ class Step(BaseOperator):
 
     def render_template_fields(self, context: Any, jinja_env: Any = None) -> None:
         """Render the templates, which know the run's ``day``."""
-        extended: Any = {**context, "day": run_day(context)}
+        extended: Any = {**context, "day": run_day(context)} if self.dated else context
         super().render_template_fields(extended, jinja_env)
 
     @property
@@ -187,7 +190,7 @@ class Step(BaseOperator):
         raise_for(self._title(context), ended, self.unharmed, *_tries(context))
 
     def _title(self, context: Any) -> str:
-        return f"{self.task_id} of {run_day(context)}"
+        return f"{self.task_id} of {run_day(context)}" if self.dated else self.task_id
 
     def _tell_assets(self, context: Any, result: str | None) -> None:
         for asset in self.outlets:

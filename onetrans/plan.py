@@ -57,6 +57,10 @@ PROMOTION_FILE = "promotion.json"
 """What was done in the registry."""
 FINISHED_FILE = "finished.json"
 """In a model's folder: its training is done."""
+CHECKPOINT_FOLDER = "checkpoint"
+"""In a model's folder: what a later training goes on from; retention removes old ones."""
+CHECKPOINT_FILE = "checkpoint.json"
+"""In that folder: there is a checkpoint, and it is whole."""
 TRUTH = "truth"
 """Name in the metrics of a simulator's true probabilities."""
 
@@ -377,6 +381,8 @@ def _newest_finished(
             if set(run) == set(models)
         )
         for _, path in reversed(whole):
+            if not all(storage.exists(storage.join(path, name, CHECKPOINT_FOLDER, CHECKPOINT_FILE)) for name in models):
+                continue  # Retention has removed it: there is nothing to go on from.
             difference = _difference(records[path], schema, models)
             if difference is None:
                 return _Finished(day, path), ""

@@ -11,7 +11,15 @@ from onetrans.cli import main as cli
 from onetrans.errors import EXIT_NOT_READY, BadConfigError, NotReadyError
 from onetrans.lake import Lake
 from onetrans.models.config import ARCHITECTURES
-from onetrans.plan import FINISHED_FILE, Plan, git_revision, make_plan, preset_models
+from onetrans.plan import (
+    CHECKPOINT_FILE,
+    CHECKPOINT_FOLDER,
+    FINISHED_FILE,
+    Plan,
+    git_revision,
+    make_plan,
+    preset_models,
+)
 from onetrans.schema import Feature
 from onetrans.settings import as_environment
 from tests.worlds import FIRST_DAY, World, publish_day, publish_days, settings_in, small_schema, write_schema
@@ -57,7 +65,18 @@ def finish(plan, names=("onetrans", "dcnv2_din"), at="2024-03-10T00:00:00"):
             "finished_at": at,
         }
         storage.write_json(storage.join(plan.model_path(name), FINISHED_FILE), record)
+        storage.write_json(storage.join(plan.model_path(name), CHECKPOINT_FOLDER, CHECKPOINT_FILE), {})
     return plan
+
+
+def test_a_training_without_its_checkpoint_is_not_gone_on_from(own):
+    """Retention removes old checkpoints; the record that the training is finished stays."""
+    days = publish_days(Lake(own.lake), 5, SCHEMA, World(requests=6))
+    finish(plan_for(own, days[2]))
+    newest = finish(plan_for(own, days[3]))
+    assert plan_for(own, days[4]).warm_start_ds == days[3]
+    storage.delete_tree(storage.join(newest.model_path("onetrans"), CHECKPOINT_FOLDER))
+    assert plan_for(own, days[4]).warm_start_ds == days[2]
 
 
 def test_without_an_earlier_training_the_look_back_window_is_read(settings, days):

@@ -10,7 +10,7 @@ which neither has seen, and makes OneTrans the champion if it is better beyond n
 | `plan` | pins data snapshot, training days and the checkpoint to go on from; opens the day's MLflow run |
 | `train_*` | both models, side by side; a killed training goes on where it was |
 | `evaluate` | scores the day's rows with both: AUC, per-user AUC, log loss, calibration |
-| `gate` | compares them, paired, by a bootstrap over users |
+| `gate` | compares them, paired, by a bootstrap over users, and with the champion; `gate.html` in MLflow says why |
 | `promote` | registers the model and moves the alias `champion`, if the gate says so |
 
 **No tables, no wait:** if the day's `feature_tables` has failed and the rows are not published, `wait_for_day` fails at
@@ -166,13 +166,13 @@ with DAG(
         "evaluate",
         *("evaluate", "--plan", PLAN),
         timeout=timedelta(hours=3),
-        doc="Both models score the same rows of the day. By hand: `onetrans evaluate --plan PLAN`",
+        doc="Both models and the champion score the same rows of the day. By hand: `onetrans evaluate --plan PLAN`",
     )
     gate = command(
         "gate",
         *("gate", "--plan", PLAN),
         timeout=timedelta(hours=1),
-        doc="Writes `gate.json`: every figure and the verdict. By hand: `onetrans gate --plan PLAN`",
+        doc="Writes `gate.json`, every figure and the verdict, and `gate.html`. By hand: `onetrans gate --plan PLAN`",
     )
     promote = command(
         "promote",

@@ -102,7 +102,8 @@ class ResampledAuc:
             positive_P = weight_U[self._positive_user_P].astype(np.float64)
             doubled_P = passed_M1[self._below_P].astype(np.float64)
             doubled_P += doubled_P if self._through_P is self._below_P else passed_M1[self._through_P]
-            won_B[b] = positive_P @ doubled_P
+            # Not "@": BLAS would start threads of its own, beside those that count replicates already.
+            won_B[b] = np.einsum("p,p->", positive_P, doubled_P)
             pairs_B[b] = 2.0 * positive_P.sum() * float(passed_M1[-1])
         return won_B, pairs_B
 

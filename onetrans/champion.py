@@ -78,7 +78,7 @@ def _record(version: ModelVersion, plan: Plan) -> ChampionRecord:
     number, ds = str(version.version), version.tags.get(TAG_DAY)
 
     def record(state: ChampionState, note: str) -> ChampionRecord:
-        return ChampionRecord(state, note, number, ds)
+        return ChampionRecord(state, note, number, ds, version.tags.get(TAG_MODEL_DIGEST))
 
     if version.tags.get(TAG_PLAN) == plan.plan_id:
         return record("candidate", f"the candidate is the champion already, version {number}")

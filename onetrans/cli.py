@@ -28,7 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate": ("onetrans.evaluate", "score a day's rows with both models and measure them"),
     "gate": ("onetrans.gate", "judge whether the candidate beats the baseline"),
     "promote": ("onetrans.registry", "register the candidate and move the aliases the gate allows"),
-    "registry": ("onetrans.commands.registry", "list, show, promote or roll back registered models"),
+    "registry": ("onetrans.commands.registry", "list, show, compare, promote or roll back registered models"),
     "serve": ("onetrans.commands.serve", "answer ranking requests over HTTP with the champion"),
     "config": ("onetrans.commands.config", "print every setting in force"),
     "report": ("onetrans.report", "print figures and verdicts of a range of days"),

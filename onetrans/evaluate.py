@@ -20,6 +20,7 @@ import argparse
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import date
 from typing import Any
 
@@ -50,7 +51,6 @@ from onetrans.scores import (
     KEYS,
     POPULARITY,
     TASKS,
-    ChampionRecord,
     champion_of,
     read_leaves,
     read_scores,
@@ -144,8 +144,7 @@ def _against_champion(scores: pa.Table, plan: Plan, champion: Opponent, settings
         # The rows fit the plan's schema, or its own models could not have read them: it is the champion's that differs.
         note = f"champion version {champion.record.version} cannot score the rows of {plan.ds}: {error}"
         logger.warning("%s", note)
-        record = ChampionRecord("incomparable", note, champion.record.version, champion.record.ds)
-        return with_champion(scores, record)
+        return with_champion(scores, replace(champion.record, state="incomparable", note=note))
     if not all(own[key].equals(scores[key]) for key in KEYS):
         raise BadDataError(f"plan {plan.plan_id}: the champion's pass read other rows than those in the scores")
     for task in TASKS:

@@ -376,7 +376,11 @@ def _days_agree(days: Sequence[Scores], settings: GateSettings) -> list[Criterio
     lifts = {day.ds: _lifts_of_a_day(day) for day in days[-asked:]}
     agreeing = sum(all(lift is not None and lift > 0 for lift in found) for found in lifts.values())
     shown = "; ".join(f"{ds} {', '.join(map(_signed, found))}" for ds, found in lifts.items())
-    text = f"{agreeing} of the last {asked} days have both AUCs above the baseline's (CTR, CVR lift: {shown})"
+    if asked == 1:
+        text = f"the evaluation day by itself {'agrees' if agreeing else 'does not agree'}"
+    else:
+        text = f"{agreeing} of the last {asked} days agree, each by itself"
+    text += f" (lift in CTR and CVR AUC: {shown})"
     return [Criterion("days_agree", agreeing >= asked, agreeing, ">=", asked, text)]
 
 
@@ -614,13 +618,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Judge and print the verdict; a candidate that is not promoted is no failure."""
-    verdict = run_gate(load_settings(), Plan.load(arguments.plan))
+    plan = Plan.load(arguments.plan)
+    verdict = run_gate(load_settings(), plan)
     for criterion in verdict["criteria"]:
         print(f"{'ok  ' if criterion['passed'] else 'FAIL'} {criterion['name']:<30} {criterion['text']}")
     if verdict["champion"]["state"] != "scored":
         print(f"note {verdict['champion']['note']}")
     for warning in verdict["warnings"]:
         print(f"WARN {warning}")
+    print(f"page: {storage.join(plan.path, PAGE_FILE)}")
     print(f"{verdict['ds']} {verdict['verdict']}: {verdict['reason']}")
     return 0
 

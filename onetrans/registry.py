@@ -325,7 +325,8 @@ def _moved(champion: ModelVersion | None, plan: Plan, verdict: Mapping[str, Any]
         return False
     if champion.tags[TAG_DAY] > str(plan.ds) and not forced:
         return False  # It will not be replaced.
-    return verdict["champion"]["version"] != str(champion.version)
+    compared = verdict["champion"]
+    return (compared["version"], compared["digest"]) != (str(champion.version), champion.tags.get(TAG_MODEL_DIGEST))
 
 
 def _compare_again(settings: Settings, plan: Plan) -> None:
@@ -453,7 +454,7 @@ def model_card(plan: Plan, verdict: Mapping[str, Any], name: str) -> str:
         lines.append(f"| {model_name} | " + " | ".join("-" if c is None else f"{c:.4f}" for c in cells) + " |")
     lines += [
         "",
-        f"Gate: **{verdict['verdict']}**. {verdict['reason']}",
+        f"Gate: **{verdict['verdict']}**. {verdict['reason']} {verdict['champion']['note']}.",
         "",
         f"Load it with `mlflow.pyfunc.load_model('models:/{name}@{CHAMPION}')`; the input is described in "
         "`onetrans/requests.py`, an example lies beside the model.",

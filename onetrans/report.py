@@ -1,8 +1,9 @@
 """``onetrans report``: what each day of a range brought, read from the run folders.
 
-A day shows its newest plan: the figures of both models on that day, those of the
-true probabilities where the log is simulated (the best any model can do), the
-lift with its interval, the verdict and the champion after it.
+A day shows its newest plan: the figures of both models on that day, of the champion
+they were compared with, of a ranker by popularity, and of the true probabilities
+where the log is simulated (the best any model can do); the lift with its interval,
+the verdict and the champion after it.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from typing import Any
 from onetrans import storage
 from onetrans.days import day_range, parse_day
 from onetrans.errors import BadConfigError
-from onetrans.gate import BASELINE, CANDIDATE
 from onetrans.plan import GATE_FILE, METRICS_FILE, PLAN_FILE, PROMOTION_FILE, TRUTH
+from onetrans.scores import BASELINE, CANDIDATE, CHAMPION, POPULARITY
 from onetrans.settings import Settings, load_settings
 
 EXAMPLES = """examples:
@@ -53,7 +54,7 @@ def _day(runs: str, ds: date) -> dict[str, Any]:
         "warm_start_ds": plan["warm_start_ds"],
         "models": {
             name: {figure: metrics[name][figure] for figure in _FIGURES}
-            for name in (CANDIDATE, BASELINE, TRUTH)
+            for name in (CANDIDATE, BASELINE, CHAMPION, POPULARITY, TRUTH)
             if metrics and name in metrics
         },
         "rows": gate["rows"] if gate else None,

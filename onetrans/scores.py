@@ -63,6 +63,8 @@ class ChampionRecord:
     """Version in the registry; None if there was none, or nobody asked."""
     ds: str | None = None
     """Day it was evaluated on; it was trained on days before."""
+    digest: str | None = None
+    """Hash of its files: the same version number may name another model in another registry."""
 
 
 UNKNOWN = ChampionRecord("unknown", "no champion was compared: the registry was not asked when the day was scored")

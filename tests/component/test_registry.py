@@ -29,8 +29,40 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def shop(tmp_path_factory):
-    return Shop.open(tmp_path_factory.mktemp("shop"), days=6)
+def server(tmp_path_factory):
+    """The address of a real MLflow server on loopback, and the folder it keeps artifacts in."""
+    folder = tmp_path_factory.mktemp("server")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    environment.pop("PYTEST_CURRENT_TEST", None)
+    with (folder / "server.log").open("w") as log:
+        server = subprocess.Popen(
+            [
+                sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
+                "--backend-store-uri", f"sqlite:///{folder}/server.db",
+                "--artifacts-destination", str(folder / "server-artifacts"),
+            ],
+            stdout=log, stderr=log, env=environment, cwd=folder, start_new_session=True,
+        )  # fmt: skip
+        try:
+            _wait_for(f"http://127.0.0.1:{port}/health", server)
+            yield f"http://127.0.0.1:{port}", folder / "server-artifacts"
+        finally:
+            os.killpg(server.pid, 15)
+            server.wait(timeout=30)
+
+
+@pytest.fixture(scope="module", params=["sqlite", "server"])
+def shop(tmp_path_factory, request):
+    """Every test runs against a SQLite store and against a server."""
+    shop = Shop.open(tmp_path_factory.mktemp("shop"), days=6)
+    if request.param == "sqlite":
+        return shop
+    address, _ = request.getfixturevalue("server")
+    mlflow = dataclasses.replace(shop.settings.mlflow, tracking_uri=address)
+    return Shop(dataclasses.replace(shop.settings, mlflow=mlflow), shop.days)
 
 
 @pytest.fixture
@@ -80,6 +112,7 @@ def test_a_winner_becomes_champion_with_its_provenance(shop, registry, better):
     assert version.tags["ds"] == str(plan.ds)
     assert version.tags["plan_id"] == plan.plan_id
     assert version.tags["gate_verdict"] == "promoted"
+    assert version.tags["parent_version"] == "none: fresh weights"
     assert version.tags["snapshot.training_requests"] == str(plan.snapshot_id)
     assert version.tags["git_revision"] == plan.git_revision
     assert f"Evaluated on {plan.ds}" in version.description
@@ -220,6 +253,8 @@ def test_verify_scores_the_batch_kept_with_a_version(shop, registry, better, mon
     for name, value in as_environment(dataclasses.replace(shop.settings, mlflow=registry.settings)).items():
         monkeypatch.setenv(name, value)
     assert cli.main(["registry", "verify"]) == 0
+    if registry.settings.tracking_uri.startswith("http"):
+        return  # what is fetched from a server is a copy, so there is nothing to damage
     kept = Path(fetch_folder(registry.settings, version.tags[TAG_MODEL_ID], "check")) / "scores.json"
     sound = kept.read_text()
     scores = json.loads(sound)
@@ -268,39 +303,46 @@ def test_the_report_shows_figures_lift_verdict_and_champion(shop, better, worse)
     assert f"{gate['lifts']['ctr_auc']['lift']:+.4f}" in text
 
 
-def test_a_real_server_takes_the_same_steps(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    environment.pop("PYTEST_CURRENT_TEST", None)
-    log = (tmp_path / "server.log").open("w")
-    server = subprocess.Popen(
-        [
-            sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
-            "--backend-store-uri", f"sqlite:///{tmp_path}/server.db",
-            "--artifacts-destination", str(tmp_path / "server-artifacts"),
-        ],
-        stdout=log, stderr=log, env=environment, cwd=tmp_path, start_new_session=True,
-    )  # fmt: skip
-    address = f"http://127.0.0.1:{port}"
-    try:
-        _wait_for(f"{address}/health", server)
-        shop = Shop.open(tmp_path / "shop", days=3)
-        mlflow = dataclasses.replace(shop.settings.mlflow, tracking_uri=address)
-        shop = Shop(dataclasses.replace(shop.settings, mlflow=mlflow), shop.days)
-        plan = shop.candidate(shop.days[2], better=True)
-        promotion = promote(shop.settings, plan)
-        registry = Registry(mlflow)
-        assert promotion["decision"] == "promoted"
-        assert registry.aliases() == {CHAMPION: "1", CHALLENGER: "1"}
-        assert registry.by_alias(PREVIOUS) is None
-        assert verify(registry, registry.by_alias(CHAMPION))[0] <= 1e-6
-        assert any((tmp_path / "server-artifacts").rglob("*.safetensors")), "the server keeps the artifacts"
-    finally:
-        os.killpg(server.pid, 15)
-        server.wait(timeout=30)
-        log.close()
+def test_the_server_keeps_the_artifacts(shop, registry, better, server):
+    _promote(shop, registry, better[2])
+    if not shop.settings.mlflow.tracking_uri.startswith("http"):
+        pytest.skip("a SQLite store has a folder of its own")
+    assert any(server[1].rglob("*.safetensors"))
+    assert verify(registry, registry.by_alias(CHAMPION))[0] <= 1e-6
+
+
+def test_promotions_at_the_same_time_take_turns(shop, registry, better):
+    """Whatever their order, the latest day ends as champion, and each swap names the one it replaced."""
+    for plan in better.values():
+        _file(plan, "promotion.json").unlink(missing_ok=True)
+    settings = dataclasses.replace(shop.settings, mlflow=registry.settings)
+    with ThreadPoolExecutor(3) as pool:
+        promotions = list(pool.map(lambda plan: promote(settings, plan), better.values()))
+    champion = registry.by_alias(CHAMPION)
+    assert champion.tags["ds"] == str(better[4].ds)
+    decided = {p["version"]: p for p in promotions if p["decision"] == "promoted"}
+    assert decided[str(champion.version)]["champion_before"] == champion.tags.get("replaced")
+
+
+def test_a_diff_names_what_changed_between_two_versions(shop, registry, better, monkeypatch, capsys):
+    for number in (2, 3):
+        _promote(shop, registry, better[number])
+    for name, value in as_environment(dataclasses.replace(shop.settings, mlflow=registry.settings)).items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(["registry", "diff", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["versions"] == ["1", "2"]
+    assert found["provenance"]["ds"] == [str(better[2].ds), str(better[3].ds)]
+    assert found["training"]["train_days"][0] == [str(day) for day in better[2].train_days]
+    assert found["features"] == {"added": [], "removed": [], "changed": {}}
+    gates = [json.loads(_file(better[n], "gate.json").read_text()) for n in (2, 3)]
+    assert found["figures"]["ctr_auc"] == [g["models"]["onetrans"]["ctr_auc"] for g in gates]
+    assert cli.main(["registry", "diff", "2", "1"]) == 0
+    text = capsys.readouterr().out
+    assert f"  ds: {better[3].ds} -> {better[2].ds}" in text
+    assert "features:\n  the same" in text
+    assert cli.main(["registry", "diff", "9", CHAMPION]) == 78
+    assert "has no version 9" in capsys.readouterr().err
 
 
 def _wait_for(address, server, seconds=240):

@@ -135,7 +135,7 @@ def test_days_in_a_row_have_to_agree_and_to_be_there():
     assert _judge(good[-1], good[:-1], agreeing_days=3).verdict == "promoted"
     verdict = _judge(good[-1], good[1:-1], agreeing_days=3)
     assert _failed(verdict) == {"days_agree"}
-    assert "2 of the last 3 days" in verdict.reason
+    assert "2 of the last 3 days agree" in verdict.reason
     bad = _table(seed=1, candidate_noise=1.2, baseline_noise=0.3)
     assert _failed(_judge(good[-1], [good[0], bad], agreeing_days=3)) == {"days_agree"}
     assert _judge(good[-1], [bad, good[0]], agreeing_days=2).verdict == "promoted"

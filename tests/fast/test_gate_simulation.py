@@ -1,0 +1,35 @@
+"""The gate's stated error rates, by simulation (nightly): equal models, a known lift, and the cover of the interval."""
+
+import math
+
+import pytest
+
+from benchmarks.gate_errors import BETTER, EQUAL, LARGE, SETTINGS, SMALL, STATED, count_days, plot, true_lift
+from onetrans.scores import TASKS
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(3600)
+def test_equal_models_are_promoted_at_most_as_often_as_stated_and_intervals_cover_the_truth():
+    counted = count_days(1000, SMALL, EQUAL, true_lift(EQUAL), seed=10_000)
+    assert counted.promoted / 1000 <= STATED
+    for task in TASKS:
+        assert counted.shown[task] / 1000 <= STATED + 3 * math.sqrt(STATED * (1 - STATED) / 1000)
+        level = SETTINGS.confidence
+        assert abs(counted.covered[task] / 1000 - level) <= 3 * math.sqrt(level * (1 - level) / 1000)
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(3600)
+def test_a_lift_of_half_a_percent_is_found_on_two_hundred_thousand_rows():
+    truth = true_lift(BETTER)
+    assert truth["ctr"] == pytest.approx(0.005, abs=0.0005)
+    counted = count_days(30, LARGE, BETTER, truth, seed=20_000)
+    assert counted.promoted / 30 >= 0.8
+    assert min(counted.covered.values()) >= 22, "of 30 days at 90 %: fewer happen once in a thousand times"
+
+
+def test_the_chart_is_made_of_what_was_counted():
+    counted = count_days(3, (2000, 200), EQUAL, true_lift(EQUAL))
+    assert counted.days == 3
+    assert plot({"a": [(0.0, counted), (0.005, counted)], "b": [(0.0, counted)]}).startswith("<svg")

@@ -5,6 +5,8 @@ first scored day, then each scored day is scored first and trained on afterwards
 Both models read the same batches in the same order.  The lake is the one in force
 (``onetrans config``); without a published day nothing is measured.
 
+Learning rates are those of the settings (``training.dense_lr``, ``training.embedding_lr``), else the preset's.
+
 Every day is scored twice: as in production, with every event known before a
 request, and with events up to the day's beginning only.  The second shows how much
 of a UAUC is the metric's own: UAUC compares a user's impressions of one day with
@@ -19,6 +21,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import date
+from typing import cast
 
 import numpy as np
 import torch
@@ -33,7 +36,8 @@ from onetrans.errors import NotReadyError
 from onetrans.models import build_model, preset
 from onetrans.models.ranking import RankingModel, Scores
 from onetrans.optim import build_optimizers
-from onetrans.optim_config import optimizer_preset
+from onetrans.plan import configured_models
+from onetrans.settings import Preset, load_settings
 
 MODELS = ("onetrans", "dcnv2_din")
 FIGURES = ("ctr_auc", "ctr_uauc", "cvr_auc", "cvr_uauc")
@@ -85,7 +89,8 @@ def chain(model_name: str, lake: PublishedDays, days: list[date], scored: dict[d
     """Train through the days, yielding each scored day's probabilities before it is trained on."""
     torch.manual_seed(seed)
     model = build_model(preset(model_name, preset_name), lake.schema)
-    optimizers = build_optimizers(model, optimizer_preset(preset_name))
+    training = replace(load_settings().training, preset=cast(Preset, preset_name))
+    optimizers = build_optimizers(model, configured_models(training)[model_name].optimizer)
     train_pass(model, optimizers, lake.training(lake.before(days[0]), seed))
     for ds in days:
         midnight_us = int(day_bounds(ds, lake.schema.timezone)[0].timestamp()) * 1_000_000

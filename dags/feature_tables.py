@@ -24,6 +24,10 @@ Behavior* what happens to days that were run before: *Missing Runs*, where the f
 gives the same ones. Days run in order, whatever *Max Active Runs* says: each waits for the day before, and if that
 fails, those after it do not start. *Run Backwards* cannot work: a day does not start while the one before is queued.
 
+**Which run is which day:** a run is named after the moment it can start. That of 4 May is called `...__2022-05-05` and
+stands at 5 May in the grid; one triggered by hand is named after the moment of the click. The log of its first task
+says the day.
+
 **When a step fails:** its log ends with one paragraph: table, day, what is wrong with an example, whether published
 data is affected, what to do. `BAD DATA` and `BAD CONFIGURATION` are not retried, anything else is. Correct the cause,
 then *Clear* the task: what follows it runs too; then clear the days after it that did not start. Single bad rows do

@@ -24,6 +24,10 @@ Behavior* what happens to days that were run before: *Missing Runs*, where the f
 backfill first: a day waits for its tables while they are under way. Each day's training goes on from the one before, so
 days run in order, whatever *Max Active Runs* says; after a day that failed, training goes on from an earlier one.
 
+**Which run is which day:** a run is named after the moment it can start. That of 4 May is called `...__2022-05-05` and
+stands at 5 May in the grid; one triggered by hand is named after the moment of the click. The log of its first task
+says the day.
+
 **When a step fails:** its log ends with one paragraph that says what to do. `BAD DATA` and `BAD CONFIGURATION` are not
 retried, anything else is. *Clear* the task to run it again: a step that was finished finds its own work.
 """

@@ -33,6 +33,8 @@ HOME = REPOSITORY / "var" / "demo"
 DAGS = ("feature_tables", "ranking_model")
 _LOOK_EVERY_S = 1.5
 _LOG_LINES = 30
+_KUAIRAND_DENSE_LR = 0.001
+"""Better than the preset's on 3 May, the day before those shown, for both models (benchmarks/results/accuracy.md)."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class Log:
     """Days run through Airflow."""
     preset: str
     """Size of both models."""
+    dense_lr: float = 0.0
+    """Learning rate of both models; 0: the preset's."""
 
     @property
     def history_to(self) -> date:
@@ -66,7 +70,7 @@ def kuairand(path: Path) -> Log:
     """Return the real log: days to 3 May 2022 as history, then 4, 5 and 6 May."""
     if not path.is_dir():
         raise BadConfigError(f"--data {path} is not a folder; give the folder of the KuaiRand release")
-    return Log("kuairand", path.resolve(), date(2022, 4, 25), _three_days(date(2022, 5, 4)), "tiny")
+    return Log("kuairand", path.resolve(), date(2022, 4, 25), _three_days(date(2022, 5, 4)), "tiny", _KUAIRAND_DENSE_LR)
 
 
 def _three_days(first: date) -> tuple[date, ...]:
@@ -90,6 +94,7 @@ master = "local[{min(cores, 4)}]"
 [training]
 preset = "{log.preset}"
 batch_size = 256  # A pass over so small a log must still be many steps.
+dense_lr = {log.dense_lr}  # 0: the preset's.
 runs = "{HOME / "runs"}"
 threads = {threads}
 

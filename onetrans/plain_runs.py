@@ -29,7 +29,7 @@ from onetrans.metrics import Metrics
 from onetrans.models import RankingModel, model_name
 from onetrans.optim_config import optimizer_preset
 from onetrans.plain_files import Split
-from onetrans.plan import METRICS_FILE, SCORES_FILE, ModelPlan, Plan, Recipe, git_revision, preset_models
+from onetrans.plan import METRICS_FILE, SCORES_FILE, ModelPlan, Plan, Recipe, configured_models, git_revision
 from onetrans.schema import FeatureSchema
 from onetrans.settings import Settings
 from onetrans.train import MODEL_FOLDER, train
@@ -83,7 +83,7 @@ def plan_files(directory: str, settings: Settings) -> Plan:
     recipe = Recipe(
         training.batch_size, training.epochs, training.seed, training.click_weight, training.conversion_weight
     )
-    models = preset_models(training.preset)
+    models = configured_models(training)
     decides = {
         "train": plain_files.digest(sources),
         "schema": schema.fingerprint,

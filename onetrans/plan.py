@@ -38,7 +38,7 @@ from onetrans.lake import Lake
 from onetrans.models.config import ARCHITECTURES, CONFIGS, ModelConfig, config_from_dict, config_to_dict, preset
 from onetrans.optim_config import OptimizerConfig, optimizer_preset
 from onetrans.schema import FeatureSchema, load_schema
-from onetrans.settings import Preset, Settings, load_settings
+from onetrans.settings import Preset, Settings, TrainingSettings, load_settings
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +106,15 @@ def preset_models(preset_name: str) -> dict[str, ModelPlan]:
     """Return both models in a named size, with fresh weights."""
     optimizer = optimizer_preset(preset_name)
     return {name: ModelPlan(preset(name, preset_name), optimizer, None, ARCHITECTURES[name]) for name in CONFIGS}
+
+
+def configured_models(training: TrainingSettings) -> dict[str, ModelPlan]:
+    """Return both models of the configured size with the configured learning rates, with fresh weights."""
+    rates = {name: rate for name in ("dense_lr", "embedding_lr") if (rate := getattr(training, name))}
+    return {
+        name: replace(model, optimizer=replace(model.optimizer, **rates))
+        for name, model in preset_models(training.preset).items()
+    }
 
 
 @dataclass(frozen=True)
@@ -248,7 +257,7 @@ def make_plan(
         settings: where lake and runs are, and how to train.
         ds: the day to evaluate on.
         schema: the feature schema.
-        models: configurations of each model; default: the preset of the settings.
+        models: configurations of each model; default: those of the settings.
         from_scratch: leave earlier trainings aside.
         track: open the day's parent run in MLflow.
 
@@ -258,7 +267,7 @@ def make_plan(
     """
     lake = Lake(settings.lake)
     training = settings.training
-    models = models or preset_models(training.preset)
+    models = models or configured_models(training)
     snapshot_id = lake.snapshot_id(TABLE)
     if snapshot_id is None:
         raise NotReadyError(f"table {TABLE} has no published day; needed: {ds} and the days before it")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from datetime import date
+from datetime import date, timedelta
 from typing import Any
 
 from onetrans import storage
@@ -22,6 +22,7 @@ from onetrans.scores import BASELINE, CANDIDATE, CHAMPION, POPULARITY
 from onetrans.settings import Settings, load_settings
 
 EXAMPLES = """examples:
+  onetrans report
   onetrans report --from 2022-05-04 --to 2022-05-06
   onetrans report --from 2022-05-04 --to 2022-05-06 --json"""
 
@@ -35,6 +36,20 @@ def report(settings: Settings, first: date, last: date) -> list[dict[str, Any]]:
         BadConfigError: if ``last`` is before ``first``.
     """
     return [_day(settings.training.runs, ds) for ds in day_range(first, last)]
+
+
+def last_day(settings: Settings) -> date:
+    """Return the last day that has a run.
+
+    Raises:
+        BadConfigError: if no day has one.
+    """
+    runs = storage.resolve(settings.training.runs)
+    named = {path.removeprefix(runs).lstrip("/").split("/")[0] for path in storage.list_files(runs, PLAN_FILE)}
+    days = [name.removeprefix("ds=") for name in named if name.startswith("ds=")]
+    if not days:
+        raise BadConfigError(f"there is no run of any day in {settings.training.runs}; run: onetrans plan --ds DAY")
+    return parse_day(max(days))
 
 
 def _day(runs: str, ds: date) -> dict[str, Any]:
@@ -122,15 +137,20 @@ def _cell(value: float | None) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
-    parser.add_argument("--from", dest="first", type=parse_day, required=True, help="first day, YYYY-MM-DD")
-    parser.add_argument("--to", dest="last", type=parse_day, required=True, help="last day, included")
+    parser.add_argument("--from", dest="first", type=parse_day, help="first day (default: a week before --to)")
+    parser.add_argument("--to", dest="last", type=parse_day, help="last day, included (default: the last with a run)")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the report."""
-    days = report(load_settings(), arguments.first, arguments.last)
+    settings = load_settings()
+    last = arguments.last or last_day(settings)
+    first = arguments.first or last - timedelta(days=6)
+    days = report(settings, first, last)
     if all(day["state"] == "no run" for day in days):
-        raise BadConfigError(f"there is no run of any day from {arguments.first} to {arguments.last}")
+        raise BadConfigError(f"there is no run of any day from {first} to {last} in {settings.training.runs}")
+    if arguments.first is None:
+        days = days[next(number for number, day in enumerate(days) if day["state"] != "no run") :]
     print(json.dumps(days, indent=2) if arguments.json else table(days))
     return 0

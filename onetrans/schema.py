@@ -472,6 +472,11 @@ def load_schema(source: SourceSettings) -> FeatureSchema:
         BadConfigError: if there is none of them, or it is refused.
     """
     if source.schema:
+        if not storage.exists(source.schema):
+            raise BadConfigError(
+                f"source.schema = {source.schema!r}: there is no file {storage.resolve(source.schema)}. A relative "
+                "path is taken from the working directory; without this setting schema.toml in source.path is read"
+            )
         return FeatureSchema.load(source.schema)
     own = storage.join(source.path, "schema.toml")
     if storage.exists(own):

@@ -152,6 +152,10 @@ class TrainingSettings:
     """Weight of the click loss."""
     conversion_weight: float = 1.0
     """Weight of the conversion loss, which is a mean over clicked impressions."""
+    dense_lr: float = 0.0
+    """Learning rate of everything but the embedding tables, for both models; 0: the preset's."""
+    embedding_lr: float = 0.0
+    """Learning rate of the embedding tables, for both models; 0: the preset's."""
     seed: int = 17
     """Seed of initial weights and of the order of rows."""
     device: str = "auto"
@@ -175,6 +179,8 @@ class TrainingSettings:
         _at_least("training.epochs", self.epochs, 1)
         _at_least("training.click_weight", self.click_weight, 0)
         _at_least("training.conversion_weight", self.conversion_weight, 0)
+        _at_least("training.dense_lr", self.dense_lr, 0)
+        _at_least("training.embedding_lr", self.embedding_lr, 0)
         _at_least("training.checkpoint_seconds", self.checkpoint_seconds, 0)
         _at_least("training.threads", self.threads, 0)
 

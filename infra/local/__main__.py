@@ -6,7 +6,8 @@
 The settings are those of ``--config``; default: ``$ONETRANS_CONFIG``, else
 ``onetrans.toml`` in the checkout's folder, else the demo's
 (``var/demo/onetrans.toml``) if there was one, else the defaults.
-Airflow's home lies beside the configuration file.  Everything runs in the
+Airflow's home is ``airflow`` beside the demo's configuration file, else ``var/airflow``
+beside the file.  Everything runs in the
 checkout's folder, so relative paths in the settings are relative to it.
 """
 
@@ -37,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("what", choices=("ui", "airflow"), help="what to start")
     parser.add_argument("--config", type=Path, metavar="FILE", help="configuration file")
-    parser.add_argument("--home", type=Path, metavar="DIR", help="AIRFLOW_HOME (default: beside the configuration)")
+    parser.add_argument("--home", type=Path, metavar="DIR", help="AIRFLOW_HOME (default: var/airflow beside it)")
     arguments = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -61,8 +62,7 @@ def run(what: str, config: Path | None, home: Path | None) -> None:
     print(f"configuration: {path or 'none, so every setting has its default'}", flush=True)
     environment = {"ONETRANS_CONFIG": str(path)} if path else {}
     settings = load_settings({**os.environ, **environment})
-    airflow_home = home or (path.parent if path else REPOSITORY / "var") / "airflow"
-    airflow = LocalAirflow(airflow_home, environment)
+    airflow = LocalAirflow(home or airflow_home(path), environment)
     others = _other_pages(settings, airflow.home / "logs") if what == "ui" else []
     servers = [page.server for page in others if page.server]
     try:
@@ -83,6 +83,14 @@ def run(what: str, config: Path | None, home: Path | None) -> None:
     finally:
         airflow.stop()
         stop(servers)
+
+
+def airflow_home(config: Path | None) -> Path:
+    """Return the folder of Airflow's database and logs, always in one that version control and ``make clean`` know."""
+    if config is None:
+        return REPOSITORY / "var" / "airflow"
+    inside_var = REPOSITORY / "var" in config.parents
+    return (config.parent if inside_var else config.parent / "var") / "airflow"
 
 
 def chosen_config(

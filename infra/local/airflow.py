@@ -23,7 +23,7 @@ from pathlib import Path
 from types import TracebackType
 
 from infra.local.airflow_api import AirflowApi
-from infra.local.processes import Server, ServerError, free_port, remember, stop, stop_remembered, wait_until
+from infra.local.processes import Server, ServerError, free_port, listens, remember, stop, stop_remembered, wait_until
 from onetrans.errors import BadConfigError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -52,7 +52,8 @@ def configuration(home: Path, dags: Path, port: int, parallelism: int) -> dict[s
             "execution_api_server_url": f"{address}/execution/",
         },
         "database": {"sql_alchemy_conn": f"sqlite:///{home}/airflow.db"},
-        "api": {"host": "127.0.0.1", "port": str(port), "base_url": address, "workers": "1"},
+        # A step's last words are one long paragraph: unwrapped, its cause and remedy lie outside the window.
+        "api": {"host": "127.0.0.1", "port": str(port), "base_url": address, "workers": "1", "default_wrap": "True"},
         "api_auth": {"jwt_secret": secrets.token_urlsafe(64)},
         "logging": {
             "base_log_folder": str(home / "logs"),
@@ -107,7 +108,7 @@ class LocalAirflow:
                 "address of their database; use a folder without it"
             )
         self.dags = (dags or REPOSITORY / "dags").resolve()
-        self.port = port or free_port(_PREFERRED_PORT)
+        self.port = port or 0
         self.parallelism = parallelism or default_parallelism()
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("AIRFLOW__")},
@@ -122,11 +123,11 @@ class LocalAirflow:
         # Another Airflow's settings in the caller's shell must not leak in: they may name its database.
         self.environment.pop("AIRFLOW_CONFIG", None)
         self.servers: list[Server] = []
-        self.api = AirflowApi(f"http://127.0.0.1:{self.port}")
+        self.api = AirflowApi(self.address)
 
     @property
     def address(self) -> str:
-        """Address of the UI."""
+        """Address of the UI; the port is known once :meth:`start` has chosen it."""
         return f"http://127.0.0.1:{self.port}"
 
     def start(self, seconds: float = 120.0) -> float:
@@ -138,6 +139,9 @@ class LocalAirflow:
         begun = time.monotonic()
         self.home.mkdir(parents=True, exist_ok=True)
         stop_remembered(self._processes_file)
+        # Not before: minutes may have gone by since this object was made, and another Airflow may have taken the port.
+        self.port = self.port or free_port(_PREFERRED_PORT)
+        self.api = AirflowApi(self.address)
         self._write_configuration()
         self._prepare_database()
         self.servers = [
@@ -150,7 +154,11 @@ class LocalAirflow:
             for server in self.servers:
                 server.start()
             remember(self._processes_file, self.servers, self.address)
-            wait_until(self.api.healthy, self.servers, "Airflow", seconds)
+            # Whoever answers on the port must be the server started here: days sent to another Airflow would be built
+            # with its configuration.
+            wait_until(
+                lambda: self.api.healthy() and listens(self.servers[0], self.port), self.servers, "Airflow", seconds
+            )
             wait_until(self._parsed, self.servers, f"the DAGs of {self.dags}", seconds)
         except BaseException:
             self.stop()

@@ -2,7 +2,8 @@
 
 Every server gets a process group and a log file of its own.  A server is
 stopped with everything it started, also what moved to another group: Airflow's
-tasks do, and a scheduler that is merely asked to stop waits for them.
+tasks do, and a scheduler that is merely asked to stop waits for them.  A server
+that was killed leaves orphans; they are found by the session it had begun.
 """
 
 from __future__ import annotations
@@ -85,15 +86,21 @@ def tail(path: Path, lines: int) -> str:
 def stop(servers: Iterable[Server], grace: float = 8.0) -> None:
     """Stop servers and all processes under them: ask, wait at most ``grace`` seconds, then kill."""
     running = list(servers)
-    stop_processes([server.pid for server in running if server.pid], grace)
+    begun = [server.process.pid for server in running if server.process is not None]
+    stop_processes([server.pid for server in running if server.pid], grace, begun)
     for server in running:
         if server.process is not None:
             server.process.wait()
 
 
-def stop_processes(pids: Iterable[int], grace: float) -> None:
-    """Stop processes with their descendants: ask the youngest first, wait ``grace`` seconds in all, then kill."""
-    roots = [process for pid in pids if (process := _process(pid))]
+def stop_processes(pids: Iterable[int], grace: float, sessions: Iterable[int] = ()) -> None:
+    """Stop processes with their descendants: ask the youngest first, wait ``grace`` seconds in all, then kill.
+
+    ``sessions`` are numbers of processes, running or not, that began a session: what is left of it is stopped too.
+    """
+    named = list(pids)
+    orphans = _of_sessions({number for number in sessions if number in named or not psutil.pid_exists(number)})
+    roots = [process for pid in dict.fromkeys([*named, *orphans]) if (process := _process(pid))]
     family = {member.pid: member for root in roots for member in (root, *_descendants(root))}
     for member in reversed(family.values()):
         _signal(member.terminate)
@@ -103,6 +110,26 @@ def stop_processes(pids: Iterable[int], grace: float) -> None:
     for member in {**{m.pid: m for m in left}, **late}.values():
         _signal(member.kill)
     psutil.wait_procs([*left, *late.values()], timeout=grace)
+
+
+def _of_sessions(sessions: set[int]) -> list[int]:
+    found = []
+    for pid in psutil.pids():
+        with suppress(ProcessLookupError, PermissionError):
+            if os.getsid(pid) in sessions:
+                found.append(pid)
+    return found
+
+
+def listens(server: Server, port: int) -> bool:
+    """Tell whether a server, or a process under it, listens on a port of this machine."""
+    root = _process(server.pid) if server.pid else None
+    for member in (root, *_descendants(root)) if root else ():
+        with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            for connection in member.net_connections("inet"):
+                if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port:
+                    return True
+    return False
 
 
 def _process(pid: int) -> psutil.Process | None:
@@ -185,7 +212,7 @@ def stop_remembered(path: Path, grace: float = 8.0) -> list[str]:
             f"look there, or end it first (Ctrl-C, or kill {launcher['pid']})"
         )
     found = [entry for entry in known["servers"] if _is_same(entry)]
-    stop_processes([entry["pid"] for entry in found], grace)
+    stop_processes([entry["pid"] for entry in found], grace, [entry["pid"] for entry in known["servers"]])
     path.unlink(missing_ok=True)
     return [entry["name"] for entry in found]
 

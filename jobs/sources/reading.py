@@ -121,7 +121,10 @@ def read_files(
     """
     kinds = {_format(file) for file in files}
     if len(kinds) > 1:
-        raise BadDataError(f"{where}: files of several formats lie together: {', '.join(sorted(map(str, kinds)))}")
+        raise BadDataError(
+            f"{where}: files of several formats lie together: {', '.join(sorted(map(str, kinds)))}, "
+            f"for example {' and '.join(next(f for f in files if _format(f) == kind) for kind in kinds)}"
+        )
     with ThreadPoolExecutor(max_workers=16) as pool:
         looked = list(pool.map(lambda file: _look(file, where), files))
     if not sum(rows for _, rows in looked):

@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any, get_type_hints
 
 from onetrans.settings import NOT_SETTINGS, OWN_FILE, Settings, config_file, load_settings
@@ -42,6 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"# file: {path.resolve() if path else f'none ({OWN_FILE} is not here, ONETRANS_CONFIG is not set)'}")
     changed = sorted(name for name in os.environ if name.startswith("ONETRANS_") and name not in NOT_SETTINGS)
     print(f"# environment: {', '.join(changed) or 'none'}")
+    print(f"# relative paths are taken from the working directory, {Path.cwd()}")
     for section in fields(Settings):
         print(f"[{section.name}]")
         for name, value in vars(getattr(settings, section.name)).items():
@@ -76,6 +78,8 @@ def reference_page() -> str:
         "A value is taken from the environment variable, else from the TOML file that `ONETRANS_CONFIG` names",
         "(or `onetrans.toml` in the working directory), else it is the default.",
         "`onetrans config` prints what is in force.",
+        "Relative paths are taken from the working directory, which for steps that Airflow starts is its worker's",
+        "(`make ui` and `make demo`: the checkout): on a machine that runs every night, name absolute paths.",
         "Secrets have no setting: they come from the environment of the library that needs them",
         "(`AWS_ACCESS_KEY_ID`, `MLFLOW_TRACKING_PASSWORD`, ...) or from an Airflow connection.",
     ]

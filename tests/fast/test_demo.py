@@ -38,11 +38,16 @@ def test_an_interrupted_stage_leaves_no_process_behind(tmp_path: Path, monkeypat
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(demo, "say", interrupt)
+    # A process started in the background of a script inherits that SIGINT is ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     begun = time.monotonic()
     # Every line holds a line end, so the first one, the child's number, is shown.
-    with pytest.raises(KeyboardInterrupt):
-        demo._process(environment, "long", shown="\n")
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            demo._process(environment, "long", shown="\n")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert time.monotonic() - begun < 30
     assert seen
     assert not psutil.pid_exists(seen[0]) or psutil.Process(seen[0]).status() == psutil.STATUS_ZOMBIE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import sys
 import time
@@ -13,7 +14,7 @@ import psutil
 import pytest
 
 from infra.local.memory import MemoryWatch, tree_memory
-from infra.local.processes import Server, ServerError, free_port, remember, stop, stop_remembered, wait_until
+from infra.local.processes import Server, ServerError, free_port, listens, remember, stop, stop_remembered, wait_until
 
 STUBBORN = """
 import signal, subprocess, sys, time
@@ -141,3 +142,40 @@ def test_servers_of_a_launcher_that_still_runs_are_left_to_it(tmp_path: Path) ->
         assert stop_remembered(file, grace=0.3) == ["example"]
     finally:
         stop([launcher, running], grace=1)
+
+
+def test_what_a_killed_server_leaves_is_found_by_its_session(tmp_path: Path) -> None:
+    orphan = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', sys.argv[1]]); time.sleep(600)"
+    running = Server("example", [sys.executable, "-c", orphan, STUBBORN], dict(os.environ), tmp_path / "log", tmp_path)
+    running.start()
+    try:
+        file = tmp_path / "processes.json"
+        remember(file, [running], "http://127.0.0.1:1")
+        assert running.process is not None
+        deadline = time.monotonic() + 20
+        while not (children := psutil.Process(running.process.pid).children()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        (child,) = children
+        os.kill(running.process.pid, signal.SIGKILL)
+        running.process.wait()
+        assert child.is_running()
+        assert stop_remembered(file, grace=0.3) == []
+        assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+    finally:
+        stop([running], grace=0.3)
+
+
+def test_a_port_is_known_to_be_of_a_server_or_not(tmp_path: Path) -> None:
+    port = free_port()
+    other = server(tmp_path, "import time; time.sleep(600)")
+    listening = server(
+        tmp_path,
+        f"import socket, time; s = socket.create_server(('127.0.0.1', {port})); time.sleep(600)",
+    )
+    try:
+        other.start()
+        listening.start()
+        wait_until(lambda: listens(listening, port), [listening], "the socket", 20)
+        assert not listens(other, port)
+    finally:
+        stop([other, listening], grace=1)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from infra.local.__main__ import DEMO_CONFIG, chosen_config
+from infra.local.__main__ import DEMO_CONFIG, airflow_home, chosen_config
 from infra.local.airflow import REPOSITORY, LocalAirflow
 from onetrans.errors import BadConfigError
 
@@ -51,3 +51,9 @@ def test_a_python_of_another_version_is_refused_by_name(tmp_path: Path, version:
 def test_a_folder_that_database_addresses_cannot_name_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadConfigError, match="100% done/airflow has a '%' in its path"):
         LocalAirflow(tmp_path / "100% done" / "airflow")
+
+
+def test_airflows_home_is_always_inside_a_var_folder(tmp_path: Path) -> None:
+    assert airflow_home(None) == REPOSITORY / "var" / "airflow"
+    assert airflow_home(REPOSITORY / DEMO_CONFIG) == REPOSITORY / DEMO_CONFIG.parent / "airflow"
+    assert airflow_home(tmp_path / "onetrans.toml") == tmp_path / "var" / "airflow"

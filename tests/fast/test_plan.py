@@ -20,6 +20,9 @@ from onetrans.plan import (
     make_plan,
     preset_models,
 )
+
+
+from onetrans.plan import FINISHED_FILE, Plan, configured_models, git_revision, make_plan, preset_models
 from onetrans.schema import Feature
 from onetrans.settings import as_environment
 from tests.worlds import FIRST_DAY, World, publish_day, publish_days, settings_in, small_schema, write_schema
@@ -313,3 +316,13 @@ def test_the_command_prints_the_folder_and_exits_75_when_not_ready(settings, day
 def test_the_revision_is_a_git_commit_or_says_unknown():
     revision = git_revision().removesuffix("+changes")
     assert revision == "unknown" or (len(revision) == 40 and int(revision, 16) >= 0)
+
+
+def test_learning_rates_of_the_settings_are_those_of_both_models(own):
+    settings = replace(own, training=replace(own.training, dense_lr=0.0005, embedding_lr=0.01))
+    models = configured_models(settings.training)
+    assert [(m.optimizer.dense_lr, m.optimizer.embedding_lr) for m in models.values()] == [(0.0005, 0.01)] * 2
+    kept = configured_models(own.training)
+    assert {name: model.optimizer for name, model in kept.items()} == {
+        name: model.optimizer for name, model in preset_models(own.training.preset).items()
+    }

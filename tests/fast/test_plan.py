@@ -16,13 +16,11 @@ from onetrans.plan import (
     CHECKPOINT_FOLDER,
     FINISHED_FILE,
     Plan,
+    configured_models,
     git_revision,
     make_plan,
     preset_models,
 )
-
-
-from onetrans.plan import FINISHED_FILE, Plan, configured_models, git_revision, make_plan, preset_models
 from onetrans.schema import Feature
 from onetrans.settings import as_environment
 from tests.worlds import FIRST_DAY, World, publish_day, publish_days, settings_in, small_schema, write_schema

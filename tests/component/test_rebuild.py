@@ -209,6 +209,13 @@ def test_labels_mature_and_reach_only_days_that_could_know_them(work: Workspace,
     rebuild(work, due, lambda work, table, ds: publish(work, {job.TABLE: job for job in JOBS}[table], ds))
     assert outdated(work.lake, SCHEMA, work.source, NOW) == []
 
+    noon = shown(DS, True)[0]["ts"]
+    known_at = {row["item_id"]: row["available_at"] for row in work.lake.read("behaviors", [DS]).to_pylist()}
+    assert known_at == {"i0": noon + timedelta(hours=1), "i1": noon + timedelta(hours=47)}, "not before they came"
+    untold = behaviors.derived(work.read("impressions", [DS]).drop("conversion_at"), SCHEMA)
+    times = [row["available_at"].astimezone(UTC) for row in untold.collect()]
+    assert times == [noon + timedelta(hours=48)] * 2, "not before the window closes"
+
     for table in ("impressions", "training_requests"):
         assert conversions(work, table, DS) == [f"{DS}-0", f"{DS}-1"], "the one of 49 hours came too late"
     features = [row for row in work.lake.read("item_features", days).to_pylist() if row["item_id"] == "i1"]

@@ -39,9 +39,10 @@ def publish(lake: Lake, table: str, ds: date, tail_of: date | None = None) -> No
     path = lake.new_stage_path(table, ds)
     storage.local_path(path).mkdir(parents=True)
     pq.write_table(pa.table({"ds": pa.array([ds])}), storage.local_path(path) / "part-0.parquet")
-    snapshots = {name: lake.snapshot_id(name) for name in reads}
-    inputs = {name: snapshot for name, snapshot in snapshots.items() if snapshot is not None}
-    lake.write_verdict(lake.mark_staged(Staged(table, ds, path, 1, 0, inputs, reads)), {"passed": True})
+    versions = {name: version for name in reads if (version := lake.version(name)) is not None}
+    inputs = {name: snapshot for name, (snapshot, _) in versions.items()}
+    sequence = {name: number for name, (_, number) in versions.items()}
+    lake.write_verdict(lake.mark_staged(Staged(table, ds, path, 1, 0, inputs, reads, sequence)), {"passed": True})
     lake.publish(table, ds)
 
 
@@ -72,6 +73,18 @@ def test_corrected_impressions_reach_as_far_as_their_counts(lake: Lake) -> None:
         for ds in DAYS[2:4]:
             publish(lake, table, ds)
     assert stale_days(lake, after=DAYS[1]) == {}
+
+
+def test_a_replaced_day_is_noticed_after_what_was_read_has_expired(lake: Lake) -> None:
+    publish_days(lake, DAYS[:3])
+    publish(lake, "impressions", DAYS[0])
+    before = stale_days(lake, after=DAYS[0])
+    assert before == {"item_features": DAYS[1:3], "training_requests": DAYS[1:3]}
+    for table in ORDER:
+        current = lake.snapshot_id(table)
+        lake.expire(table, [s.snapshot_id for s in lake.table(table).snapshots() if s.snapshot_id != current])
+        assert len(lake.table(table).snapshots()) == 1
+    assert stale_days(lake, after=DAYS[0]) == before
 
 
 def test_every_later_tail_rests_on_an_earlier_one(lake: Lake) -> None:

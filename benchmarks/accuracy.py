@@ -5,6 +5,10 @@ first scored day, then each scored day is scored first and trained on afterwards
 Both models read the same batches in the same order.  The lake is the one in force
 (``onetrans config``); without a published day nothing is measured.
 
+Beside them stand gradient-boosted trees (LightGBM, 300 trees, otherwise as it comes)
+on the numbers of the same tables: counts, rates, attributes and the request's context,
+without past events.
+
 Learning rates are those of the settings (``training.dense_lr``, ``training.embedding_lr``), else the preset's.
 
 Every day is scored twice: as in production, with every event known before a
@@ -23,6 +27,7 @@ from dataclasses import dataclass, replace
 from datetime import date
 from typing import cast
 
+import lightgbm
 import numpy as np
 import torch
 from torch import nn
@@ -33,6 +38,7 @@ from onetrans.batch import RequestBatch
 from onetrans.bootstrap import Lift, ResampledAuc, paired_lifts
 from onetrans.days import day_bounds, day_range, parse_day
 from onetrans.errors import NotReadyError
+from onetrans.metrics import user_auc
 from onetrans.models import build_model, preset
 from onetrans.models.ranking import RankingModel, Scores
 from onetrans.optim import build_optimizers
@@ -100,6 +106,30 @@ def chain(model_name: str, lake: PublishedDays, days: list[date], scored: dict[d
             train_pass(model, optimizers, lake.training([ds], seed))
 
 
+def trees(lake: PublishedDays, ds: date) -> Scored:
+    """Return the probabilities of gradient-boosted trees that were trained on the published days before ``ds``."""
+    x_NF, click_N, conversion_N = lake.numbers(lake.before(ds))
+    at_NF, _, _ = lake.numbers([ds])
+    clicked = click_N > 0
+    ctr_N, cvr_N = (
+        np.asarray(_grown(x, label).predict_proba(at_NF))[:, 1]
+        for x, label in ((x_NF, click_N), (x_NF[clicked], conversion_N[clicked]))
+    )
+    return Scored(ds, EARLIER, ctr_N, cvr_N)
+
+
+def _grown(x_NF: np.ndarray, label_N: np.ndarray) -> lightgbm.LGBMClassifier:
+    trees = lightgbm.LGBMClassifier(n_estimators=300, n_jobs=torch.get_num_threads(), verbose=-1, random_state=0)
+    return trees.fit(x_NF, label_N)
+
+
+def uauc_error(day: LabelledDay, ctr_N: np.ndarray) -> float:
+    """Return the standard error of a day's click UAUC, from the spread between users."""
+    users = user_auc(day.click_N, ctr_N, day.user_N)
+    weight_U = users.impressions_U / users.impressions_U.sum()
+    return float(np.sqrt((weight_U**2 * (users.auc_U - users.mean()) ** 2).sum()))
+
+
 def pooled_lifts(scored: dict[date, LabelledDay], candidate: list[Scored], baseline: list[Scored]) -> dict[str, Lift]:
     """Return the paired lift of both tasks over all scored days together, drawn by user."""
     days = [entry.ds for entry in candidate]
@@ -163,6 +193,15 @@ def main(argv: list[str] | None = None) -> int:
         produced = [[e for e in runs[name] if e.view == ALL] for name in MODELS]
         for task, lift in pooled_lifts(scored, *produced).items():
             lifts.setdefault(task, []).append(lift)
+    for ds in days:
+        entry = trees(lake, ds)
+        metrics = figures(scored[ds], entry.ctr_N, entry.cvr_N)
+        for figure in FIGURES:
+            if (value := getattr(metrics, figure)) is not None:
+                report.add(f"trees, {ds}, counts and rates alone", figure, value)
+        report.add(
+            f"trees, {ds}, counts and rates alone", "ctr_uauc, standard error", uauc_error(scored[ds], entry.ctr_N)
+        )
     for (name, view, ds, figure), found in values.items():
         like_for_like = view == EARLIER or not figure.endswith("_uauc")
         expected = REFERENCE.get((lake.schema.name, ds), {}).get(figure, "") if like_for_like else ""

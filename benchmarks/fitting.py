@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from onetrans import storage
 from onetrans.batch import RequestBatch
 from onetrans.days import describe_days
 from onetrans.errors import NotReadyError
@@ -81,6 +83,35 @@ class PublishedDays:
         """Return some days as batches, shuffled as ``onetrans train`` does, in memory."""
         data = RequestData(self._lake.files(TABLE, days, self._snapshot_id), self.schema, self._config)
         return [loaded.batch for loaded in data.batches(shuffle_seed=seed)]
+
+    def numbers(self, days: list[date]) -> tuple[npt.NDArray[np.float64], npt.NDArray[Any], npt.NDArray[Any]]:
+        """Return, per impression of some days, every bucketized feature's number and the labels: for models of trees.
+
+        Past events are left out: what is known are the day-lagged counts and rates, and attributes.  Of categories
+        only the request's context is given, as hashes: trees learn those of users and items by heart.
+        """
+        parts, clicks, conversions = [], [], []
+        numeric = [
+            f
+            for f in self.schema.features
+            if (f.kind == "bucketized" and f.side != "event") or (f.kind == "hashed" and f.side == "context")
+        ]
+        for file in self._lake.files(TABLE, days, self._snapshot_id):
+            filesystem, inner = storage.open_filesystem(file)
+            rows = pq.read_table(inner, filesystem=filesystem, partitioning=None)
+            shown = rows["candidates"].combine_chunks()
+            owner_N = np.repeat(np.arange(len(shown)), shown.value_lengths().to_numpy())
+            items = shown.flatten()
+            columns = [
+                items.field(f.name).to_numpy(zero_copy_only=False)
+                if f.side == "item"
+                else rows[f.name].combine_chunks().to_numpy(zero_copy_only=False)[owner_N]
+                for f in numeric
+            ]
+            parts.append(np.stack(columns, axis=1).astype(np.float64))
+            clicks.append(items.field("click").to_numpy(zero_copy_only=False))
+            conversions.append(items.field("conversion").to_numpy(zero_copy_only=False))
+        return np.concatenate(parts), np.concatenate(clicks), np.concatenate(conversions)
 
     def labelled(self, ds: date) -> LabelledDay:
         """Return a day to score, in memory."""

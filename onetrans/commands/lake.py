@@ -6,12 +6,13 @@ import argparse
 import json
 import logging
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from typing import Any
 
 from onetrans.days import describe_days
 from onetrans.errors import EXIT_OK, BadConfigError, NotReadyError
 from onetrans.lake import QUARANTINE, TABLES, Lake
+from onetrans.lineage import describe_stale, stale_days
 from onetrans.outdated import LABELLED, described, label_states, not_final
 from onetrans.schema import FeatureSchema, load_schema
 from onetrans.settings import Settings, config_file, load_settings
@@ -64,6 +65,9 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(listed, indent=2, default=str))
     elif listed:
         print(_aligned(listed))
+        stale = describe_stale(stale_days(lake, after=date.min)) if arguments.table is None else ""
+        if stale:
+            print(f"\nThere are {stale}")
     else:
         print(f"{arguments.table}: nothing is published in {lake.warehouse}")
     return EXIT_OK

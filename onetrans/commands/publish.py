@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from datetime import timedelta
 
 from onetrans.days import parse_day
 from onetrans.errors import EXIT_OK
@@ -27,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Publish the day, print the snapshot, and warn of later days that rest on what was there before.
+    """Publish the day and print the snapshot; the day's last table warns of later days that rest on what was before.
 
     Raises:
         NotReadyError: if the day is not staged, or the staged files were not audited.
@@ -39,8 +40,9 @@ def run(arguments: argparse.Namespace) -> int:
     snapshot = lake.publish(arguments.table, ds)
     rows = lake.staged(arguments.table, ds).rows
     done = "was published already, nothing changed" if snapshot == before else "published"
-    told = describe_stale(stale_days(lake, after=ds))
-    if told:
-        logger.warning("%s %s is published; there are %s", arguments.table, ds, told)
+    stale = stale_days(lake, after=ds - timedelta(days=1))
+    # While tables of this day are still to follow, what rests on them cannot be built again yet.
+    if stale and not any(ds in days for days in stale.values()):
+        logger.warning("%s is published; there are %s", ds, describe_stale(stale))
     print(f"{arguments.table} {ds}: {done}; {rows:,} rows, snapshot {snapshot}")
     return EXIT_OK

@@ -3,7 +3,10 @@
 Impressions of one user are not independent, so a replicate draws users with
 replacement and takes each drawn user's rows whole.  All models and figures are
 measured on the same draws, so what they share cancels in a difference (a paired
-comparison).  An interval is the percentile interval of the replicates.
+comparison).  An interval is the percentile interval of the replicates, widened for
+the number of *effective* users: where a few users have most of the rows, there is
+less to draw from than their number says, and percentiles alone hold the truth too
+seldom (:func:`widening`).
 
 Drawing a user k times is the same as giving its rows the weight k.  Every figure
 here is a ratio of two sums over rows, so it is exact in each replicate, and rows
@@ -86,6 +89,11 @@ class ResampledAuc:
         """N."""
         return self._negative_user_M.shape[0] + self._positive_user_P.shape[0]
 
+    def rows_of(self, users: int) -> Floats:
+        """Return how many rows each user has, (U,)."""
+        user_N = np.concatenate([self._negative_user_M, self._positive_user_P])
+        return np.bincount(user_N, minlength=users).astype(np.float64)
+
     def sums(self, weight_BU: Weights) -> tuple[Floats, Floats]:
         """Return twice the pairs won and twice the pairs there are, per replicate: (B,) and (B,).
 
@@ -134,6 +142,8 @@ class Replicates:
     """The figure on the rows as they are; NaN where it does not exist."""
     value_B: Floats
     """The figure in each draw; NaN where it does not exist."""
+    effective_users: float = np.inf
+    """Users of equal activity that would tell as much as these do."""
 
 
 @dataclass(frozen=True)
@@ -150,9 +160,9 @@ class Interval:
     """Draws in which the figure does not exist; the bounds mean nothing unless this is 0."""
 
     @classmethod
-    def of(cls, value: float, value_B: Floats, confidence: float) -> Interval:
-        """Return the percentile interval at a two-sided level, for example 0.9."""
-        low, high, _, undefined = _bounds(value_B, confidence)
+    def of(cls, value: float, value_B: Floats, confidence: float, effective_users: float) -> Interval:
+        """Return the widened percentile interval at a two-sided level, for example 0.9."""
+        low, high, _, undefined = _bounds(value, value_B, confidence, widening(effective_users, confidence))
         return cls(value, low, high, undefined)
 
 
@@ -182,25 +192,53 @@ class Lift:
     """Draws of users."""
     undefined: int
     """Draws in which one class was missing; the interval means nothing unless this is 0."""
+    effective_users: float
+    """Users of equal activity that would tell as much; the interval is widened for them."""
 
     @classmethod
     def between(cls, candidate: Replicates, baseline: Replicates, confidence: float) -> Lift:
         """Return the lift of one figure over another that was measured on the same draws."""
         difference_B = candidate.value_B - baseline.value_B
-        low, high, error, undefined = _bounds(difference_B, confidence)
+        value, effective = candidate.value - baseline.value, min(candidate.effective_users, baseline.effective_users)
+        wider = widening(effective, confidence)
+        low, high, error, undefined = _bounds(value, difference_B, confidence, wider)
         return cls(
             candidate=candidate.value,
             baseline=baseline.value,
-            lift=candidate.value - baseline.value,
+            lift=value,
             low=low,
             high=high,
             standard_error=error,
             half_width=(high - low) / 2.0,
-            detectable=error * (_NORMAL.inv_cdf((1.0 + confidence) / 2.0) + _NORMAL.inv_cdf(_POWER)),
+            detectable=error * wider * (_NORMAL.inv_cdf((1.0 + confidence) / 2.0) + _NORMAL.inv_cdf(_POWER)),
             confidence=confidence,
             replicates=int(difference_B.size),
             undefined=undefined,
+            effective_users=effective,
         )
+
+
+def effective_number(rows_U: npt.ArrayLike) -> float:
+    """Return how many users of equal activity tell as much: (sum n)^2 / sum n^2 (Kish 1965); 0 for no rows."""
+    rows = np.asarray(rows_U, dtype=np.float64)
+    return float(rows.sum() ** 2 / max(np.square(rows).sum(), 1e-300))
+
+
+def widening(effective_users: float, confidence: float) -> float:
+    """Return the factor by which a percentile interval is widened for so many effective users; 1 for many.
+
+    Two corrections of the order 1 / n, both for few or uneven clusters: the quantile is Student's with n - 1 degrees of
+    freedom in place of the normal one, since the spread itself is estimated; and the spread is that of the jackknife,
+    which leaves a user's own pull on the estimate out, larger by about 1 + 1/n.  Below 3 effective users there is no
+    honest interval, and the factor is infinite.
+    """
+    if effective_users < 3.0:
+        return float("inf")
+    z = _NORMAL.inv_cdf((1.0 + confidence) / 2.0)
+    freedom = effective_users - 1.0
+    # Student's quantile by its expansion in 1 / freedom (Abramowitz and Stegun 26.7.5).
+    t = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+    return t / z * (1.0 + 1.0 / effective_users)
 
 
 def draw_users(rng: np.random.Generator, users: int, replicates: int) -> Weights:
@@ -248,7 +286,9 @@ def resample(
     whole = measured(np.ones((1, users), dtype=np.int32))
     chunks = list(_in_turns(measured, _draws(users, replicates, seed, together), threads or _cores()))
     return {
-        key: Replicates(float(whole[k][0]), np.concatenate([chunk[k] for chunk in chunks]))
+        key: Replicates(
+            float(whole[k][0]), np.concatenate([chunk[k] for chunk in chunks]), _effective(figures[key], users)
+        )
         for k, key in enumerate(keys)
     }
 
@@ -303,14 +343,23 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def _effective(parts: Sequence[Part], users: int) -> float:
+    rows_U = np.zeros(users)
+    for part in parts:
+        rows_U += part.rows_of(users) if isinstance(part, ResampledAuc) else part.denominator_U
+    return effective_number(rows_U)
+
+
 def _ratio(numerator_B: Floats, denominator_B: Floats) -> Floats:
     return np.divide(numerator_B, denominator_B, out=np.full_like(numerator_B, np.nan), where=denominator_B > 0)
 
 
-def _bounds(value_B: Floats, confidence: float) -> tuple[float, float, float, int]:
-    """Return the percentile bounds, the standard error and the number of draws without a value."""
+def _bounds(value: float, value_B: Floats, confidence: float, wider: float) -> tuple[float, float, float, int]:
+    """Return the widened percentile bounds, the standard error and the number of draws without a value."""
     defined = value_B[np.isfinite(value_B)]
     tail = (1.0 - confidence) / 2.0
     low, high = np.quantile(defined, [tail, 1.0 - tail]) if defined.size else (np.nan, np.nan)
     error = float(defined.std(ddof=1)) if defined.size > 1 else float("nan")
+    if low < high:  # Equal scores have an interval of one point, however few the users.
+        low, high = value - wider * (value - low), value + wider * (high - value)
     return float(low), float(high), error, int(value_B.size - defined.size)

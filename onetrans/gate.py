@@ -281,7 +281,7 @@ class _Measured:
         for task in TASKS:
             drawn = self.get(scorer, task, "auc", days)
             if drawn is not None:
-                found[task] = Interval.of(drawn.value, drawn.value_B, self.confidence)
+                found[task] = Interval.of(drawn.value, drawn.value_B, self.confidence, drawn.effective_users)
         return found
 
     def _wanted(self) -> Iterable[Key]:
@@ -354,7 +354,10 @@ def _above(name: str, label: str, lift: Lift | None, threshold: float, against: 
     """Hold the lower bound of a lift against a threshold."""
     if lift is None:
         return Criterion(name, False, None, ">", threshold, f"{label} is undefined: every label is the same")
-    if lift.undefined:
+    if lift.undefined or not np.isfinite(lift.low):
+        text = f"{label} has no interval: the rows are those of {lift.effective_users:.1f} effective users"
+        if not lift.undefined:
+            return Criterion(name, False, lift.lift, ">", threshold, text)
         text = f"{label} has no interval: {lift.undefined} of {lift.replicates} draws of users hold one class only"
         return Criterion(name, False, lift.lift, ">", threshold, text)
     text = f"{label} {lift.candidate:.4f} against {against}{lift.baseline:.4f}: lift {told(lift)}"
@@ -453,7 +456,7 @@ def _uauc_kept(
     return _within(
         name,
         f"{label} {ours.value:.4f} against {theirs.value:.4f}, at most {most:g} below",
-        Interval.of(theirs.value - ours.value, theirs.value_B - ours.value_B, confidence),
+        Interval.of(theirs.value - ours.value, theirs.value_B - ours.value_B, confidence, ours.effective_users),
         most,
     )
 
@@ -467,7 +470,9 @@ def _log_loss_kept(
     return _within(
         name,
         f"{label} {ours.value:.4f} against {theirs.value:.4f}, at most {100 * most:g} % more",
-        Interval.of(ours.value / theirs.value - 1.0, ours.value_B / theirs.value_B - 1.0, confidence),
+        Interval.of(
+            ours.value / theirs.value - 1.0, ours.value_B / theirs.value_B - 1.0, confidence, ours.effective_users
+        ),
         most,
     )
 
@@ -479,7 +484,7 @@ def _calibrated(task: str, ours: Replicates | None, most: float, confidence: flo
     return _within(
         name,
         f"{label}: mean prediction is {ours.value:.3f} of the mean label, at most {most:g} from 1",
-        Interval.of(abs(ours.value - 1.0), abs(ours.value_B - 1.0), confidence),
+        Interval.of(abs(ours.value - 1.0), abs(ours.value_B - 1.0), confidence, ours.effective_users),
         most,
     )
 

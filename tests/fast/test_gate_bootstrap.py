@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
-from onetrans.bootstrap import ResampledAuc, draw_users, paired_lifts
+from onetrans.bootstrap import ResampledAuc, draw_users, effective_number, paired_lifts, widening
 from onetrans.errors import BadDataError
 
 
@@ -49,7 +49,10 @@ def test_interval_equals_a_naive_bootstrap_on_the_same_draws():
         drawn = rng.integers(60, size=60)
         rows = np.concatenate([np.flatnonzero(user_N == user) for user in drawn])
         naive.append(roc_auc_score(label_N[rows], candidate_N[rows]) - roc_auc_score(label_N[rows], baseline_N[rows]))
-    assert (lift.low, lift.high) == pytest.approx(tuple(np.quantile(naive, [0.05, 0.95])), abs=1e-12)
+    wider = widening(effective_number(np.bincount(user_N)), 0.9)
+    assert 1.0 < wider < 1.1
+    expected = [lift.lift + wider * (q - lift.lift) for q in np.quantile(naive, [0.05, 0.95])]
+    assert (lift.low, lift.high) == pytest.approx(tuple(expected), abs=1e-12)
     assert lift.standard_error == pytest.approx(np.std(naive, ddof=1), abs=1e-12)
     assert lift.lift == pytest.approx(
         roc_auc_score(label_N, candidate_N) - roc_auc_score(label_N, baseline_N), abs=1e-12
@@ -85,6 +88,16 @@ def test_both_tasks_and_models_share_the_draws():
     same = ResampledAuc(label_N, candidate_N, user_N)
     lifts = paired_lifts({"ctr": (same, same), "cvr": (same, same)}, 60, 50, 0.9, seed=1)
     assert {(lift.low, lift.high, lift.standard_error) for lift in lifts.values()} == {(0.0, 0.0, 0.0)}
+
+
+def test_few_effective_users_widen_an_interval_as_students_quantile_does():
+    assert effective_number([5, 5, 5, 5]) == 4
+    assert effective_number([1000, 1, 1, 1]) == pytest.approx(1.0, abs=0.01)
+    # t(0.95; 19) = 1.7291, t(0.975; 9) = 2.2622, from the usual tables
+    assert widening(20, 0.90) == pytest.approx(1.7291 / 1.6449 * 1.05, rel=2e-3)
+    assert widening(10, 0.95) == pytest.approx(2.2622 / 1.9600 * 1.1, rel=5e-3)
+    assert widening(1e9, 0.9) == pytest.approx(1.0)
+    assert widening(2.0, 0.9) == np.inf
 
 
 def test_draws_that_lose_a_class_are_counted():

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pytest
 from test_gate import SETTINGS, _failed, _table, _with
 
+from onetrans.bootstrap import widening
 from onetrans.errors import BadDataError
 from onetrans.gate import judge
 from onetrans.scores import ChampionRecord, Scores, with_champion
@@ -161,9 +162,12 @@ def test_a_baseline_below_the_band_of_its_last_days_is_warned_of():
     assert "The baseline has collapsed: dcnv2_din's CTR AUC" in warning
     assert _judge(_table(), before={"ctr": usual["ctr"][:2]}).warnings == (), "two days make no band"
     assert _judge(_table(), before={"ctr": [now - 0.01, now + 0.01, now]}).warnings == ()
-    assert _judge(_table(), before={"ctr": [now + 0.1, now - 0.1, now]}).warnings == (), "days that differ make it wide"
+    assert _judge(_table(), before={"ctr": [now + 0.1, now - 0.02, now + 0.1]}).warnings == (), (
+        "days that differ make it wide"
+    )
 
 
 def test_what_the_day_could_have_found_is_what_it_finds_in_four_of_five_cases():
     lift = _judge(_table()).lifts["ctr"]
-    assert lift.detectable == pytest.approx(lift.standard_error * (1.6449 + 0.8416), rel=1e-3)
+    wider = widening(lift.effective_users, 0.9)
+    assert lift.detectable == pytest.approx(wider * lift.standard_error * (1.6449 + 0.8416), rel=1e-3)

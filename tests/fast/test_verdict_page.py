@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from html.parser import HTMLParser
+from statistics import NormalDist
 from xml.etree import ElementTree
 
 import numpy as np
@@ -141,6 +142,21 @@ def test_a_slice_that_loses_is_warned_of_and_no_other():
     }, "a feature of one value divides nothing"  # fmt: skip
     whole = [s for s in found if s.cut == "context, surface" and s.task == "ctr"]
     assert sum(s.rows for s in whole) == 6000
+
+
+def test_the_level_is_shared_among_all_slices():
+    table = _sliced(_table(rows=6000, users=600))
+    scores = Scores.from_table(table)
+    found = slices(scores, table, 0.9)
+    inside = np.array(table["context.surface"].to_pylist()) == "feed"
+    _, _, error = clustered_lift(
+        scores.label_N["ctr"][inside],
+        *(scores.score_N[model, "ctr"][inside] for model in ("onetrans", "dcnv2_din")),
+        scores.user_N[inside],
+    )
+    (one,) = [s for s in found if (s.name, s.task) == ("feed", "ctr")]
+    width = NormalDist().inv_cdf(1.0 - 0.1 / len(found) / 2.0)
+    assert (one.low, one.high) == pytest.approx((one.lift - width * error, one.lift + width * error))
 
 
 def test_slices_too_small_for_an_interval_have_none():

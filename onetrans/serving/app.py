@@ -140,11 +140,9 @@ class RankingService:
         served = self.served.engine
         try:
             call = await asyncio.get_running_loop().run_in_executor(
-                self._reading, read_call, body, served.schema, self.settings
+                self._reading, read_call, body, served, self.settings
             )
-            scoring = asyncio.ensure_future(
-                self.batcher.score(served, call.rows, call.users, call.candidates, deadline)
-            )
+            scoring = asyncio.ensure_future(self.batcher.score(served, call, deadline))
             scores = await _unless_gone(scoring, request.receive)
         except BadDataError as error:
             raise CallError(422, "does_not_fit", str(error)) from error

@@ -26,7 +26,9 @@ import numpy as np
 import pyarrow as pa
 
 from onetrans.errors import BadDataError
+from onetrans.serving.calls import Call
 from onetrans.serving.engine import Probabilities
+from onetrans.serving.prefix import UserState
 from onetrans.settings import ServingSettings
 
 logger = logging.getLogger(__name__)
@@ -41,7 +43,13 @@ _FIRST_GUESS_S = 2e-4
 class Scorer(Protocol):
     """What scores a batch: an engine."""
 
-    def score(self, rows: pa.RecordBatch, users: Sequence[str | None]) -> Probabilities:
+    def score(
+        self,
+        rows: pa.RecordBatch,
+        users: Sequence[str | None],
+        known: Sequence[UserState | None],
+        digests: Sequence[bytes | None],
+    ) -> Probabilities:
         """Return the scores of all candidates of ``rows``."""
 
 
@@ -63,12 +71,8 @@ class Work:
 
     scorer: Scorer
     """The model its rows were encoded for."""
-    rows: pa.RecordBatch
+    call: Call
     """Its requests."""
-    users: list[str | None]
-    """The user of each."""
-    candidates: int
-    """Candidates of all of them."""
     deadline: float
     """On the clock of :func:`time.monotonic`."""
     future: asyncio.Future[Probabilities]
@@ -77,7 +81,12 @@ class Work:
     @property
     def cost(self) -> int:
         """Work, in candidates."""
-        return self.candidates + REQUEST_WORK * len(self.users)
+        return self.call.candidates + REQUEST_WORK * self.requests
+
+    @property
+    def requests(self) -> int:
+        """Its requests."""
+        return len(self.call.users)
 
 
 class Batcher:
@@ -115,9 +124,7 @@ class Batcher:
                 await self._task
         self._pool.shutdown()
 
-    async def score(
-        self, scorer: Scorer, rows: pa.RecordBatch, users: list[str | None], candidates: int, deadline: float
-    ) -> Probabilities:
+    async def score(self, scorer: Scorer, call: Call, deadline: float) -> Probabilities:
         """Return the scores of a call's requests.
 
         Raises:
@@ -126,15 +133,15 @@ class Batcher:
             BadDataError: if it cannot be scored.
         """
         now = time.monotonic()
-        work = Work(scorer, rows, users, candidates, deadline, asyncio.get_running_loop().create_future())
+        work = Work(scorer, call, deadline, asyncio.get_running_loop().create_future())
         wait = self._ahead * self._seconds_per_work
         if self._ahead and (
-            self._requests + len(users) > self.settings.queue_requests
+            self._requests + work.requests > self.settings.queue_requests
             or now + wait + work.cost * self._seconds_per_work > deadline
         ):
             raise OverloadedError(wait)
         self._waiting.append(work)
-        self._requests += len(users)
+        self._requests += work.requests
         self._ahead += work.cost
         self._arrived.set()
         try:
@@ -156,7 +163,7 @@ class Batcher:
     async def _gather(self) -> None:
         """Wait a moment for company: the thread was idle when the first request came."""
         until = time.monotonic() + self.settings.batch_wait_ms / 1000
-        while sum(work.candidates for work in self._waiting) < self.settings.batch_candidates:
+        while sum(work.call.candidates for work in self._waiting) < self.settings.batch_candidates:
             left = until - time.monotonic()
             if left <= 0:
                 return
@@ -177,17 +184,17 @@ class Batcher:
                 self._take(work)
                 continue
             if batch and (
-                work.scorer is not batch[0].scorer or taken + work.candidates > self.settings.batch_candidates
+                work.scorer is not batch[0].scorer or taken + work.call.candidates > self.settings.batch_candidates
             ):
                 break
             self._take(work)
             batch.append(work)
-            taken += work.candidates
+            taken += work.call.candidates
         return batch
 
     def _take(self, work: Work) -> None:
         self._waiting.popleft()
-        self._requests -= len(work.users)
+        self._requests -= work.requests
         self._ahead -= work.cost
         if not work.future.done() and work.deadline <= time.monotonic():
             work.future.set_exception(DeadlineError())
@@ -202,7 +209,7 @@ class Batcher:
             self._ahead -= cost
         spent = time.monotonic() - began
         self.batches += 1
-        self.scored += sum(len(work.users) for work in batch)
+        self.scored += sum(work.requests for work in batch)
         self.busy_s += spent
         self._seconds_per_work += _FORGET * (spent / cost - self._seconds_per_work)
         for work, result in zip(batch, results, strict=True):
@@ -217,13 +224,18 @@ class Batcher:
 def score_together(batch: Sequence[Work]) -> list[Probabilities | Exception]:
     """Score calls of one model at once; if that fails each by itself, so that one bad call fails alone."""
     try:
-        rows = pa.Table.from_batches([work.rows for work in batch]).combine_chunks().to_batches()[0]
-        scores = batch[0].scorer.score(rows, [user for work in batch for user in work.users])
+        rows = pa.Table.from_batches([work.call.rows for work in batch]).combine_chunks().to_batches()[0]
+        scores = batch[0].scorer.score(
+            rows,
+            [user for work in batch for user in work.call.users],
+            [kept for work in batch for kept in work.call.known],
+            [digest for work in batch for digest in work.call.digests],
+        )
     except Exception as error:
         if len(batch) == 1:
             if not isinstance(error, BadDataError):
                 logger.exception("a request could not be scored")
             return [error]
         return [result for work in batch for result in score_together([work])]
-    bounds = np.cumsum([work.candidates for work in batch])[:-1]
+    bounds = np.cumsum([work.call.candidates for work in batch])[:-1]
     return [Probabilities(*pair) for pair in zip(*(np.split(x_N, bounds) for x_N in scores), strict=True)]

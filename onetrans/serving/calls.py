@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,8 @@ import pyarrow as pa
 from onetrans.errors import BadDataError
 from onetrans.requests import to_rows
 from onetrans.schema import Feature, FeatureSchema
-from onetrans.serving.engine import Probabilities, ranked, user_of
+from onetrans.serving.engine import OneTransInferenceEngine, Probabilities, ranked, user_of
+from onetrans.serving.prefix import UserState
 from onetrans.settings import ServingSettings
 
 FIELDS = ("request_id", "user_id", "ts", "user", "context", "sequences", "candidates")
@@ -28,6 +30,10 @@ class Call:
     """Its requests."""
     users: list[str | None]
     """User of each."""
+    known: list[UserState | None]
+    """What is kept of each, where the events came in the same text as before; such rows hold no events."""
+    digests: list[bytes | None]
+    """Digest of the text of each one's events; None without a user."""
     request_ids: list[str | None]
     """What the client calls each."""
     items: list[list[str]]
@@ -39,36 +45,74 @@ class Call:
         return sum(map(len, self.items))
 
 
-def read_call(body: bytes, schema: FeatureSchema, limits: ServingSettings) -> Call:
+def read_call(body: bytes, engine: OneTransInferenceEngine, limits: ServingSettings) -> Call:
     """Read the body of ``POST /v1/rank``: one request, or ``{"requests": [...]}``.
+
+    Past events are most of a body.  If they came in the same text as at the user's last request, they are not read.
 
     Raises:
         BadDataError: naming what does not fit.
     """
-    try:
-        given = msgspec.json.decode(body)
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-        raise BadDataError(f"the body is not valid JSON: {error}") from error
-    if not isinstance(given, dict):
-        raise BadDataError('the body must be a JSON object: a request, or {"requests": [...]}')
-    requests = given.get("requests", [given])
-    if "requests" in given and len(given) > 1:
-        raise BadDataError("beside 'requests' the body may hold nothing else")
-    if not isinstance(requests, list) or not requests:
-        raise BadDataError("'requests' must be a list of one request at least")
-    if len(requests) > limits.max_requests:
-        raise BadDataError(f"there are {len(requests)} requests, serving.max_requests allows {limits.max_requests}")
-    for number, request in enumerate(requests):
+    parts = _parts(body)
+    if len(parts) > limits.max_requests:
+        raise BadDataError(f"there are {len(parts)} requests, serving.max_requests allows {limits.max_requests}")
+    schema = engine.schema
+    requests: list[dict[str, Any]] = []
+    known: list[UserState | None] = []
+    digests: list[bytes | None] = []
+    for number, part in enumerate(parts):
+        request = {name: _decoded(text) for name, text in part.items() if name != "sequences"}
+        user, events = user_of(request), part.get("sequences")
+        digest = None if user is None or events is None else hashlib.blake2b(events, digest_size=16).digest()
+        kept = None if digest is None else engine.known(user, digest, request.get("ts"))
+        if kept is not None:
+            request["sequences"] = {sequence.name: [] for sequence in schema.sequences}
+        elif events is not None:
+            request["sequences"] = _decoded(events)
         _check_limits(request, number, limits)
-    users = [user_of(request) for request in requests]
+        requests.append(request)
+        known.append(kept)
+        digests.append(digest)
     rows = to_rows(requests, schema)
     _check_times(rows, requests, schema)
     return Call(
         rows,
-        users,
+        [user_of(request) for request in requests],
+        known,
+        digests,
         [request.get("request_id") for request in requests],
         [[candidate["item_id"] for candidate in request["candidates"]] for request in requests],
     )
+
+
+def _parts(body: bytes) -> list[dict[str, msgspec.Raw]]:
+    """Return the requests of a body, each with the text of its fields."""
+    try:
+        given = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+        if "requests" not in given:
+            return [given]
+        parts = msgspec.json.decode(given["requests"], type=list[dict[str, msgspec.Raw]])
+    except msgspec.ValidationError as error:
+        raise BadDataError(
+            f'the body must be a JSON object: a request, or {{"requests": [...]}} with a list of them: {error}'
+        ) from error
+    except _NOT_JSON as error:
+        raise BadDataError(f"the body is not valid JSON: {error}") from error
+    if len(given) > 1:
+        raise BadDataError("beside 'requests' the body may hold nothing else")
+    if not parts:
+        raise BadDataError("'requests' is empty; one request at least is needed")
+    return parts
+
+
+def _decoded(text: msgspec.Raw) -> Any:
+    try:
+        return msgspec.json.decode(text)
+    except _NOT_JSON as error:
+        raise BadDataError(f"the body is not valid JSON: {error}") from error
+
+
+_NOT_JSON = (msgspec.DecodeError, RecursionError, UnicodeDecodeError)
 
 
 def answer(call: Call, scores: Probabilities, version: str) -> bytes:
@@ -81,10 +125,7 @@ def answer(call: Call, scores: Probabilities, version: str) -> bytes:
     return msgspec.json.encode({"model_version": version, "results": results})
 
 
-def _check_limits(request: Any, number: int, limits: ServingSettings) -> None:
-    where = f"request {number}"
-    if not isinstance(request, dict):
-        raise BadDataError(f"{where} must be a JSON object")
+def _check_limits(request: dict[str, Any], number: int, limits: ServingSettings) -> None:
     where = f"request {request.get('request_id') or number}"[:200]
     unknown = sorted(set(request) - set(FIELDS))
     if unknown:

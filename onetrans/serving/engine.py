@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -179,21 +180,37 @@ class OneTransInferenceEngine:
             start += count
         return answers
 
+    def known(self, user: str | None, digest: bytes, ts: Any) -> UserState | None:
+        """Return what is kept of a user if it was computed from the text with this digest, and lies before ``ts``."""
+        if user is None or not reusable(self.config) or type(ts) is not int:
+            return None
+        kept = self.cache.get(user)
+        return kept if kept is not None and kept.digest == digest and kept.latest_us < ts else None
+
     @torch.inference_mode()
-    def score(self, rows: pa.RecordBatch, users: Sequence[str | None]) -> Probabilities:
+    def score(
+        self,
+        rows: pa.RecordBatch,
+        users: Sequence[str | None],
+        known: Sequence[UserState | None] = (),
+        digests: Sequence[bytes | None] = (),
+    ) -> Probabilities:
         """Score the candidates of rows that :func:`onetrans.requests.to_rows` made.
 
         Args:
             rows: one per request.
             users: user id of each request; None if nothing is to be kept.
+            known: what :meth:`known` gave for each; the events of such a row are not read, and may be left out.
+            digests: digest of the text of each request's events, if there is one.
 
         Raises:
             BadDataError: if an event is not before its request.
         """
         batch = batch_of(rows, self.schema, self.config.max_seq_len).to(self.device)
+        asked = _Asked(users, known or [None] * len(users), digests or [None] * len(users))
         with self.model.autocast():
-            if isinstance(self.model, OneTrans) and self.cache.max_bytes and reusable(self.model.config):
-                logits = self.model.score_candidates(batch, self._encode(self.model, batch, users))
+            if isinstance(self.model, OneTrans) and reusable(self.model.config) and self.cache.max_bytes:
+                logits = self.model.score_candidates(batch, self._encode(self.model, batch, asked))
             else:
                 logits = self.model(batch)
         ctr_N = torch.sigmoid(logits.ctr_logit_N.double()).cpu().numpy()
@@ -202,56 +219,62 @@ class OneTransInferenceEngine:
             raise BadDataError(f"{self.source.address} (version {self.source.version}) gave a score that is not finite")
         return Probabilities(ctr_N, cvr_N)
 
-    def _encode(self, model: OneTrans, batch: RequestBatch, users: Sequence[str | None]) -> RequestState:
+    def _encode(self, model: OneTrans, batch: RequestBatch, asked: _Asked) -> RequestState:
         """Run stage I for what is not kept, keep it, and return the state of all requests."""
-        if all(user is None for user in users):
+        if all(user is None for user in asked.users):
             return model.encode_requests(batch)
         batch = latest_events(batch, model.config.max_seq_len)
         events_EW = event_table(batch)
         offsets = batch.event_offsets_O.tolist()
-        states: list[UserState | None] = [None] * len(users)
+        states: list[UserState | None] = list(asked.known)
         appended: list[int] = []
         encoded: list[int] = []
         found: list[UserState] = []
-        for request, user in enumerate(users):
+        for request, user in enumerate(asked.users):
+            if states[request] is not None:
+                continue
             own_EW = events_EW[offsets[request] : offsets[request + 1]]
             kept = self.cache.get(user)
             if kept is None:
                 encoded.append(request)
             elif torch.equal(kept.events_EW, own_EW):
-                states[request] = kept
+                self._keep([request], [kept], asked, states)
             elif appendable(model.config, kept.events_EW, own_EW):
                 appended.append(request)
                 found.append(kept)
             else:
                 encoded.append(request)
         counts = self.cache.counts
-        counts.equal += len(users) - len(appended) - len(encoded)
+        counts.equal += len(states) - len(appended) - len(encoded)
         counts.appended += len(appended)
         counts.encoded += len(encoded)
         if appended:
             part = batch.select(torch.tensor(appended, device=batch.event_offsets_O.device))
-            new = extend(model, found, part, event_table(part))
-            self._keep(appended, new, users, states)
+            self._keep(appended, extend(model, found, part, event_table(part)), asked, states)
         if encoded:
-            whole = len(encoded) == len(users)
+            whole = len(encoded) == len(states)
             part = batch if whole else batch.select(torch.tensor(encoded, device=batch.event_offsets_O.device))
             state = model.encode_requests(part)
-            self._keep(encoded, split(state, event_table(part), part.event_offsets_O), users, states)
+            self._keep(encoded, split(state, event_table(part), part.event_offsets_O), asked, states)
             if whole:
                 return state
         return join([state for state in states if state is not None])
 
     def _keep(
-        self,
-        requests: Sequence[int],
-        new: Sequence[UserState],
-        users: Sequence[str | None],
-        states: list[UserState | None],
+        self, requests: Sequence[int], new: Sequence[UserState], asked: _Asked, states: list[UserState | None]
     ) -> None:
         for request, state in zip(requests, new, strict=True):
-            states[request] = state
-            self.cache.put(users[request], state)
+            noted = replace(state, digest=asked.digests[request])
+            states[request] = noted
+            self.cache.put(asked.users[request], noted)
+
+
+class _Asked(NamedTuple):
+    """What is known of the users of a batch, request by request."""
+
+    users: Sequence[str | None]
+    known: Sequence[UserState | None]
+    digests: Sequence[bytes | None]
 
 
 def ranked(

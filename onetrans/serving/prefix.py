@@ -17,7 +17,8 @@ before it alone, so they also stay when events are appended, if each block still
 
 So a history that is equal is always reused (but with separators), and a history of which the kept one is a prefix is
 extended if :func:`appendable` says so.  Everything else is encoded whole.  What was kept is compared event by event
-before it is used, so a wrong user id costs time, never a wrong score.
+before it is used, or by a cryptographic digest of the text all events came in, so a wrong user id costs time, never a
+wrong score.
 
 Shape suffixes: those of :mod:`onetrans.batch` and :mod:`onetrans.models.ragged`, and
 
@@ -54,6 +55,13 @@ class UserState:
     """Times of each block's S-tokens."""
     top_M: Tensor | None
     """Mean of the S-states that leave the top block; None where none leave it."""
+    digest: bytes | None = None
+    """Digest of the text the events were read from; the same text need not be read again."""
+
+    @property
+    def latest_us(self) -> int:
+        """Time of the latest event, 0 without one; microseconds since 1970-01-01 UTC."""
+        return int(self.events_EW[-1, -1]) if self.events_EW.shape[0] else 0
 
     @property
     def nbytes(self) -> int:

@@ -102,6 +102,31 @@ def test_events_are_appended_to_what_is_kept(folder, requests):
     assert len(without.cache) == 0
 
 
+def test_events_in_the_same_text_are_not_read_again_and_others_are(client, service, requests, expected):
+    request = {**max(requests, key=lambda r: sum(map(len, r["sequences"].values()))), "user_id": "reader"}
+    counts = service.served.engine.cache.counts
+
+    def ask(asked):
+        before = counts.equal, counts.encoded
+        found = client.post("/v1/rank", json=asked)
+        return found, (counts.equal - before[0], counts.encoded - before[1])
+
+    for known in ((0, 1), (1, 0)):
+        found, counted = ask(request)
+        assert counted == known
+        np.testing.assert_allclose(_scores(found.json()["results"][0]), expected[request["request_id"]], atol=1e-5)
+    name = max(request["sequences"], key=lambda name: len(request["sequences"][name]))
+    changed = copy.deepcopy(request)
+    changed["sequences"][name].pop()
+    found, counted = ask(changed)
+    assert counted == (0, 1)
+    assert np.abs(_scores(found.json()["results"][0]) - expected[request["request_id"]]).max() > 1e-7
+    assert ask(changed)[1] == (1, 0)
+    latest = max(event["ts"] for events in changed["sequences"].values() for event in events)
+    found, _ = ask({**changed, "ts": latest})
+    assert found.status_code == 422, "a kept history is held against the time of the request, too"
+
+
 def test_single_inference_is_one_candidate_of_a_request(folder, requests, expected):
     engine = OneTransInferenceEngine(str(folder), settings_of(folder))
     request = requests[0]
@@ -318,10 +343,10 @@ class SlowEngine:
     def __getattr__(self, name):
         return getattr(self.engine, name)
 
-    def score(self, rows, users):
+    def score(self, rows, users, *others):
         self.turns.append(len(users))
         time.sleep(self.seconds)
-        return self.engine.score(rows, users)
+        return self.engine.score(rows, users, *others)
 
 
 def _at_once(client, count, request, **kwargs):
@@ -368,10 +393,10 @@ def test_one_bad_call_of_a_batch_fails_alone(folder, requests):
     service = serve_folder(folder, batch_wait_ms=300)
 
     class Picky(SlowEngine):
-        def score(self, rows, users):
+        def score(self, rows, users, *others):
             if "bad" in users:
                 raise BadDataError("request bad: refused")
-            return super().score(rows, users)
+            return super().score(rows, users, *others)
 
     with running(service) as client:
         service.served.engine = Picky(service.served.engine, 0)

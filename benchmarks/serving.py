@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -196,7 +197,9 @@ class Service:
         connections.close()
         return load
 
-    def at_rate(self, body: Callable[[], bytes], rate: float, calls: int, meanwhile: Callable[[], None] = str) -> Load:
+    def at_rate(
+        self, body: Callable[[], bytes], rate: float, calls: int, meanwhile: Callable[[], None] = lambda: None
+    ) -> Load:
         """Send calls at fixed times, ``rate`` per second; ``meanwhile`` runs in a thread after a third of them."""
         return asyncio.run(self._at_rate(body, rate, calls, meanwhile))
 
@@ -222,7 +225,7 @@ class Tally:
 
     def __init__(self) -> None:
         self.latencies: list[float] = []
-        self.failed = self.refused = 0
+        self.statuses: Counter[int] = Counter()
 
     async def timed(self, call: Any, due: float) -> None:
         """Wait for a call's answer and count it."""
@@ -230,15 +233,20 @@ class Tally:
             status = await call
         except (OSError, asyncio.IncompleteReadError):
             status = 0
+        self.statuses[status] += 1
         if status == 200:
             self.latencies.append(time.perf_counter() - due)
-        else:
-            self.failed += 1
-            self.refused += status == 429
 
     def load(self, seconds: float, cpu_s: float) -> Load:
-        """Return what was counted."""
-        return Load(np.array(self.latencies), self.failed, self.refused, seconds, cpu_s)
+        """Return what was counted.
+
+        Raises:
+            RuntimeError: if no call was answered.
+        """
+        if not self.latencies:
+            raise RuntimeError(f"no call was answered; statuses (0: no answer) and how often: {dict(self.statuses)}")
+        failed = self.statuses.total() - self.statuses[200]
+        return Load(np.array(self.latencies), failed, self.statuses[429], seconds, cpu_s)
 
 
 @contextmanager

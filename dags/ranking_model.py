@@ -12,6 +12,7 @@ which neither has seen, and makes OneTrans the champion if it is better beyond n
 | `evaluate` | scores the day's rows with both: AUC, per-user AUC, log loss, calibration |
 | `gate` | compares them, paired, by a bootstrap over users, and with the champion; `gate.html` in MLflow says why |
 | `promote` | registers the model and moves the alias `champion`, if the gate says so |
+| `score_candidates` | the champion scores each user's candidates, if `scoring.candidates` is set |
 
 **No tables, no wait:** if the day's `feature_tables` has failed and the rows are not published, `wait_for_day` fails at
 once and says so.
@@ -186,4 +187,16 @@ with DAG(
         outlets=(Asset(name="ranking.model", uri="mlflow://onetrans-ranker", group="ranking_model"),),
         doc="Registers the model and moves the aliases the gate allows. By hand: `onetrans promote --plan PLAN`",
     )
-    wait_for_day >> plan >> trained >> evaluate >> gate >> promote
+    score_candidates = Step(
+        task_id="score_candidates",
+        module="jobs.score_candidates",
+        arguments=["--ds", DAY, "--publish"],
+        execution_timeout=timedelta(hours=6),
+        outlets=[
+            Asset(name="ranking.candidate_scores", uri="iceberg://ranking/candidate_scores", group="ranking_model")
+        ],
+        unharmed="The champion is promoted, and scores published before stay as they are.",
+        doc_md="The champion scores each user's candidates, if `scoring.candidates` is set. "
+        "By hand: `python -m jobs.score_candidates --ds DAY --publish`",
+    )
+    wait_for_day >> plan >> trained >> evaluate >> gate >> promote >> score_candidates

@@ -14,7 +14,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 
 from onetrans import storage
-from onetrans.lake import TABLES
+from onetrans.lake import SCORES, TABLES
 from onetrans.settings import AuditSettings, LakeSettings
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -85,7 +85,7 @@ def _index(records: list[Record]) -> str:
     templates = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=select_autoescape(["j2"]))
     present = {record.table for record in records}
     return templates.get_template("index.j2").render(
-        tables=[table for table in TABLES if table in present],
+        tables=[table for table in (*TABLES, SCORES) if table in present],
         days=sorted({record.ds for record in records}, reverse=True),
         records={(record.table, record.ds): record for record in records},
     )

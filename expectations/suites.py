@@ -11,6 +11,7 @@ from great_expectations.expectations.expectation import Expectation
 from expectations import (
     behavior_sequences,
     behaviors,
+    candidate_scores,
     impressions,
     item_features,
     training_requests,
@@ -46,6 +47,7 @@ SUITES: dict[str, TableSuite] = {
     "item_features": TableSuite.of(item_features),
     "behavior_sequences": TableSuite.of(behavior_sequences),
     "training_requests": TableSuite.of(training_requests),
+    "candidate_scores": TableSuite.of(candidate_scores),
 }
 """Suites by table."""
 

@@ -51,6 +51,8 @@ def view_of(
         return lambda batch: behavior_sequences(batch, names, settled_before)
     if table == "training_requests":
         return lambda batch: training_requests(batch, names, known or {}, end)
+    if table == "candidate_scores":
+        return candidate_scores
     raise KeyError(table)
 
 
@@ -71,6 +73,7 @@ def needed_columns(table: str, schema: FeatureSchema) -> list[str]:
         "behaviors": ["ds", "event_id", "type", "ts", "available_at"],
         "behavior_sequences": ["ds", "user_id", *sequences],
         "training_requests": ["ds", "request_id", "user_id", "ts", *sequences, "candidates"],
+        "candidate_scores": ["ds", "user_id", "item_id", "rank", "ctr", "cvr", "ctcvr", "model_version"],
     }[table]
 
 
@@ -112,6 +115,19 @@ def features(batch: pa.RecordBatch, key: str, prefixes: tuple[str, ...], declare
             "impossible_counts": impossible_R,
             "shrinking_windows": shrinking_R,
             "counted": pc.fill_null(batch.column(f"{prefixes[0]}_impressions_{max(declared.windows)}d"), 0.0),
+        }
+    )
+
+
+def candidate_scores(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """Scores as they are, and ``not_the_product``: whether CTCVR differs from CTR times CVR."""
+    ctr_R, cvr_R, ctcvr_R = (batch.column(name).to_numpy(zero_copy_only=False) for name in ("ctr", "cvr", "ctcvr"))
+    kept = ("user_id", "item_id", "rank", "model_version")
+    return _view(
+        {
+            "ds": _day(batch),
+            **{name: batch.column(name) for name in kept},
+            "not_the_product": (~np.isclose(ctcvr_R, ctr_R * cvr_R)).astype(np.int64),
         }
     )
 

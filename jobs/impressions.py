@@ -50,7 +50,7 @@ def impressions(raw: DataFrame, schema: FeatureSchema, ds: date) -> DataFrame:
     frame = frame.withColumn("_users_differ", users[0].over(request) != users[1].over(request))
     frame = refuse(frame, (F.col("_users_differ"), "user_id: several users in one request")).drop("_users_differ")
     frame = frame.withColumn("ts", F.min(F.when(F.col("reason").isNull(), F.col("ts"))).over(request))
-    clock = {name: _from_clock(name, schema) for name in context_columns(schema) if name in CONTEXT_FROM_CLOCK}
+    clock = {name: from_clock(name, schema) for name in context_columns(schema) if name in CONTEXT_FROM_CLOCK}
     if "position" not in frame.columns:
         clock["position"] = F.lit(None).cast("int")
     return frame.withColumns(clock) if clock else frame
@@ -79,7 +79,8 @@ def _attributed(frame: DataFrame, schema: FeatureSchema) -> DataFrame:
     )
 
 
-def _from_clock(name: str, schema: FeatureSchema) -> SparkColumn:
+def from_clock(name: str, schema: FeatureSchema) -> SparkColumn:
+    """Return a context column that is computed from ``ts``, as its feature reads it."""
     local = F.from_utc_timestamp("ts", schema.timezone)
     number = F.hour(local) if name == "hour_of_day" else F.weekday(local) + 1
     return number.cast("string" if context_columns(schema)[name] == "hashed" else "double")

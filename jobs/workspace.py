@@ -289,7 +289,7 @@ class Workspace:
         return table == "behaviors" and bool(self.schema.derived_behaviors)
 
     def _mark(self, staged: Staged, started: float) -> Staged:
-        rows = sum(_rows(file) for file in storage.list_files(staged.path, ".parquet"))
+        rows = count_rows(staged.path)
         if not rows:
             raise BadDataError(f"{staged.table} {staged.ds}: no row is left, so there is nothing to publish")
         staged = self.lake.mark_staged(replace(staged, rows=rows))
@@ -312,8 +312,14 @@ def raw_stamp(lake: Lake, source: Source, table: InputTable, ds: date) -> str:
 
 
 def write(frame: DataFrame, path: str) -> None:
-    """Write Parquet with row groups a reader can hold many of."""
-    frame.write.option("maxRecordsPerFile", _ROWS_PER_FILE).option("parquet.block.size", _ROW_GROUP_BYTES).parquet(path)
+    """Write Parquet with row groups a reader can hold many of, beside what is in the folder."""
+    writer = frame.write.mode("append").option("maxRecordsPerFile", _ROWS_PER_FILE)
+    writer.option("parquet.block.size", _ROW_GROUP_BYTES).parquet(path)
+
+
+def count_rows(path: str) -> int:
+    """Return the rows of the Parquet files in a folder, by their footers."""
+    return sum(_rows(file) for file in storage.list_files(path, ".parquet"))
 
 
 def _example(key: Sequence[str]) -> SparkColumn:

@@ -55,6 +55,9 @@ TABLES = (
 )
 """Tables built every day, in the order one day is built."""
 
+SCORES = "candidate_scores"
+"""Scores of each user's candidates by the champion; built by the day of the model, where it is asked for."""
+
 QUARANTINE = "quarantine"
 """Rows refused by a job, with the reason; partitioned by day and table, committed without an audit."""
 
@@ -473,8 +476,8 @@ class Lake:
 
 
 def _known(table: str) -> str:
-    if table not in (*TABLES, QUARANTINE):
-        raise BadConfigError(f"there is no table {table!r}; tables are {', '.join((*TABLES, QUARANTINE))}")
+    if table not in (*TABLES, SCORES, QUARANTINE):
+        raise BadConfigError(f"there is no table {table!r}; tables are {', '.join((*TABLES, SCORES, QUARANTINE))}")
     return table
 
 

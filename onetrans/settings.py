@@ -245,6 +245,23 @@ class MlflowSettings:
 
 
 @dataclass(frozen=True)
+class ScoringSettings:
+    """What the champion scores at the end of each day."""
+
+    candidates: str = ""
+    """Folder (or s3:// prefix) of ``ds=DAY/*.parquet`` with user_id and item_id; ``popular``: the items shown most,
+    for each user of the day; empty: nothing is scored."""
+    popular_items: int = 100
+    """Items of a user with ``popular``."""
+    parts: int = 4
+    """Parts in which the users of a day are scored; a job that is run again goes on with those that are missing."""
+
+    def __post_init__(self) -> None:
+        _at_least("scoring.popular_items", self.popular_items, 1)
+        _at_least("scoring.parts", self.parts, 1)
+
+
+@dataclass(frozen=True)
 class ServingSettings:
     """How ranking requests are answered. A bearer token comes from ``ONETRANS_SERVING_TOKEN``."""
 
@@ -333,6 +350,8 @@ class Settings:
     """When a candidate replaces the champion."""
     mlflow: MlflowSettings = field(default_factory=MlflowSettings)
     """Where runs and models are recorded."""
+    scoring: ScoringSettings = field(default_factory=ScoringSettings)
+    """What the champion scores at the end of each day."""
     serving: ServingSettings = field(default_factory=ServingSettings)
     """How ranking requests are answered."""
     retention: RetentionSettings = field(default_factory=RetentionSettings)

@@ -11,7 +11,7 @@ from typing import Any
 
 from onetrans.days import describe_days
 from onetrans.errors import EXIT_OK, BadConfigError, NotReadyError
-from onetrans.lake import QUARANTINE, TABLES, Lake
+from onetrans.lake import QUARANTINE, SCORES, TABLES, Lake
 from onetrans.lineage import describe_stale, stale_days
 from onetrans.outdated import LABELLED, described, label_states, not_final
 from onetrans.schema import FeatureSchema, load_schema
@@ -31,7 +31,7 @@ schema file).  `python -m jobs.rebuild` builds again the days that were built be
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
-    parser.add_argument("table", nargs="?", choices=(*TABLES, QUARANTINE), help="show the days of this table")
+    parser.add_argument("table", nargs="?", choices=(*TABLES, SCORES, QUARANTINE), help="show the days of this table")
     parser.add_argument("--snapshots", action="store_true", help="show the table's commits instead of its days")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
         listed = _days(lake, arguments.table, settings)
     else:
         schema = _schema_if_any(settings)
-        listed = [_overview(lake, table, schema) for table in (*TABLES, QUARANTINE)]
+        listed = [_overview(lake, table, schema) for table in (*TABLES, SCORES, QUARANTINE)]
     if arguments.json:
         print(json.dumps(listed, indent=2, default=str))
     elif listed:

@@ -8,7 +8,7 @@ from datetime import timedelta
 
 from onetrans.days import parse_day
 from onetrans.errors import EXIT_OK
-from onetrans.lake import TABLES, Lake
+from onetrans.lake import SCORES, TABLES, Lake
 from onetrans.lineage import describe_stale, stale_days
 from onetrans.settings import load_settings
 
@@ -23,7 +23,7 @@ Later days that were built on what the day was before are named; `python -m jobs
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
-    parser.add_argument("table", choices=TABLES, help="table whose staged day is published")
+    parser.add_argument("table", choices=(*TABLES, SCORES), help="table whose staged day is published")
     parser.add_argument("--ds", required=True, metavar="DAY", help="day, YYYY-MM-DD")
 
 

@@ -11,7 +11,7 @@ import time
 
 from onetrans.days import describe_days, parse_day
 from onetrans.errors import EXIT_OK, BadConfigError, NotReadyError
-from onetrans.lake import TABLES, Lake
+from onetrans.lake import SCORES, TABLES, Lake
 from onetrans.settings import load_settings
 
 EXAMPLES = """examples:
@@ -21,7 +21,7 @@ EXAMPLES = """examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
-    parser.add_argument("table", choices=TABLES, help="table that is asked about")
+    parser.add_argument("table", choices=(*TABLES, SCORES), help="table that is asked about")
     parser.add_argument("--ds", required=True, metavar="DAY", help="day, YYYY-MM-DD")
     parser.add_argument("--wait", type=float, default=0.0, metavar="SECONDS", help="longest wait (default: 0)")
     parser.add_argument("--every", type=float, default=5.0, metavar="SECONDS", help="between two looks (default: 5)")

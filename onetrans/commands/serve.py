@@ -76,8 +76,16 @@ def serve(address: str, settings: Settings) -> None:
         )
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if listener.family == socket.AF_INET6 else host
-        print(f"http://{shown}:{port}", flush=True)
-        uvicorn.Server(config).run(sockets=[listener])
+
+        class Server(uvicorn.Server):
+            """Says where it listens once it does."""
+
+            async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+                await super().startup(sockets)
+                if self.started:
+                    print(f"http://{shown}:{port}", flush=True)
+
+        Server(config).run(sockets=[listener])
     finally:
         listener.close()
 

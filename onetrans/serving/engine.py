@@ -182,9 +182,9 @@ class OneTransInferenceEngine:
 
     def known(self, user: str | None, digest: bytes, ts: Any) -> UserState | None:
         """Return what is kept of a user if it was computed from the text with this digest, and lies before ``ts``."""
-        if user is None or not reusable(self.config) or type(ts) is not int:
+        if user is None or not isinstance(self.model, OneTrans) or type(ts) is not int:
             return None
-        kept = self.cache.get(user)
+        kept = self.cache.get(user)  # nothing is ever put there if it cannot be used again
         return kept if kept is not None and kept.digest == digest and kept.latest_us < ts else None
 
     @torch.inference_mode()

@@ -118,7 +118,16 @@ def test_both_models_train_side_by_side():
     tasks = by_id(ranking_model)
     assert tasks["train_onetrans"].upstream_task_ids == tasks["train_dcnv2_din"].upstream_task_ids == {"plan"}
     assert tasks["evaluate"].upstream_task_ids == {"train_onetrans", "train_dcnv2_din"}
-    assert list(tasks) == ["wait_for_day", "plan", "train_onetrans", "train_dcnv2_din", "evaluate", "gate", "promote"]
+    assert list(tasks) == [
+        "wait_for_day",
+        "plan",
+        "train_onetrans",
+        "train_dcnv2_din",
+        "evaluate",
+        "gate",
+        "promote",
+        "score_candidates",
+    ]
 
 
 def test_the_form_offers_what_the_settings_accept():

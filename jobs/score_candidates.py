@@ -1,0 +1,315 @@
+"""Table ``candidate_scores``: what the champion expects of each user's candidates once a day is over.
+
+Reads the day's published features and the tails of behaviours at its end, puts them together as the rows of
+``training_requests`` are (:func:`jobs.training_requests.training_requests`), with one request per user at the first
+instant after the day, and scores these on the executors, Arrow batch by Arrow batch.  A worker process loads the model
+once.
+
+Users are scored in ``scoring.parts`` parts, each finished by a file of its own.  Run again after a failure, the job
+goes on with the parts that are missing, as long as the champion, what was read and the candidates are the same; a day
+that is finished is left as it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from pyspark import Broadcast
+from pyspark.sql import DataFrame
+from pyspark.sql import functions as F
+
+from jobs.contract import context_columns
+from jobs.impressions import from_clock
+from jobs.runner import Opened, add_days, audit_and_publish, chosen_days, guarded, present, telling
+from jobs.training_requests import training_requests
+from jobs.workspace import Workspace, count_rows, write
+from onetrans import storage
+from onetrans.artifact import load_model
+from onetrans.days import day_bounds
+from onetrans.errors import BadConfigError, BadDataError, NotReadyError
+from onetrans.lake import SCORES, Staged
+from onetrans.loader import batch_of
+from onetrans.models import RankingModel
+from onetrans.process import Parser
+from onetrans.schema import CONTEXT_FROM_CLOCK, FeatureSchema
+from onetrans.serving.source import ModelSource, resolve
+
+TABLE = SCORES
+POPULAR = "popular"
+"""Value of ``scoring.candidates`` for the items shown most."""
+
+COLUMNS = "user_id string, item_id string, rank int, ctr double, cvr double, ctcvr double, model_version string"
+
+_CANDIDATES_AT_ONCE = 4096
+
+logger = logging.getLogger(__name__)
+
+
+# Candidates
+
+
+def candidates_of(work: Workspace, ds: date) -> DataFrame:
+    """Return the pairs of user and item to score, each once, with the context columns that were given.
+
+    Raises:
+        NotReadyError: if the day's folder of candidates is not there.
+        BadDataError: if a column is missing or a key is empty.
+    """
+    place = work.settings.scoring.candidates
+    if place == POPULAR:
+        return _popular(work, ds)
+    folder = storage.join(storage.resolve(place), f"ds={ds}")
+    files = storage.list_files(folder, ".parquet")
+    if not files:
+        raise NotReadyError(f"there are no candidates to score for {ds}: {folder} holds no .parquet file")
+    given = work.spark.read.parquet(*files)
+    for name in ("user_id", "item_id"):
+        if name not in given.columns:
+            raise BadDataError(f"{folder} has no column {name}; it has {', '.join(given.columns)}")
+    context = [name for name in context_columns(work.schema) if name in given.columns]
+    keys = [F.col(name).cast("string").alias(name) for name in ("user_id", "item_id")]
+    pairs = given.select(*keys, *context).dropDuplicates(["user_id", "item_id"])
+    empty = pairs.where("user_id is null or item_id is null or user_id = '' or item_id = ''").count()
+    if empty:
+        raise BadDataError(f"{folder}: {empty:,} rows have no user_id or item_id")
+    return pairs
+
+
+def _popular(work: Workspace, ds: date) -> DataFrame:
+    """Return, for each user with a request on the day, the items shown most in the longest window before it."""
+    window = max(work.schema.aggregates.windows)
+    items = (
+        work.read("item_features", [ds])
+        .orderBy(F.desc_nulls_last(f"item_impressions_{window}d"), "item_id")
+        .limit(work.settings.scoring.popular_items)
+        .select("item_id")
+    )
+    users = work.read("impressions", [ds]).select("user_id").distinct()
+    return users.crossJoin(F.broadcast(items))
+
+
+def requests_of(work: Workspace, ds: date, pairs: DataFrame) -> DataFrame:
+    """Return one request per user with its candidates, as at the first instant after the day."""
+    after = day_bounds(ds, work.schema.timezone)[1]
+    asked = pairs.withColumns(
+        {
+            "request_id": F.col("user_id"),
+            "ts": F.lit(after),
+            "position": F.lit(None).cast("int"),
+            "click": F.lit(0),
+            "conversion": F.lit(0),
+        }
+    )
+    for name, kind in context_columns(work.schema).items():
+        if name in CONTEXT_FROM_CLOCK:
+            asked = asked.withColumn(name, from_clock(name, work.schema))
+        elif name not in asked.columns:
+            stored = {"hashed": "string", "bucketized": "double", "vector": "array<float>"}[kind]
+            asked = asked.withColumn(name, F.lit(None).cast(stored))
+    return training_requests(
+        asked,
+        work.read("user_features", [ds]),
+        work.read("item_features", [ds]),
+        work.read("behavior_sequences", [ds]) if work.schema.sequences else None,
+        work.read("behaviors", [ds]).where(F.lit(False)),
+        work.schema,
+    )
+
+
+# Scoring
+
+
+def score_with(
+    model: Broadcast[dict[str, bytes]], digest: str, version: str
+) -> Callable[[Iterable[pa.RecordBatch]], Iterable[pa.RecordBatch]]:
+    """Return the function that Spark's ``mapInArrow`` calls in its workers."""
+
+    def scored(batches: Iterable[pa.RecordBatch]) -> Iterable[pa.RecordBatch]:
+        loaded, schema = _loaded(digest, model)
+        for batch in batches:
+            for rows in _slices(batch):
+                yield score_rows(loaded, schema, rows, version)
+
+    return scored
+
+
+def score_rows(model: RankingModel, schema: FeatureSchema, rows: pa.RecordBatch, version: str) -> pa.RecordBatch:
+    """Return a row per candidate: keys, its rank by CTCVR among the user's, scores and the model's version.
+
+    Raises:
+        BadDataError: if a score is not finite.
+    """
+    batch = batch_of(rows, schema, model.config.max_seq_len)
+    with torch.inference_mode():
+        logits = model(batch)
+    ctr_N = torch.sigmoid(logits.ctr_logit_N.double()).numpy()
+    cvr_N = torch.sigmoid(logits.cvr_logit_N.double()).numpy()
+    ctcvr_N = ctr_N * cvr_N
+    owner_N = batch.candidate_request_N.numpy()
+    candidates = rows.column("candidates")
+    items = candidates.flatten().field("item_id")
+    if not np.isfinite(ctcvr_N).all():
+        user = rows.column("user_id")[int(owner_N[np.argmin(np.isfinite(ctcvr_N))])]
+        raise BadDataError(f"model version {version} gave a score that is not finite, for example to user {user}")
+    order = np.lexsort((-ctcvr_N, owner_N))
+    rank_N = np.empty(order.shape[0], dtype=np.int32)
+    rank_N[order] = np.arange(order.shape[0]) - batch.candidate_offsets_O.numpy()[owner_N[order]] + 1
+    return pa.RecordBatch.from_pydict(
+        {
+            "user_id": rows.column("user_id").take(pa.array(owner_N)),
+            "item_id": items,
+            "rank": rank_N,
+            "ctr": ctr_N,
+            "cvr": cvr_N,
+            "ctcvr": ctcvr_N,
+            "model_version": pa.array([version] * order.shape[0]),
+        }
+    )
+
+
+def _slices(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
+    """Cut a batch of requests so that a forward pass has a bounded number of candidates."""
+    mean = max(len(batch.column("candidates").flatten()) / max(batch.num_rows, 1), 1)
+    rows = max(int(_CANDIDATES_AT_ONCE / mean), 1)
+    for start in range(0, batch.num_rows, rows):
+        yield batch.slice(start, rows)
+
+
+_models: dict[str, tuple[RankingModel, FeatureSchema]] = {}
+
+
+def _loaded(digest: str, files: Broadcast[dict[str, bytes]]) -> tuple[RankingModel, FeatureSchema]:
+    """Return the model of this worker process, loaded when it is first asked for."""
+    if digest not in _models:
+        torch.set_num_threads(1)  # Spark runs a worker per core
+        with tempfile.TemporaryDirectory(prefix="onetrans-worker-") as scratch:
+            for name, content in files.value.items():
+                (Path(scratch) / name).write_bytes(content)
+            model, schema, _ = load_model(scratch)
+        _models.clear()
+        _models[digest] = (model, schema)
+    return _models[digest]
+
+
+# The day
+
+
+def build(work: Workspace, ds: date) -> Staged:
+    """Score one day and stage the scores.
+
+    Raises:
+        NotReadyError: if there is no champion, no candidates, or a table is not published.
+        BadConfigError: if the champion reads other features than the log has.
+    """
+    source = resolve(f"models:/{work.settings.mlflow.registered_model}@champion", work.settings.mlflow)
+    files = _model_files(source)
+    fingerprint = json.loads(files["model.json"])["schema_fingerprint"]
+    if fingerprint != work.schema.fingerprint:
+        raise BadConfigError(
+            f"the champion, version {source.version}, reads feature schema {fingerprint}; the log has "
+            f"{work.schema.fingerprint} now. Train and promote a model on it first"
+        )
+    tables = ("impressions", "behaviors", "user_features", "item_features")
+    reads = dict.fromkeys((*tables, "behavior_sequences") if work.schema.sequences else tables, (ds, ds))
+    inputs = {table: snapshot for table in reads if (snapshot := work.lake.snapshot_id(table)) is not None}
+    key = _key(work, ds, source, inputs)
+    path = storage.join(work.lake.warehouse, "data", TABLE, f"ds={ds}", key)
+    finished = work.lake.built(path)
+    if finished is not None and work.lake.staged(TABLE, ds).path == path:
+        logger.info("%s %s: scored before by version %s, %s rows", TABLE, ds, source.version, f"{finished.rows:,}")
+        return finished
+    requests = requests_of(work, ds, candidates_of(work, ds))
+    digest = hashlib.sha256(files["model.json"]).hexdigest()
+    scored = score_with(work.spark.sparkContext.broadcast(files), digest, source.version)
+    parts, rows, began, done = work.settings.scoring.parts, 0, time.monotonic(), 0
+    for part in range(parts):
+        mark = storage.join(path, f"_part-{part}-of-{parts}.json")
+        if not storage.exists(mark):
+            mine = requests.where(F.pmod(F.xxhash64("user_id"), F.lit(parts)) == part)
+            scores = mine.mapInArrow(scored, COLUMNS).withColumn("ds", F.lit(ds))
+            folder = storage.join(path, f"part-{part}-of-{parts}")
+            for left in storage.list_files(folder, ".parquet"):  # of an attempt that did not end
+                storage.delete_file(left)
+            write(scores.select("ds", *(c for c in scores.columns if c != "ds")), folder)
+            found = count_rows(folder)
+            if not found:  # a file without rows has no day in its footer, and cannot be published
+                for empty in storage.list_files(folder, ".parquet"):
+                    storage.delete_file(empty)
+            storage.write_json(mark, {"rows": found})
+            done += storage.read_json(mark)["rows"]
+        rows += storage.read_json(mark)["rows"]
+        logger.info("%s %s: part %d of %d, %s rows so far", TABLE, ds, part + 1, parts, f"{rows:,}")
+    if not rows:
+        raise BadDataError(f"{TABLE} {ds}: there was nothing to score")
+    seconds = time.monotonic() - began
+    logger.info(
+        "%s %s: %s rows by version %s; %s scored in %.1f s, %.0f per second and core",
+        TABLE, ds, f"{rows:,}", source.version, f"{done:,}", seconds,
+        done / seconds / work.spark.sparkContext.defaultParallelism,
+    )  # fmt: skip
+    return work.lake.mark_staged(Staged(TABLE, ds, path, rows, 0, inputs, reads))
+
+
+def _key(work: Workspace, ds: date, source: ModelSource, inputs: dict[str, int]) -> str:
+    """Return what the scores rest on, as the name of their folder."""
+    scoring = work.settings.scoring
+    candidates: object = (scoring.candidates, scoring.popular_items)
+    if scoring.candidates != POPULAR:
+        folder = storage.join(storage.resolve(scoring.candidates), f"ds={ds}")
+        candidates = [(file, len(storage.read_bytes(file))) for file in storage.list_files(folder, ".parquet")]
+    rests = json.dumps([source.version, source.folder, inputs, candidates, scoring.parts])
+    return hashlib.sha256(rests.encode()).hexdigest()[:16]
+
+
+def _model_files(source: ModelSource) -> dict[str, bytes]:
+    header = storage.read_bytes(storage.join(source.folder, "model.json"))
+    weights = json.loads(header)["weights"]["file"]
+    return {"model.json": header, weights: storage.read_bytes(storage.join(source.folder, weights))}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Score one day or a range; without ``scoring.candidates``, or before the first champion, do nothing."""
+    parser = Parser(
+        prog=f"python -m jobs.{Path(__file__).stem}",
+        description="Score each user's candidates with the champion.",
+        epilog="exit codes: 0 done, 65 bad data, 75 not ready yet, 78 bad configuration, 1 anything else",
+    )
+    add_days(parser)
+    parser.add_argument("--publish", action="store_true", help="audit and publish each day once it is scored")
+
+    def run() -> None:
+        from onetrans.registry import CHAMPION, Registry
+        from onetrans.settings import load_settings
+
+        arguments = parser.parse_args(argv)
+        days = chosen_days(arguments)
+        settings = load_settings()
+        if not settings.scoring.candidates:
+            print("nothing is scored: scoring.candidates is not set")
+            return
+        if Registry(settings.mlflow).by_alias(CHAMPION) is None:
+            print(f"nothing is scored: {settings.mlflow.registered_model} has no champion yet")
+            return
+        with telling(TABLE), Opened() as work:
+            for ds in present(work, days):
+                with telling(f"{TABLE} {ds}"):
+                    staged = build(work, ds)
+                if arguments.publish:
+                    audit_and_publish(work, TABLE, ds)
+                print(f"{TABLE} {ds}: {staged.rows:,} rows")
+
+    return guarded(run)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

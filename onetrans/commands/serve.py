@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Serve until SIGTERM or Ctrl-C; what was accepted by then is still answered."""
+    """Serve until SIGTERM or Ctrl-C, by which the process ends once what was accepted is answered."""
     settings = chosen(load_settings(), arguments)
     serve(arguments.model or f"models:/{settings.mlflow.registered_model}@champion", settings)
     return 0

@@ -2,19 +2,27 @@
 
 import copy
 import json
+import os
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from served import SCHEMA, rows_of, running, save, serve_folder, settings_of
 
-from onetrans.errors import BadConfigError, BadDataError
+from onetrans.errors import EXIT_BAD_CONFIG, EXIT_NOT_READY, BadConfigError, BadDataError
 from onetrans.requests import from_rows, score
 from onetrans.serving import OneTransInferenceEngine
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -407,3 +415,35 @@ def test_one_bad_call_of_a_batch_fails_alone(folder, requests):
         bad.join()
         assert [answer.status_code for answer in good] == [200] * 3
         assert found[0].status_code == 422
+
+
+def test_the_command_serves_until_it_is_told_to_end(folder, requests, tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "ONETRANS_SERVING_DEADLINE_MS": "20000"}
+    command = [sys.executable, "-m", "onetrans.cli", "serve"]
+
+    def refused(*arguments):
+        done = subprocess.run(
+            [*command, *arguments], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        return done.returncode, done.stderr.splitlines()[-1]
+
+    service = subprocess.Popen(
+        [*command, "--model", str(folder), "--port", "0"],
+        env=environment,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        address = service.stdout.readline().strip()
+        assert httpx.post(f"{address}/v1/rank", json=requests[0], timeout=60).status_code == 200
+        port = address.rsplit(":", 1)[1]
+        code, told = refused("--model", str(folder), "--port", port)
+        assert code == EXIT_BAD_CONFIG
+        assert f"serving.port = {port}: cannot listen there" in told
+    finally:
+        service.terminate()
+    assert service.wait(timeout=60) == -signal.SIGTERM, "it ends by the signal it was sent, as a supervisor expects"
+    code, told = refused("--port", "0")
+    assert code == EXIT_NOT_READY
+    assert "no day was promoted" in told

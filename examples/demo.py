@@ -34,7 +34,7 @@ DAGS = ("feature_tables", "ranking_model")
 _LOOK_EVERY_S = 1.5
 _LOG_LINES = 30
 _TUNED_ON_KUAIRAND: dict[str, Any] = {"batch_size": 512, "dense_lr": 0.001}
-"""Best for both models on 3 May, the day before those shown (benchmarks/results/accuracy.md)."""
+"""Tuned on 3 May, the day before those shown (benchmarks/results/accuracy.md)."""
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,8 @@ class Optimizers:
                 {"params": matrices, "weight_decay": config.weight_decay},
                 {"params": vectors, "weight_decay": 0.0},
             ]
-            self.dense = torch.optim.AdamW(groups, lr=config.dense_lr)
+            # One pass over all weights; the default form makes about ten for each tensor.
+            self.dense = torch.optim.AdamW(groups, lr=config.dense_lr, fused=True)
 
     def zero_grad(self) -> None:
         """Forget all gradients."""
@@ -150,6 +151,9 @@ class Optimizers:
             )
         self.steps = state["steps"]
         self.dense.load_state_dict(state["dense"])
+        if self.config.dense == "adamw":
+            for group in self.dense.param_groups:
+                group["fused"] = True
         self.embedding.load_state_dict(state["embedding"])
         for group in self.embedding.param_groups:
             group["lr"] = self.config.embedding_lr

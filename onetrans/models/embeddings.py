@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from onetrans.models.rowwise import lookup, written_out
 from onetrans.schema import FeatureSchema, Side
 
-SPARSE_FROM_NUMBERS = 1 << 21
+SPARSE_FROM_NUMBERS = 1 << 20
 """Tables of at least so many numbers get sparse gradients.  Below, passing over the table is cheaper than sorting the
 rows that were looked up; Adagrad treats both alike, since a zero gradient moves nothing."""
 

@@ -33,7 +33,7 @@ from onetrans.models.config import OneTransConfig
 from onetrans.models.ragged import Groups, Layout, bands, latest_events
 from onetrans.models.ranking import Heads, RankingModel, Scores
 from onetrans.models.relative_bias import Distances, RelativeBias
-from onetrans.models.rowwise import feed_forward, written_out
+from onetrans.models.rowwise import feed_forward, join_to_slots, written_out
 from onetrans.models.rowwise import rms_norm as scaled_rows
 from onetrans.models.tokenizer import NORM_EPS, AutoSplit, GroupWise, SequenceTokenizer
 from onetrans.schema import FeatureSchema
@@ -55,6 +55,7 @@ class MixedLinear(nn.Module):
         super().__init__()
         own = config.ns_parameters == "own"
         std = gain * in_dim**-0.5
+        self.width = out_dim
         self.weight_s = nn.Parameter(torch.randn(out_dim, in_dim) * std) if for_s or not own else None
         self.weight_ns = nn.Parameter(torch.randn(config.num_ns_tokens, in_dim, out_dim) * std) if own else None
 
@@ -62,6 +63,12 @@ class MixedLinear(nn.Module):
         """Map S-tokens (T, in) to (T, out)."""
         assert self.weight_s is not None, "this block has no S-queries"
         return F.linear(x_TI, self.weight_s)
+
+    def s_halves(self, x_TI: Tensor) -> tuple[Tensor, Tensor]:
+        """Map S-tokens (T, in) to the two halves of (T, out), each in a piece of its own."""
+        assert self.weight_s is not None, "S-tokens have keys and values in every block"
+        first, second = self.weight_s.chunk(2)
+        return F.linear(x_TI, first), F.linear(x_TI, second)
 
     def ns(self, x_PNI: Tensor) -> Tensor:
         """Map NS-tokens (P, N, in) to (P, N, out)."""
@@ -72,10 +79,10 @@ class MixedLinear(nn.Module):
 
 
 class BlockCache(NamedTuple):
-    """What stage II needs of one block's S-tokens: keys (rotated) and values, right-aligned."""
+    """What stage II needs of one block's S-tokens: keys (rotated) and values, packed."""
 
-    k_RLHD: Tensor
-    v_RLHD: Tensor
+    k_THD: Tensor
+    v_THD: Tensor
 
 
 @dataclass(frozen=True)
@@ -112,6 +119,10 @@ class BandKeys(NamedTuple):
     """Keys and values of the S-tokens."""
     mask: Tensor
     """Which of them, and of the NS-tokens, each NS-token sees, with a learned bias if there is one."""
+    row_K: Tensor
+    """Which token stands in each slot of the groups' keys: S-tokens (T) are counted first, then NS-tokens (P, N)."""
+    slot_X: Tensor | None
+    """Slot of each of these; None where the S-tokens of a request stand in several groups."""
 
 
 class Block(nn.Module):
@@ -143,20 +154,17 @@ class Block(nn.Module):
             q_XHD = rms_norm(q_XHD, self.norm_query)
         return rotation(q_XHD) if rotation is not None else q_XHD
 
-    def _keys_values(self, kv_X2M: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
-        k_XM, v_XM = kv_X2M.chunk(2, dim=-1)
+    def _keys(self, k_XM: Tensor, rotation: Rotation | None) -> Tensor:
         k_XHD = k_XM.unflatten(-1, (self.kv_heads, self.head_dim))
         if self.norm_key is not None:
             k_XHD = rms_norm(k_XHD, self.norm_key)
-        return (rotation(k_XHD) if rotation is not None else k_XHD), v_XM
+        return rotation(k_XHD) if rotation is not None else k_XHD
 
-    def encode_keys(self, x_TM: Tensor, layout: Layout, rotation: Rotation | None) -> tuple[Tensor, BlockCache]:
+    def encode_keys(self, x_TM: Tensor, rotation: Rotation | None) -> tuple[Tensor, BlockCache]:
         """Return the normalised S-tokens (T, M), and keys and values of all of them."""
         normed_TM = rms_norm(x_TM, self.norm_attention)
-        k_THD, v_TM = self._keys_values(self.key_value.s(normed_TM), rotation)
-        k_RLHD = layout.pad(k_THD.flatten(1)).unflatten(-1, (self.kv_heads, self.head_dim))
-        v_RLHD = layout.pad(v_TM).unflatten(-1, (self.kv_heads, self.head_dim))
-        return normed_TM, BlockCache(k_RLHD, v_RLHD)
+        k_TM, v_TM = self.key_value.s_halves(normed_TM)
+        return normed_TM, BlockCache(self._keys(k_TM, rotation), v_TM.unflatten(-1, (self.kv_heads, self.head_dim)))
 
     def encode_s(
         self,
@@ -164,13 +172,17 @@ class Block(nn.Module):
         normed_QM: Tensor,
         cache: BlockCache,
         layout: Layout,
+        keys: Layout,
         mask: Tensor,
         rotation: Rotation | None,
     ) -> Tensor:
-        """Return the outputs of the packed S-tokens that issue queries, laid out by ``layout``."""
+        """Return the outputs of the packed S-tokens that issue queries; ``layout`` is theirs, ``keys`` that of all."""
         q_QHD = self._queries(self.query.s(normed_QM), rotation)
-        q_RQHD = layout.pad(q_QHD.flatten(1)).unflatten(-1, (self.heads, self.head_dim))
-        attended_QM = layout.unpad(attend(q_RQHD, cache.k_RLHD, cache.v_RLHD, mask))
+        q_RQHD, k_RLHD, v_RLHD = (
+            laid.pad(x_XHD.flatten(1)).unflatten(-1, x_XHD.shape[1:])
+            for laid, x_XHD in ((layout, q_QHD), (keys, cache.k_THD), (keys, cache.v_THD))
+        )
+        attended_QM = layout.unpad(attend(q_RQHD, k_RLHD, v_RLHD, mask))
         return self._finish_s(x_QM, normed_QM, attended_QM)
 
     def _finish_s(self, x_QM: Tensor, normed_QM: Tensor, attended_QM: Tensor) -> Tensor:
@@ -186,8 +198,8 @@ class Block(nn.Module):
         """Return the outputs (P, N, M) of every candidate's NS-tokens."""
         normed_PNM = rms_norm(x_PNM, self.norm_attention)
         q_PNM = self._queries(self.query.ns(normed_PNM), rotation).flatten(2)
-        k_PNHD, v_PNM = self._keys_values(self.key_value.ns(normed_PNM), rotation)
-        k_PNM = k_PNHD.flatten(2)
+        k_PNM, v_PNM = self.key_value.ns(normed_PNM).chunk(2, dim=-1)
+        k_PNM = self._keys(k_PNM, rotation).flatten(2)
         counts = [band.candidates for band in bands]
         q_of, k_of, v_of = (x_PNF.split(counts, dim=1) for x_PNF in (q_PNM, k_PNM, v_PNM))
         attended = [self._attend_ns(*part) for part in zip(q_of, k_of, v_of, bands, keys, strict=True)]
@@ -207,7 +219,7 @@ class Block(nn.Module):
         into, out = (linear.weight_ns if own else linear.weight_s for linear in (self.ffn_in, self.ffn_out))
         assert into is not None
         assert out is not None
-        if not written_out(z, into):
+        if not written_out(z, into) or self.ffn_in.width > WIDE:
             inner = self.ffn_in.ns if for_ns else self.ffn_in.s
             outer = self.ffn_out.ns if for_ns else self.ffn_out.s
             return outer(F.gelu(inner(rms_norm(z, self.norm_ffn))))
@@ -218,16 +230,20 @@ class Block(nn.Module):
 
     def _attend_ns(self, q_PNM: Tensor, k_PNM: Tensor, v_PNM: Tensor, band: Band, of_s: BandKeys) -> Tensor:
         """Return what the NS-tokens of one band's candidates read: (N, P * M)."""
-        groups, cache = band.groups, of_s.cache
-        k_GLHD = torch.cat((groups.of_request(cache.k_RLHD), self._group(k_PNM, groups, self.kv_heads)), dim=1)
-        v_GLHD = torch.cat((groups.of_request(cache.v_RLHD), self._group(v_PNM, groups, self.kv_heads)), dim=1)
-        attended_GWM = attend(self._group(q_PNM, groups, self.heads), k_GLHD, v_GLHD, of_s.mask)
-        return groups.unpad(attended_GWM.reshape(groups.count, groups.size, q_PNM.shape[0] * q_PNM.shape[2]))
-
-    def _group(self, x_PNM: Tensor, groups: Groups, heads: int) -> Tensor:
-        """Put the NS-tokens of each group's candidates side by side: (G, W, H, D)."""
-        x_GCF = groups.pad(x_PNM.transpose(0, 1).flatten(1))
-        return x_GCF.reshape(groups.count, groups.size * x_PNM.shape[0], heads, self.head_dim)
+        groups, (positions, candidates, width) = band.groups, q_PNM.shape
+        if not candidates:
+            return q_PNM.new_zeros(0, positions * width)
+        # The NS-tokens of a group's candidates stand side by side.
+        q_GCF = groups.pad(q_PNM.transpose(0, 1).flatten(1))
+        q_GWHD = q_GCF.reshape(groups.count, groups.size * positions, self.heads, self.head_dim)
+        k_GLHD, v_GLHD = (
+            join_to_slots(of_s_THD.flatten(1), of_ns_PNM.flatten(0, 1), of_s.row_K, of_s.slot_X).view(
+                groups.count, -1, self.kv_heads, self.head_dim
+            )
+            for of_s_THD, of_ns_PNM in zip(of_s.cache, (k_PNM, v_PNM), strict=True)
+        )
+        attended_GWM = attend(q_GWHD, k_GLHD, v_GLHD, of_s.mask)
+        return groups.unpad(attended_GWM.reshape(groups.count, groups.size, positions * width))
 
 
 class OneTrans(RankingModel):
@@ -278,7 +294,7 @@ class OneTrans(RankingModel):
         distances: Distances | None = None  # likewise
         for block, queries in zip(self.blocks, self.schedule, strict=True):
             assert isinstance(block, Block)
-            normed_TM, cache = self._run(block.encode_keys, x_TM, layout, rotation)
+            normed_TM, cache = self._run(block.encode_keys, x_TM, rotation)
             caches.append(cache)
             layouts.append(layout)
             times.append(time_T)
@@ -295,7 +311,7 @@ class OneTrans(RankingModel):
                     distances = Distances.of_sequences(tail, layout, time_T, times[-1])
             if tail.width:
                 biased = mask if block.bias is None or distances is None else mask + block.bias(distances)
-                x_TM = self._run(block.encode_s, x_TM, normed_TM, cache, tail, biased, rotation)
+                x_TM = self._run(block.encode_s, x_TM, normed_TM, cache, tail, layout, biased, rotation)
             layout, mask = tail, (mask if kept is None else None)
         top_RM = self._mean(rms_norm(x_TM, self.norm), layout) if self.schedule[-1] else None
         return RequestState(tuple(caches), tuple(layouts), tuple(times), top_RM)
@@ -371,6 +387,7 @@ class CandidateView:
         self.config, self.band, self.dtype = config, band, dtype
         self.layout: Layout | None = None
         self.mask = torch.empty(0)
+        self.places: tuple[Tensor, Tensor | None] = torch.empty(0), None
         self.distances: Distances | None = None
 
     def keys(self, number: int, block: Block) -> BandKeys:
@@ -380,13 +397,17 @@ class CandidateView:
         if self.layout is not layout:
             self.layout = layout
             self.mask = candidate_mask(layout, groups, positions, self.config.attention, self.dtype)
+            self.places = groups.places_of_keys(layout, positions, self.band.candidates)
             if self.config.relative_bias:
                 time_T = state.times[number]
                 self.distances = Distances.of_candidates(layout, groups, time_T, self.band.time_R, positions)
         if block.bias is None or self.distances is None:
-            return BandKeys(state.blocks[number], self.mask)
-        return BandKeys(state.blocks[number], self.mask + block.bias(self.distances))
+            return BandKeys(state.blocks[number], self.mask, *self.places)
+        return BandKeys(state.blocks[number], self.mask + block.bias(self.distances), *self.places)
 
+
+WIDE = 512
+"""Inner width up to which an FFN in pieces is faster: a wide one's time is in its products, which want all rows."""
 
 BAND_CALLS = {"cpu": 6e6, "cuda": 6e9}
 """What a band's own kernel calls cost, in pairs of query and key times the token width: measured on a CPU; on a GPU,

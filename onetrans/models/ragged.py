@@ -159,6 +159,32 @@ class Groups:
         flat = x_GCF.reshape(self.count * self.size, x_GCF.shape[-1])
         return flat if self.slot_N is None else from_slots(flat, self.slot_N)
 
+    def places_of_keys(self, layout: Layout, positions: int, candidates: int) -> tuple[Tensor, Tensor | None]:
+        """Return where the keys of each group stand: first its request's S-tokens, then its candidates' NS-tokens.
+
+        Tokens are counted S-tokens first, packed, then NS-tokens position after position, each for all candidates.
+        The first tensor is the token in each of the G * (L + C * P) slots, the second the slot of each token; None if
+        there are groups that share a request.
+        """
+        device, tokens = layout.slot_T.device, layout.slot_T.shape[0]
+        if not candidates:
+            return torch.zeros(0, dtype=torch.int64, device=device), None
+        position_P = torch.arange(positions, device=device)
+        in_order = torch.arange(self.count * self.size, device=device)
+        candidate_K = in_order if self.candidate_K is None else self.candidate_K
+        ns_KP = tokens + position_P * candidates + candidate_K.clamp(max=max(candidates - 1, 0))[:, None]
+        token_RL = layout.token_K.view(layout.lengths_R.shape[0], layout.width)
+        token_GL = token_RL if self.request_G is None else token_RL.index_select(0, self.request_G)
+        row_K = torch.cat((token_GL, ns_KP.view(self.count, self.size * positions)), dim=1).flatten()
+        if self.request_G is not None:
+            return row_K, None
+        own = self.size * positions
+        s_T = layout.slot_T + layout.request_T * own
+        slot_N = in_order if self.slot_N is None else self.slot_N
+        group_N = slot_N // self.size
+        ns_N = group_N * (layout.width + own) + layout.width + (slot_N - group_N * self.size) * positions
+        return row_K, torch.cat((s_T, (ns_N + position_P[:, None]).flatten()))
+
     def of_request(self, x_R: Tensor) -> Tensor:
         """Return a request's rows for each group, (G, ...)."""
         return x_R if self.request_G is None else x_R.index_select(0, self.request_G)
@@ -190,6 +216,47 @@ def bands(lengths: Sequence[int], asking: float, call: float) -> list[list[int]]
         divided.append([request for part in parts[start:stop] for request in part])
         start = stop
     return divided
+
+
+@dataclass(frozen=True)
+class Distinct:
+    """Rows that occur several times, once each."""
+
+    row_U: Tensor
+    """One place of each of the U distinct rows."""
+    place_X: Tensor
+    """Distinct row that each row is."""
+
+    @classmethod
+    def of(cls, rows_XF: Tensor) -> Distinct | None:
+        """Return the distinct rows of whole numbers; None where there are not few enough to be worth it.
+
+        Rows are told apart by a number computed from them, and compared number by number afterwards.
+        """
+        if rows_XF.shape[0] < _WORTH_COMPARING:
+            return None
+        factors = torch.tensor([_MIX**power % 2**63 for power in range(1, rows_XF.shape[1] + 1)], device=rows_XF.device)
+        mixed_X = (rows_XF * factors).sum(1)
+        _, place_X = torch.unique(mixed_X, return_inverse=True)
+        number_X = torch.arange(place_X.shape[0], device=place_X.device)
+        distinct = int(place_X.max()) + 1
+        if distinct > _FEW * place_X.shape[0]:
+            return None
+        # Whichever of the equal rows is written last stands for all of them.
+        row_U = number_X.new_empty(distinct).index_copy_(0, place_X, number_X)
+        if not torch.equal(rows_XF.index_select(0, row_U).index_select(0, place_X), rows_XF):
+            return None
+        return cls(row_U, place_X)
+
+
+_MIX = 0x9E3779B97F4A7C15
+"""An odd number near 2**64 over the golden ratio: its powers spread rows over all 64-bit numbers."""
+
+_WORTH_COMPARING = 1024
+"""Rows below which finding out costs more than it can save."""
+
+_FEW = 0.7
+"""Share of distinct rows up to which computing each once pays (measured on a CPU)."""
 
 
 def latest_events(batch: RequestBatch, limit: int) -> RequestBatch:

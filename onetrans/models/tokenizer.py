@@ -17,7 +17,7 @@ from onetrans.batch import RequestBatch
 from onetrans.errors import BadConfigError
 from onetrans.models.config import OneTransConfig
 from onetrans.models.embeddings import Embeddings
-from onetrans.models.ragged import Layout
+from onetrans.models.ragged import Distinct, Layout
 from onetrans.models.ranking import RequestCandidateLinear
 from onetrans.models.rowwise import reorder, rms_norm
 from onetrans.schema import FeatureSchema, Side
@@ -169,17 +169,27 @@ class SequenceTokenizer(nn.Module):
         return tokens
 
     def _by_sequence(self, embeddings: Embeddings, batch: RequestBatch) -> Tensor:
-        """Return each event's token; events are taken sequence by sequence, so that each MLP has its own in a row."""
-        of_sequence = [(batch.event_sequence_E == s).nonzero().squeeze(1) for s in range(len(self.mlps))]
+        """Return each event's token.
+
+        It depends on the event's features and sequence alone, so events that are equal in these are computed once.
+        They are taken sequence by sequence, so that each MLP has its own in a row.
+        """
+        event_EV, sequence_E = batch.event_EV, batch.event_sequence_E
+        distinct = Distinct.of(torch.cat((event_EV, sequence_E[:, None]), dim=1)) if event_EV.is_cpu else None
+        if distinct is not None:
+            event_EV, sequence_E = event_EV.index_select(0, distinct.row_U), sequence_E.index_select(0, distinct.row_U)
+        of_sequence = [(sequence_E == s).nonzero().squeeze(1) for s in range(len(self.mlps))]
         order_E = torch.cat(of_sequence)
         count_E = torch.arange(order_E.shape[0], device=order_E.device)
         inverse_E = torch.empty_like(order_E).index_copy_(0, order_E, count_E)
-        event_EQ = embeddings("event", batch.event_EV.index_select(0, order_E))
+        event_EQ = embeddings("event", event_EV.index_select(0, order_E))
         parts = event_EQ.split([mine.shape[0] for mine in of_sequence])
         tokens = [
             rms_norm(mlp(part_EQ).to(event_EQ.dtype), self.norm.weight, NORM_EPS) + type_D
             for mlp, part_EQ, type_D in zip(self.mlps, parts, self.type_SD, strict=True)
         ]
+        if distinct is not None:
+            return torch.cat(tokens).index_select(0, inverse_E.index_select(0, distinct.place_X))
         return reorder(torch.cat(tokens), order_X=inverse_E, inverse_X=order_E)
 
     def _by_intent(self, tokens: SequenceTokens, batch: RequestBatch) -> SequenceTokens:

@@ -115,12 +115,11 @@ def split(state: RequestState, events_EW: Tensor, event_offsets_O: Tensor) -> li
         keys, values = [], []
         times: list[Tensor] = []
         for number, (block, layout) in enumerate(zip(state.blocks, state.layouts, strict=True)):
-            length, width = lengths[number][request], layout.width
-            keys.append(block.k_RLHD[request, width - length :].clone())
-            values.append(block.v_RLHD[request, width - length :].clone())
-            start = starts[number][request]
+            own = slice(starts[number][request], starts[number][request] + lengths[number][request])
+            keys.append(block.k_THD[own].clone())
+            values.append(block.v_THD[own].clone())
             same = number and layout is state.layouts[number - 1]
-            times.append(times[-1] if same else state.times[number][start : start + length].clone())
+            times.append(times[-1] if same else state.times[number][own].clone())
         users.append(
             UserState(
                 events_EW[offsets[request] : offsets[request + 1]].clone(),
@@ -145,7 +144,7 @@ def join(users: Sequence[UserState]) -> RequestState:
         device = keys[0].device
         same = bool(layouts) and layouts[-1].lengths_R.tolist() == lengths
         layouts.append(layouts[-1] if same else Layout.of(torch.tensor(lengths, device=device)))
-        blocks.append(BlockCache(_rectangle(keys, layouts[-1].width), _rectangle(values, layouts[-1].width)))
+        blocks.append(BlockCache(torch.cat(keys), torch.cat(values)))
         times.append(times[-1] if same else torch.cat([user.times_L[number] for user in users]))
     tops = [user.top_M for user in users if user.top_M is not None]
     return RequestState(tuple(blocks), tuple(layouts), tuple(times), torch.stack(tops) if tops else None)
@@ -173,14 +172,13 @@ def extend(model: OneTrans, kept: Sequence[UserState], batch: RequestBatch, even
     layout: Layout | None = None
     for number, (module, queries) in enumerate(zip(model.blocks, model.schedule, strict=True)):
         assert isinstance(module, Block)
-        normed_TM, of_new = module.encode_keys(x_TM, appended, rotation)
-        width = appended.width
-        for request, (user, count) in enumerate(zip(kept, appended.lengths_R.tolist(), strict=True)):
-            past = max(min(user.keys_LHD[number].shape[0], visible - count), 0)
+        normed_TM, of_new = module.encode_keys(x_TM, rotation)
+        fresh = zip(*(of_all.split(appended.lengths_R.tolist()) for of_all in of_new), strict=True)
+        for request, (user, (k_AHD, v_AHD)) in enumerate(zip(kept, fresh, strict=True)):
+            past = max(min(user.keys_LHD[number].shape[0], visible - k_AHD.shape[0]), 0)
             old = slice(user.keys_LHD[number].shape[0] - past, None)
-            fresh = slice(width - count, width)
-            keys[request].append(torch.cat((user.keys_LHD[number][old], of_new.k_RLHD[request, fresh])))
-            values[request].append(torch.cat((user.values_LHD[number][old], of_new.v_RLHD[request, fresh])))
+            keys[request].append(torch.cat((user.keys_LHD[number][old], k_AHD)))
+            values[request].append(torch.cat((user.values_LHD[number][old], v_AHD)))
             unchanged = number and keys[request][-2].shape[0] == keys[request][-1].shape[0]
             times[request].append(
                 times[request][-1] if unchanged else torch.cat((user.times_L[number][old], time_R[request]))
@@ -195,10 +193,8 @@ def extend(model: OneTrans, kept: Sequence[UserState], batch: RequestBatch, even
         if module.bias is not None:
             seen = torch.cat([of_request[-1] for of_request in times])
             biased = mask + module.bias(Distances.of_sequences(appended, layout, time_T, seen))
-        rectangle = BlockCache(
-            _rectangle([k[-1] for k in keys], layout.width), _rectangle([v[-1] for v in values], layout.width)
-        )
-        x_TM = module.encode_s(x_TM, normed_TM, rectangle, appended, biased, rotation)
+        seen_keys = BlockCache(torch.cat([k[-1] for k in keys]), torch.cat([v[-1] for v in values]))
+        x_TM = module.encode_s(x_TM, normed_TM, seen_keys, appended, layout, biased, rotation)
         visible = queries
     offsets = batch.event_offsets_O.tolist()
     return [
@@ -218,16 +214,6 @@ def _events_of(batch: RequestBatch, row_T: Tensor, lengths_R: Tensor) -> Request
         event_time_E=batch.event_time_E[row_T],
         event_offsets_O=offsets_O,
     )
-
-
-def _rectangle(parts: Sequence[Tensor], width: int) -> Tensor:
-    """Return (R, L, H, D), right-aligned, zeros where a request has no token."""
-    if all(part.shape[0] == width for part in parts):
-        return torch.stack(list(parts))
-    whole = parts[0].new_zeros(len(parts), width, *parts[0].shape[1:])
-    for request, part in enumerate(parts):
-        whole[request, width - part.shape[0] :] = part
-    return whole
 
 
 def _starts(lengths: Sequence[int]) -> list[int]:

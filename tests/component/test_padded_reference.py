@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from onetrans.models import OneTransConfig, build_model, onetrans
+from onetrans.models import OneTransConfig, build_model, onetrans, ragged
 from onetrans.models.compute import Compute
 from tests.batches import model_schema, random_batch, select_requests, shapes, vector_schema
 from tests.padded_onetrans import PaddedOneTrans
@@ -87,6 +87,9 @@ def assert_agrees(model, reference, batch, relative):
 def many_bands(monkeypatch):
     """Batches of a few requests would go through in one band."""
     monkeypatch.setitem(onetrans.BAND_CALLS, "cpu", 100.0)
+    # And few events would not be searched for equal ones.
+    monkeypatch.setattr(ragged, "_WORTH_COMPARING", 1)
+    monkeypatch.setattr(ragged, "_FEW", 1.0)
 
 
 @pytest.mark.parametrize("flags", STEPS)

@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from onetrans.models import DCNv2DINConfig, OneTransConfig, build_model, preset
+from onetrans.models import DCNv2DINConfig, OneTransConfig, build_model, preset, ragged
 from onetrans.models import onetrans as onetrans_module
 from onetrans.models.attention import Rotation
 from onetrans.models.onetrans import MixedLinear
-from onetrans.models.ragged import Groups, Layout, bands, latest_events
+from onetrans.models.ragged import Distinct, Groups, Layout, bands, latest_events
 from onetrans.models.relative_bias import (
     RANK_BUCKETS,
     TIME_BUCKETS,
@@ -129,8 +129,8 @@ def test_s_never_sees_ns(config):
     )  # fmt: skip
     state, same = model.encode_requests(batch), model.encode_requests(swapped)
     for a, b in zip(state.blocks, same.blocks, strict=True):
-        assert torch.equal(a.k_RLHD, b.k_RLHD)
-        assert torch.equal(a.v_RLHD, b.v_RLHD)
+        assert torch.equal(a.k_THD, b.k_THD)
+        assert torch.equal(a.v_THD, b.v_THD)
     no_events = replace(
         batch, event_EV=batch.event_EV[:0], event_sequence_E=batch.event_sequence_E[:0],
         event_time_E=batch.event_time_E[:0], event_offsets_O=torch.zeros(3, dtype=torch.int64),
@@ -149,8 +149,8 @@ def test_later_events_do_not_change_earlier_keys(config):
         request_time_R=batch.request_time_R - 3_600_000_000,
     )  # fmt: skip
     for long, short in zip(model.encode_requests(batch).blocks, model.encode_requests(shorter).blocks, strict=True):
-        torch.testing.assert_close(long.k_RLHD[:, :6], short.k_RLHD, rtol=0, atol=1e-5)
-        torch.testing.assert_close(long.v_RLHD[:, :6], short.v_RLHD, rtol=0, atol=1e-5)
+        torch.testing.assert_close(long.k_THD[:6], short.k_THD, rtol=0, atol=1e-5)
+        torch.testing.assert_close(long.v_THD[:6], short.v_THD, rtol=0, atol=1e-5)
 
 
 def test_causal_s_tokens_do_not_see_later_ones():
@@ -162,8 +162,8 @@ def test_causal_s_tokens_do_not_see_later_ones():
         model.encode_requests(batch).blocks[-1],
         model.encode_requests(replace(batch, event_EV=event_EV)).blocks[-1],
     )
-    torch.testing.assert_close(before.k_RLHD[:, :6], after.k_RLHD[:, :6], rtol=0, atol=1e-6)
-    assert (before.k_RLHD[:, 6:] - after.k_RLHD[:, 6:]).abs().max() > 1e-3
+    torch.testing.assert_close(before.k_THD[:6], after.k_THD[:6], rtol=0, atol=1e-6)
+    assert (before.k_THD[6:] - after.k_THD[6:]).abs().max() > 1e-3
 
 
 def test_pyramid_keeps_the_most_recent_tail():
@@ -171,7 +171,7 @@ def test_pyramid_keeps_the_most_recent_tail():
     assert model.schedule == (16, 12, 0)  # 16, (16 + 4) / 2 rounded up to a multiple of 4, none
     state = model.encode_requests(random_batch(SCHEMA, [1, 1, 1], [16, 3, 14], seed=9))
     assert [layout.lengths_R.tolist() for layout in state.layouts] == [[16, 3, 14], [16, 3, 14], [12, 3, 12]]
-    assert state.blocks[2].k_RLHD.shape[1] == 12
+    assert [block.k_THD.shape[0] for block in state.blocks] == [33, 33, 27]
 
 
 def test_each_ns_position_has_its_own_parameters():
@@ -248,14 +248,14 @@ def test_sliding_window_hides_what_is_further_back_from_s_tokens():
     event_EV = batch.event_EV.clone()
     event_EV[2] = (event_EV[2] + 1) % 3
     before, after = (model.encode_requests(b).blocks[-1] for b in (batch, replace(batch, event_EV=event_EV)))
-    changed = (before.k_RLHD - after.k_RLHD).abs().amax((0, 2, 3)) > 1e-6
+    changed = (before.k_THD - after.k_THD).abs().amax((1, 2)) > 1e-6
     assert changed.tolist() == [False, False, True, True, True, False, False, False, False]
 
 
 def test_grouped_queries_compute_and_keep_fewer_keys():
     model = trained_like(replace(ONETRANS, num_kv_heads=1))
     state = model.encode_requests(random_batch(SCHEMA, [1], [9]))
-    assert {cache.k_RLHD.shape[2] for cache in state.blocks} == {cache.v_RLHD.shape[2] for cache in state.blocks} == {1}
+    assert {cache.k_THD.shape[1] for cache in state.blocks} == {cache.v_THD.shape[1] for cache in state.blocks} == {1}
     assert model.blocks[0].key_value.weight_s.shape == (2 * 16, 32)
     assert model.blocks[0].key_value.weight_ns.shape == (4, 32, 2 * 16)
 
@@ -301,6 +301,40 @@ def test_truncation_keeps_the_latest_events_of_all_sequences_together():
     assert cut.event_offsets_O.tolist() == [0, 4, 6]
     assert torch.equal(cut.event_EV, torch.cat((batch.event_EV[5:9], batch.event_EV[9:])))
     assert latest_events(batch, 9) is batch
+
+
+def test_distinct_rows_stand_for_all():
+    torch.manual_seed(0)
+    rows_XF = torch.randint(0, 3, (2000, 4))
+    distinct = Distinct.of(rows_XF)
+    assert distinct.row_U.shape[0] == rows_XF.unique(dim=0).shape[0] == 81
+    assert torch.equal(rows_XF[distinct.row_U][distinct.place_X], rows_XF)
+
+
+def test_rows_that_are_not_few_or_only_look_equal_are_left_alone(monkeypatch):
+    different = torch.arange(8000).view(2000, 4)
+    assert Distinct.of(different) is None
+    assert Distinct.of(torch.zeros(10, 4, dtype=torch.int64)) is None
+    monkeypatch.setattr(ragged, "_MIX", 0)  # all rows give the same number
+    assert Distinct.of(different % 3) is None
+
+
+def test_equal_events_are_computed_once_and_learn_from_all(monkeypatch):
+    """With two kinds of events in 1,500, scores and gradients are those of computing each by itself."""
+    model, batch = trained_like(ONETRANS).double(), random_batch(SCHEMA, [3, 2], [800, 700], seed=1)
+    model.config = replace(ONETRANS, max_seq_len=800)
+    model.schedule = model.config.query_schedule()
+    batch = replace(batch, event_EV=batch.event_EV % 2, event_sequence_E=batch.event_sequence_E % 2)
+    found = []
+    for least in (1024, 10**9):
+        monkeypatch.setattr(ragged, "_WORTH_COMPARING", least)
+        assert (Distinct.of(batch.event_EV) is None) == (least > 1500)
+        model.zero_grad()
+        out = torch.stack(model(batch))
+        out.square().sum().backward()
+        found.append([out.detach(), *(p.grad.to_dense() for p in model.parameters() if p.grad is not None)])
+    for once, each in zip(*found, strict=True):
+        torch.testing.assert_close(once, each, rtol=1e-9, atol=1e-12)
 
 
 def test_layout_right_aligns():

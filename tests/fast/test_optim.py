@@ -193,6 +193,27 @@ def test_state_of_another_optimizer_is_refused(model):
         build_optimizers(model, SMALL).load_state_dict(state)
 
 
+def test_adamw_is_torchs_own(model):
+    """The fused form against the plain one, three steps."""
+    optimizers = build_optimizers(model, replace(SMALL, warmup_steps=0, weight_decay=0.01))
+    dense = model.dense_parameters()
+    copies = {name: torch.nn.Parameter(p.detach().clone()) for name, p in dense.items()}
+    groups = [
+        {"params": [p for p in copies.values() if p.ndim > 1], "weight_decay": 0.01},
+        {"params": [p for p in copies.values() if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    plain = torch.optim.AdamW(groups, lr=SMALL.dense_lr, foreach=False, fused=False)
+    for seed in range(3):
+        optimizers.zero_grad()
+        backward(model, random_batch(SCHEMA, [4, 2], [9, 8], seed))
+        optimizers.step()
+        for name, p in dense.items():
+            copies[name].grad = p.grad.clone()
+        plain.step()
+    for name, p in dense.items():
+        torch.testing.assert_close(p.detach(), copies[name].detach(), rtol=1e-6, atol=1e-7)
+
+
 def test_only_matrices_decay(model):
     optimizers = build_optimizers(model, replace(SMALL, weight_decay=0.01))
     decayed = {id(p) for g in optimizers.dense.param_groups if g["weight_decay"] for p in g["params"]}

@@ -101,6 +101,20 @@ def test_slots():
     assert_same(lambda x: rowwise.from_slots(x, slot_X), lambda x: x[slot_X], numbers(4, 3))
 
 
+@pytest.mark.parametrize("slots", [[2, 0, 4, 1], None])
+def test_rows_of_two_joined_in_slots(slots):
+    """With a slot of each row, slot 3 repeats row 0 and does not count; without, both do."""
+    torch.manual_seed(0)
+    row_K = torch.tensor([1, 3, 0, 0, 2])
+    weight_K1 = torch.tensor([1.0, 1.0, 1.0, 0.0 if slots else 2.0, 1.0], dtype=torch.float64)[:, None]
+    slot_X = None if slots is None else torch.tensor(slots)
+    assert_same(
+        lambda x, y: rowwise.join_to_slots(x, y, row_K, slot_X) * weight_K1,
+        lambda x, y: torch.cat((x, y))[row_K] * weight_K1,
+        numbers(3, 2), numbers(1, 2),
+    )  # fmt: skip
+
+
 def test_lookup_adds_up_rows_that_occur_twice():
     torch.manual_seed(0)
     rows = torch.tensor([4, 0, 4, 4, 2])

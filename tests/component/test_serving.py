@@ -149,6 +149,16 @@ def test_single_inference_is_one_candidate_of_a_request(folder, requests, expect
     assert 0 < now["ctr"] < 1
 
 
+def test_bfloat16_scores_nearly_the_same_also_from_what_is_kept(folder, requests, expected):
+    engine = OneTransInferenceEngine(str(folder), settings_of(folder, precision="bfloat16"))
+    assert 0 < engine.difference < 0.02
+    for _ in range(2):
+        for request in requests[:20]:
+            found = _scores({"items": engine.rank(request)})
+            np.testing.assert_allclose(found, expected[request["request_id"]], atol=0.02)
+    assert engine.cache.counts.equal > 5
+
+
 def test_a_model_that_scores_otherwise_is_refused(tmp_path):
     save(tmp_path)
     kept = tmp_path / "check" / "scores.json"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from onetrans.errors import BadConfigError
 from onetrans.models import RankingModel
+from onetrans.models.rowwise import keep_gradient_memory
 from onetrans.optim_config import OptimizerConfig
 
 
@@ -66,9 +67,11 @@ class RMSPropV2(torch.optim.Optimizer):
     def _step_in_pieces(parameter: Tensor, gradient: Tensor, total: Tensor, group: dict[str, Any]) -> None:
         """Update one parameter piece by piece, so that what lies between two operations stays in a core's cache."""
         pieces = (x.view(-1).split(_PIECE) for x in (parameter, gradient.contiguous(), total))
+        root = parameter.new_empty(min(parameter.numel(), _PIECE))
         for weight, slope, square_sum in zip(*pieces, strict=True):
             square_sum.mul_(group["alpha"]).addcmul_(slope, slope)
-            weight.addcdiv_(slope, square_sum.sqrt().add_(group["eps"]), value=-group["lr"])
+            torch.sqrt(square_sum, out=root[: weight.shape[0]]).add_(group["eps"])
+            weight.addcdiv_(slope, root[: weight.shape[0]], value=-group["lr"])
 
 
 _PIECE = 1 << 17
@@ -111,7 +114,8 @@ class Optimizers:
     def zero_grad(self) -> None:
         """Forget all gradients."""
         self.embedding.zero_grad(set_to_none=True)
-        self.dense.zero_grad(set_to_none=True)
+        for parameter in self._dense:
+            keep_gradient_memory(parameter)
 
     def step(self) -> GradientNorms:
         """Clip both sets of gradients by their own global norm, update, and return the norms before the clip.

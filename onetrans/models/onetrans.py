@@ -33,7 +33,7 @@ from onetrans.models.config import OneTransConfig
 from onetrans.models.ragged import Groups, Layout, bands, latest_events
 from onetrans.models.ranking import Heads, RankingModel, Scores
 from onetrans.models.relative_bias import Distances, RelativeBias
-from onetrans.models.rowwise import feed_forward, join_to_slots, written_out
+from onetrans.models.rowwise import feed_forward, join_to_slots, own_products, written_out
 from onetrans.models.rowwise import rms_norm as scaled_rows
 from onetrans.models.tokenizer import NORM_EPS, AutoSplit, GroupWise, SequenceTokenizer
 from onetrans.schema import FeatureSchema
@@ -75,7 +75,7 @@ class MixedLinear(nn.Module):
         if self.weight_ns is None:
             assert self.weight_s is not None
             return F.linear(x_PNI, self.weight_s)
-        return torch.bmm(x_PNI, self.weight_ns)
+        return own_products(x_PNI, self.weight_ns)
 
 
 class BlockCache(NamedTuple):

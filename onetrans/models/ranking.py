@@ -10,13 +10,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from onetrans.batch import RequestBatch
 from onetrans.models.compute import Compute
 from onetrans.models.config import ModelConfig
 from onetrans.models.embeddings import TABLE, Embeddings
+from onetrans.models.rowwise import wide_linear
 from onetrans.schema import FeatureSchema
 
 
@@ -95,7 +95,5 @@ class RequestCandidateLinear(nn.Module):
 
     def forward(self, request_RF: Tensor, candidate_NF: Tensor, request_N: Tensor) -> Tensor:
         """Return (N, out); ``request_N`` is the request of each candidate."""
-        weight_r, weight_c = self.linear.weight.split((self.request_dim, candidate_NF.shape[1]), dim=1)
-        return F.linear(request_RF, weight_r).index_select(0, request_N) + F.linear(
-            candidate_NF, weight_c, self.linear.bias
-        )
+        of_r, of_c = wide_linear((request_RF, candidate_NF), self.linear.weight, self.linear.bias)
+        return of_r.index_select(0, request_N) + of_c

@@ -10,11 +10,12 @@ Shape suffixes: those of :mod:`onetrans.batch` and :mod:`onetrans.models.ragged`
 
     X  any rows           W  width of a row
     G  sets of weights    N  rows of one set     M  width in and out     I  inner width
-    K  slots              Y  rows of a table
+    O  width out          K  slots               Y  rows of a table
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -85,14 +86,100 @@ class _Turn(Function):
     @staticmethod
     def forward(ctx: Any, x_XW: Tensor, cos_XW: Tensor, sin_XW: Tensor, partner_W: Tensor) -> Tensor:
         ctx.save_for_backward(cos_XW, sin_XW, partner_W)
-        return (x_XW * cos_XW).addcmul_(x_XW.index_select(-1, partner_W), sin_XW)
+        return (x_XW * cos_XW).addcmul_(_partners(x_XW, partner_W), sin_XW)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, slope_XW: Tensor) -> tuple[Tensor, None, None, None]:
         cos_XW, sin_XW, partner_W = ctx.saved_tensors
-        back_XW = (slope_XW * cos_XW).addcmul_(slope_XW.index_select(-1, partner_W), sin_XW, value=-1)
+        back_XW = (slope_XW * cos_XW).addcmul_(_partners(slope_XW, partner_W), sin_XW, value=-1)
         return back_XW, None, None, None
+
+
+def _partners(x_XW: Tensor, partner_W: Tensor) -> Tensor:
+    return x_XW.reshape(-1, x_XW.shape[-1]).index_select(1, partner_W).view(x_XW.shape)
+
+
+def keep_gradient_memory(weight: Tensor) -> None:
+    """Forget a weight's gradient; its memory is written anew by the next, if a function here computes that.
+
+    Otherwise every step takes the memory of all gradients from the operating system again, which clears it first:
+    a tenth of a step with 80 million weights.  Nobody may still want the old gradient.
+    """
+    if getattr(weight, _REUSES, False):
+        setattr(weight, _SPARE, weight.grad)
+    weight.grad = None
+
+
+_REUSES, _SPARE = "_onetrans_reuses_gradient_memory", "_onetrans_spare_gradient"
+
+
+def _gradient_memory(weight: Tensor) -> Tensor:
+    spare: Tensor | None = getattr(weight, _SPARE, None)
+    setattr(weight, _SPARE, None)
+    return torch.empty_like(weight) if spare is None else spare
+
+
+def _mark(weight: Tensor, *, reuses: bool) -> None:
+    setattr(weight, _REUSES, reuses)
+    if not reuses:
+        setattr(weight, _SPARE, None)
+
+
+def own_products(x_GNI: Tensor, weight_GIO: Tensor) -> Tensor:
+    """Return the product of each set of rows with its own weight."""
+    written = written_out(x_GNI, weight_GIO)
+    _mark(weight_GIO, reuses=written)
+    return _OwnProducts.apply(x_GNI, weight_GIO) if written else torch.bmm(x_GNI, weight_GIO)
+
+
+class _OwnProducts(Function):
+    @staticmethod
+    def forward(ctx: Any, x_GNI: Tensor, weight_GIO: Tensor) -> Tensor:
+        ctx.save_for_backward(x_GNI, weight_GIO)
+        return torch.bmm(x_GNI, weight_GIO)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope_GNO: Tensor) -> tuple[Tensor, Tensor]:
+        x_GNI, weight_GIO = ctx.saved_tensors
+        slope_weight_GIO = torch.bmm(x_GNI.transpose(1, 2), slope_GNO, out=_gradient_memory(weight_GIO))
+        return torch.bmm(slope_GNO, weight_GIO.transpose(1, 2)), slope_weight_GIO
+
+
+def wide_linear(parts: Sequence[Tensor], weight_OI: Tensor, bias_O: Tensor) -> list[Tensor]:
+    """Return each part times its columns of the weight, which stand in the order of the parts; the last plus the bias.
+
+    The gradient of the weight is one product per part, written into its columns.
+    """
+    written = written_out(weight_OI, *parts)
+    _mark(weight_OI, reuses=written)
+    if written:
+        return list(_WideLinear.apply(weight_OI, bias_O, *parts))
+    weights = weight_OI.split([part.shape[1] for part in parts], dim=1)
+    *first, last = zip(parts, weights, strict=True)
+    return [*(F.linear(part, weight) for part, weight in first), F.linear(*last, bias_O)]
+
+
+class _WideLinear(Function):
+    @staticmethod
+    def forward(ctx: Any, weight_OI: Tensor, bias_O: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(weight_OI, *parts)
+        *first, last = zip(parts, weight_OI.split([part.shape[1] for part in parts], dim=1), strict=True)
+        return *(torch.mm(part, weight.t()) for part, weight in first), torch.addmm(bias_O, last[0], last[1].t())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, ...]:
+        weight_OI, *parts = ctx.saved_tensors
+        widths = [part.shape[1] for part in parts]
+        slope_weight_OI = _gradient_memory(weight_OI)
+        for slope_XO, part_XI, columns_OI in zip(slopes, parts, slope_weight_OI.split(widths, dim=1), strict=True):
+            torch.mm(slope_XO.t(), part_XI, out=columns_OI)
+        slope_parts = [
+            torch.mm(slope, weight) for slope, weight in zip(slopes, weight_OI.split(widths, dim=1), strict=True)
+        ]
+        return slope_weight_OI, slopes[-1].sum(0), *slope_parts
 
 
 def feed_forward(z_GNM: Tensor, gain_M: Tensor, eps: float, in_GMI: Tensor, out_GIM: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from onetrans.models.config import OneTransConfig
 from onetrans.models.embeddings import Embeddings
 from onetrans.models.ragged import Distinct, Layout
 from onetrans.models.ranking import RequestCandidateLinear
-from onetrans.models.rowwise import reorder, rms_norm
+from onetrans.models.rowwise import reorder, rms_norm, wide_linear
 from onetrans.schema import FeatureSchema, Side
 
 NORM_EPS = 1e-6
@@ -54,7 +54,8 @@ class AutoSplit(nn.Module):
     def forward(self, user_RQ: Tensor, context_RQ: Tensor, item_NQ: Tensor, request_N: Tensor) -> Tensor:
         """Return NS-tokens (P, N, D)."""
         hidden = self.hidden(torch.cat((user_RQ, context_RQ), dim=1), item_NQ, request_N)
-        tokens_NPD = self.out(F.gelu(hidden)).unflatten(1, (self.positions, -1))
+        (out_NF,) = wide_linear((F.gelu(hidden),), self.out.weight, self.out.bias)
+        tokens_NPD = out_NF.unflatten(1, (self.positions, -1))
         return rms_norm(tokens_NPD.transpose(0, 1), self.norm.weight, NORM_EPS)
 
 

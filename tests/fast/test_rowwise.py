@@ -81,6 +81,46 @@ def test_feed_forward_in_pieces(rows, sets, monkeypatch):
     )  # fmt: skip
 
 
+def test_own_products():
+    torch.manual_seed(0)
+    assert_same(rowwise.own_products, torch.bmm, numbers(3, 5, 4), numbers(3, 4, 2))
+
+
+@pytest.mark.parametrize("rows", [(2, 5), (0, 5), (4,)])
+def test_wide_linear(rows):
+    """Each part has its own rows and its own columns of the weight; the bias belongs to the last."""
+    torch.manual_seed(0)
+    widths = (3, 2)[-len(rows) :]
+
+    def plain(weight, bias, *parts):
+        columns = weight.split(widths, dim=1)
+        out = [part @ of_part.T for part, of_part in zip(parts, columns, strict=True)]
+        return torch.cat((*out[:-1], out[-1] + bias))
+
+    assert_same(
+        lambda weight, bias, *parts: torch.cat(rowwise.wide_linear(parts, weight, bias)), plain,
+        numbers(6, sum(widths)), numbers(6), *(numbers(n, width) for n, width in zip(rows, widths, strict=True)),
+    )  # fmt: skip
+
+
+def test_memory_of_a_forgotten_gradient_is_written_anew():
+    torch.manual_seed(0)
+    weight, x = numbers(3, 4, 2), numbers(3, 5, 4)
+    memory = []
+    for scale in (1.0, 2.0):
+        rowwise.keep_gradient_memory(weight)
+        assert weight.grad is None
+        (rowwise.own_products(x, weight) * scale).sum().backward()
+        memory.append(weight.grad.data_ptr())
+        expected = scale * x.sum(1)[:, :, None].expand(3, 4, 2)
+        torch.testing.assert_close(weight.grad, expected.detach())
+    assert memory[0] == memory[1]
+    kept = weight.grad
+    weight.grad = None  # not through the function: the gradient may still be wanted
+    rowwise.own_products(x, weight).sum().backward()
+    assert weight.grad.data_ptr() != kept.data_ptr()
+
+
 def test_reordered_rows():
     torch.manual_seed(0)
     order = torch.tensor([3, 0, 2, 1])

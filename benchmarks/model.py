@@ -109,6 +109,8 @@ class Line:
     """Whether attention keeps its scores and weights in memory."""
     compute: Compute = field(default_factory=Compute)
     """How the model is computed."""
+    compiled: bool = False
+    """Whether forward and backward pass go through ``torch.compile``."""
 
 
 _LINES = (
@@ -119,7 +121,10 @@ _LINES = (
     Line("+ fused attention"),
     Line("+ BF16", compute=Compute("bfloat16")),
     Line("+ recomputation", compute=Compute("bfloat16", recompute=True)),
+    Line("+ compile", compiled=True),
 )
+"""The last one adds to fused attention in float32, and is measured with ``--compile`` alone: compiling takes longer
+than all the others."""
 
 SHAPES: dict[str, dict[str, tuple[Shape, ...]]] = {
     "cpu": {
@@ -130,7 +135,7 @@ SHAPES: dict[str, dict[str, tuple[Shape, ...]]] = {
             Shape(16, 256, 32, skewed=False),
             Shape(16, 1190, 4, part=1),
         ),
-        "base": (Shape(16, 256, 8, part=4), Shape(16, 1190, 2, part=1)),
+        "base": (Shape(16, 256, 32, part=4), Shape(16, 1190, 2, part=1)),
     },
     "cuda": {
         "base": (Shape(16, 256, 128, part=16), Shape(16, 1190, 128, part=4), Shape(100, 1190, 20, part=1)),
@@ -157,6 +162,7 @@ def main(argv: list[str] | None = None) -> int:
     options.add_argument("--seconds", type=float, default=8.0, help="time given to the steps of a line (default: 8)")
     options.add_argument("--shapes", type=int, metavar="N", help="measure the first N shapes of each preset alone")
     options.add_argument("--lines", type=int, default=len(_LINES), help="measure the first N lines alone")
+    options.add_argument("--compile", action="store_true", help="also a line with torch.compile, which takes minutes")
     options.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = options.parse_args(argv)
     if arguments.worker:
@@ -189,6 +195,8 @@ def _table(report: Report, arguments: argparse.Namespace, preset_name: str, shap
     before: dict[str, Any] | None = None
     promised = SHAPES["cpu"].get(preset_name, (None,))[0] == shape or arguments.quick
     for number, line in enumerate(_LINES[: arguments.lines]):
+        if line.compiled and not arguments.compile:
+            continue
         cost = _in_own_process(arguments, preset_name, shape, number)
         first, before = first or cost, before or cost
         case = f"{preset_name}, {shape.name}: {line.name}"
@@ -275,6 +283,8 @@ def _stepper(
         parts = [batch.select(chosen) for chosen in torch.arange(shape.requests, device=device).split(size)]
     else:
         model.use(line.compute)
+        if line.compiled:
+            model.compile(dynamic=True)
 
     def step() -> None:
         optimizers.zero_grad()

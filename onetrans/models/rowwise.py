@@ -29,10 +29,14 @@ _CACHED_NUMBERS = 1 << 17
 
 
 def written_out(x: Tensor, *weights: Tensor) -> bool:
-    """Tell whether the functions with a gradient of their own apply: on a CPU, in one and the same full precision."""
+    """Tell whether the functions with a gradient of their own apply: on a CPU, in one and the same full precision.
+
+    A compiler finds fewer passes by itself, and is given the plain form.
+    """
     return (
         x.device.type == "cpu"
         and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
         and all(weight.dtype == x.dtype for weight in weights)
     )
 

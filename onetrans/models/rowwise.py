@@ -45,7 +45,8 @@ def rms_norm(x_XW: Tensor, gain_W: Tensor, eps: float) -> Tensor:
     """Return ``x / sqrt(mean(x^2) + eps) * gain``; the mean is over the last dimension."""
     if written_out(x_XW, gain_W):
         return _RMSNorm.apply(x_XW, gain_W, eps)
-    return F.rms_norm(x_XW, gain_W.shape, gain_W, eps)
+    # In the gain's precision: what autocast made half of would be multiplied by it in full precision anyway.
+    return F.rms_norm(x_XW.to(gain_W.dtype), gain_W.shape, gain_W, eps)
 
 
 def _unit(x_XW: Tensor, eps: float) -> tuple[Tensor, Tensor]:

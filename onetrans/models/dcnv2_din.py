@@ -172,16 +172,18 @@ class DCNv2DIN(RankingModel):
         """Return one pooled sequence (N, Q) after another."""
         batch = latest_events(batch, self.config.max_seq_len)
         everything = Layout.of(batch.event_offsets_O[1:] - batch.event_offsets_O[:-1])
-        event_EQ = self.embeddings("event", batch.event_EV)
+        # Looked up sequence by sequence, so that the gradients of the sequences need not be added up.
+        of_sequence = [(batch.event_sequence_E == s).nonzero().squeeze(1) for s in range(len(self.pooling))]
+        event_EQ = self.embeddings("event", batch.event_EV.index_select(0, torch.cat(of_sequence)))
+        described = event_EQ.split([mine.shape[0] for mine in of_sequence])
         age_E = batch.request_time_R[everything.request_T] - batch.event_time_E
         groups = Groups.of(batch.candidate_offsets_O, lambda size: size + GROUP_COST)
         target_GCQ = groups.pad(self.target(item_NQ))
         pooled: list[Tensor] = []
-        for sequence, pooling in enumerate(self.pooling):
-            mine = (batch.event_sequence_E == sequence).nonzero().squeeze(1)
+        for pooling, mine, event_MQ in zip(self.pooling, of_sequence, described, strict=True):
             layout = Layout.of(torch.bincount(everything.request_T[mine], minlength=batch.num_requests))
             rank_M = everything.age_T[mine] if self.config.event_rank == "merged" else layout.age_T
-            described_MQ = torch.cat((event_EQ.index_select(0, mine), self.recency(age_E[mine], rank_M)), dim=1)
+            described_MQ = torch.cat((event_MQ, self.recency(age_E[mine], rank_M)), dim=1)
             event_GLQ = groups.of_request(layout.pad(described_MQ))
             pooled.append(groups.unpad(pooling(target_GCQ, event_GLQ, groups.of_request(layout.real_RL))))
         return pooled

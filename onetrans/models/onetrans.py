@@ -190,7 +190,7 @@ class Block(nn.Module):
         if self.gate is not None:
             attended_QM = attended_QM * self.gate.s(normed_QM).sigmoid()
         z_QM = x_QM + self.dropout(self.out.s(attended_QM))
-        return z_QM + self.dropout(self._feed_forward(z_QM, for_ns=False))
+        return self._feed_forward(z_QM, for_ns=False)
 
     def encode_ns(
         self, x_PNM: Tensor, bands: Sequence[Band], keys: Sequence[BandKeys], rotation: Rotation | None
@@ -211,18 +211,19 @@ class Block(nn.Module):
         if self.gate is not None:
             attended_PNM = attended_PNM * self.gate.ns(normed_PNM).sigmoid()
         z_PNM = x_PNM + self.dropout(self.out.ns(attended_PNM))
-        return z_PNM + self.dropout(self._feed_forward(z_PNM, for_ns=True))
+        return self._feed_forward(z_PNM, for_ns=True)
 
     def _feed_forward(self, z: Tensor, *, for_ns: bool) -> Tensor:
-        """Return the FFN of normalised S-tokens (Q, M) or NS-tokens (P, N, M)."""
+        """Return S-tokens (Q, M) or NS-tokens (P, N, M) plus the FFN of their normalised rows."""
         own = for_ns and self.ffn_in.weight_ns is not None
         into, out = (linear.weight_ns if own else linear.weight_s for linear in (self.ffn_in, self.ffn_out))
         assert into is not None
         assert out is not None
-        if not written_out(z, into) or self.ffn_in.width > WIDE:
+        dropping = self.training and self.dropout.p > 0
+        if dropping or self.ffn_in.width > WIDE or not written_out(z, into):
             inner = self.ffn_in.ns if for_ns else self.ffn_in.s
             outer = self.ffn_out.ns if for_ns else self.ffn_out.s
-            return outer(F.gelu(inner(rms_norm(z, self.norm_ffn))))
+            return z + self.dropout(outer(F.gelu(inner(rms_norm(z, self.norm_ffn)))))
         gain_M = self.norm_ffn.weight
         if own:
             return feed_forward(z, gain_M, NORM_EPS, into, out)

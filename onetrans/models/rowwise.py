@@ -188,7 +188,10 @@ class _WideLinear(Function):
 
 
 def feed_forward(z_GNM: Tensor, gain_M: Tensor, eps: float, in_GMI: Tensor, out_GIM: Tensor) -> Tensor:
-    """Return ``gelu(rms_norm(z) @ in) @ out``, each set of rows with its own weights, in pieces that stay in cache."""
+    """Return ``z + gelu(rms_norm(z) @ in) @ out``, each set of rows with its own weights, in pieces that stay in cache.
+
+    What lies between is computed again for the gradient, which takes less time than writing it to memory.
+    """
     return _FeedForward.apply(z_GNM, gain_M, eps, in_GMI, out_GIM)
 
 
@@ -201,20 +204,19 @@ def _pieces(z_GNM: Tensor, inner: int) -> list[tuple[int, slice]]:
 class _FeedForward(Function):
     @staticmethod
     def forward(ctx: Any, z_GNM: Tensor, gain_M: Tensor, eps: float, in_GMI: Tensor, out_GIM: Tensor) -> Tensor:
-        hidden_GNI = z_GNM.new_empty(*z_GNM.shape[:2], in_GMI.shape[2])
-        scale_GN1 = z_GNM.new_empty(*z_GNM.shape[:2], 1)
         y_GNM = torch.empty_like(z_GNM, memory_format=torch.contiguous_format)
         for g, rows in _pieces(z_GNM, in_GMI.shape[2]):
-            unit_NM, scale_GN1[g, rows] = _unit(z_GNM[g, rows], eps)
-            hidden_NI = torch.mm(unit_NM.mul_(gain_M), in_GMI[g], out=hidden_GNI[g, rows])
-            torch.mm(F.gelu(hidden_NI), out_GIM[g], out=y_GNM[g, rows])
-        ctx.save_for_backward(z_GNM, scale_GN1, hidden_GNI, gain_M, in_GMI, out_GIM)
+            z_NM = z_GNM[g, rows]
+            hidden_NI = torch.mm(_unit(z_NM, eps)[0].mul_(gain_M), in_GMI[g])
+            torch.addmm(z_NM, F.gelu(hidden_NI), out_GIM[g], out=y_GNM[g, rows])
+        ctx.save_for_backward(z_GNM, gain_M, in_GMI, out_GIM)
+        ctx.eps = eps
         return y_GNM
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, slope_GNM: Tensor) -> tuple[Tensor, Tensor, None, Tensor, Tensor]:
-        z_GNM, scale_GN1, hidden_GNI, gain_M, in_GMI, out_GIM = ctx.saved_tensors
+        z_GNM, gain_M, in_GMI, out_GIM = ctx.saved_tensors
         slope_z_GNM = torch.empty_like(z_GNM, memory_format=torch.contiguous_format)
         slope_gain_M = torch.zeros_like(gain_M)
         slope_in_GMI, slope_out_GIM = torch.empty_like(in_GMI), torch.empty_like(out_GIM)
@@ -223,13 +225,16 @@ class _FeedForward(Function):
             slope_out_GIM.zero_()
         for g, rows in _pieces(z_GNM, in_GMI.shape[2]):
             so_far = 0.0 if rows.start == 0 else 1.0
-            slope_NM, scale_N1, hidden_NI = slope_GNM[g, rows], scale_GN1[g, rows], hidden_GNI[g, rows]
-            unit_NM = z_GNM[g, rows] * scale_N1
+            slope_NM = slope_GNM[g, rows]
+            unit_NM, scale_N1 = _unit(z_GNM[g, rows], ctx.eps)
+            normed_NM = unit_NM * gain_M
+            hidden_NI = torch.mm(normed_NM, in_GMI[g])
             slope_out_GIM[g].addmm_(F.gelu(hidden_NI).t(), slope_NM, beta=so_far)
             inner_NI = torch.ops.aten.gelu_backward(torch.mm(slope_NM, out_GIM[g].t()), hidden_NI)
-            slope_in_GMI[g].addmm_((unit_NM * gain_M).t(), inner_NI, beta=so_far)
+            slope_in_GMI[g].addmm_(normed_NM.t(), inner_NI, beta=so_far)
             slope_normed_NM = torch.mm(inner_NI, in_GMI[g].t())
-            slope_z_GNM[g, rows], slope_gain = _norm_gradients(slope_normed_NM, unit_NM, scale_N1, gain_M)
+            through_NM, slope_gain = _norm_gradients(slope_normed_NM, unit_NM, scale_N1, gain_M)
+            torch.add(through_NM, slope_NM, out=slope_z_GNM[g, rows])
             slope_gain_M += slope_gain
         return slope_z_GNM, slope_gain_M, None, slope_in_GMI, slope_out_GIM
 

@@ -262,6 +262,34 @@ def _training_requests() -> tuple[pa.Schema, list[Row]]:
     return kinds, rows
 
 
+def _candidate_scores() -> tuple[pa.Schema, list[Row]]:
+    rates = ("ctr", "cvr", "ctcvr")
+    kinds = pa.schema(
+        [
+            ("ds", pa.date32()),
+            ("user_id", pa.string()),
+            ("item_id", pa.string()),
+            ("rank", pa.int32()),
+            *((rate, pa.float64()) for rate in rates),
+            ("model_version", pa.string()),
+        ]
+    )
+    rows = [
+        {
+            "ds": DS,
+            "user_id": f"u{i // 4}",
+            "item_id": f"i{i % 4}",
+            "rank": i % 4 + 1,
+            "ctr": 0.5,
+            "cvr": 0.25,
+            "ctcvr": 0.125,
+            "model_version": "7",
+        }
+        for i in range(ROWS)
+    ]
+    return kinds, rows
+
+
 FACTORIES: dict[str, Callable[[], tuple[pa.Schema, list[Row]]]] = {
     "impressions": _impressions,
     "behaviors": _behaviors,
@@ -269,6 +297,7 @@ FACTORIES: dict[str, Callable[[], tuple[pa.Schema, list[Row]]]] = {
     "item_features": _item_features,
     "behavior_sequences": _behavior_sequences,
     "training_requests": _training_requests,
+    "candidate_scores": _candidate_scores,
 }
 """Per table: its Arrow schema and the rows of a valid day, new ones at every call."""
 

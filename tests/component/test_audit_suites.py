@@ -133,6 +133,7 @@ KEYS = {
     "item_features": "item_id",
     "behavior_sequences": "user_id",
     "training_requests": "request_id",
+    "candidate_scores": "item_id",
 }
 NUMBERS = {
     "impressions": "true_ctr",
@@ -140,6 +141,7 @@ NUMBERS = {
     "user_features": "user_ctr_7d",
     "item_features": "item_ctr_7d",
     "training_requests": "user_ctr",
+    "candidate_scores": "ctr",
 }
 FEATURES = {
     "impressions": "surface",
@@ -148,6 +150,10 @@ FEATURES = {
     "item_features": "price",
     "training_requests": "segment",
 }
+ALSO_TWICE = {"candidate_scores": ("there is one row per (user_id, rank)",)}
+"""What else fires when a row stands twice."""
+ALSO_NOT_A_NUMBER = {"candidate_scores": ("ctcvr is ctr times cvr",)}
+"""What else fires when the number is not one."""
 DECLARED = "every declared column is in every file, with its type"
 EXTRA = "there is no column besides the declared ones"
 REQUIRED = "keys, times, labels and the numbers of a list are never missing or empty"
@@ -164,14 +170,16 @@ def shared_cases(table: str) -> Iterator[Case]:
     """What can be broken in every table."""
     key = SUITES[table].key
     yield Case(table, "a key is null", REQUIRED, KEYS[table], put(KEYS[table], None), example="missing = 1")
-    yield Case(table, "a row twice", f"there is one row per ({', '.join(key)})", ", ".join(key), again())
+    one_row = f"there is one row per ({', '.join(key)})"
+    yield Case(table, "a row twice", one_row, ", ".join(key), again(), also=ALSO_TWICE.get(table, ()))
     yield Case(
         table, "another day's row", f"ds is {DS} in every row", "ds", put("ds", DS - DAY), example=f"ds = {DS - DAY}"
     )
     yield Case(table, "a column is missing", DECLARED, "ds", columns=drop("ds"), example="found = missing")
     if table in NUMBERS:
         column = NUMBERS[table]
-        yield Case(table, "not a number", FINITE, column, put(column, np.nan), example="not_finite = 1")
+        also = ALSO_NOT_A_NUMBER.get(table, ())
+        yield Case(table, "not a number", FINITE, column, put(column, np.nan), also=also, example="not_finite = 1")
     if table in FEATURES:
         column = FEATURES[table]
         yield Case(
@@ -641,6 +649,30 @@ CASES = [
         "candidates_unknown",
         manifest={"item_features": 1},
         severity="warning",
+    ),
+    Case(
+        "candidate_scores",
+        "two items of one rank",
+        "there is one row per (user_id, rank)",
+        "user_id, rank",
+        put("rank", 1),
+    ),
+    Case("candidate_scores", "a rank of 0", SMALLEST, "rank", put("rank", 0), example="smallest = 0"),
+    Case(
+        "candidate_scores",
+        "a rate above 1",
+        LARGEST,
+        "cvr",
+        lambda rows: rows[3].update(cvr=1.5, ctcvr=0.75),
+        example="largest = 1.5",
+    ),
+    Case("candidate_scores", "another product", "ctcvr is ctr times cvr", "not_the_product", put("ctcvr", 0.25)),
+    Case(
+        "candidate_scores",
+        "two models",
+        "all scores of a day are of one model version",
+        "model_version",
+        put("model_version", "8"),
     ),
 ]
 

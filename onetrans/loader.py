@@ -11,6 +11,12 @@ A *cursor* names the next batch: pass, window, batch.  A window's shuffle depend
 on the seed, the pass and the window alone, so reading from a cursor gives exactly
 the batches that an unbroken run would have given.
 
+Several readers (the processes of one training) share every batch: the batch is
+the same however many they are, and each takes one stretch of it in stored order,
+so that its requests lie together and it decodes the row groups of that stretch
+of the window only.  To know the batches it reads of the others' rows one column,
+whose lists say how many candidates a request has.
+
 Values never become Python objects: nested columns, lists of numbers included, are
 flattened by their offsets, and the behaviour sequences of a request are merged by
 (time, position of the sequence in the schema) with one stable sort.
@@ -23,7 +29,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
@@ -49,6 +55,7 @@ TRUTH_COLUMNS = ("true_ctr", "true_cvr")
 _CANDIDATES = "candidates"
 _LABELS = ("click", "conversion")
 _CHUNK_BYTES = 8 << 20
+_COUNTED_ROWS = 1 << 16
 _INT_BYTES = 8
 _FLOAT_BYTES = 4
 
@@ -116,11 +123,34 @@ class Cursor:
 
 
 @dataclass(frozen=True)
+class Share:
+    """Which part of every batch one of several readers takes."""
+
+    number: int = 0
+    """Number of the reader, from 0."""
+    of: int = 1
+    """Readers."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.number < self.of:
+            raise BadConfigError(f"loader: share number {self.number} of {self.of} must be in 0..{self.of - 1}")
+
+    def own(self, part: Ints, sizes_R: Ints) -> Ints:
+        """Return this reader's requests of a batch: a stretch in stored order with its share of the impressions."""
+        if self.of == 1:
+            return part
+        stored = np.sort(part)
+        reached = np.cumsum(sizes_R[stored])
+        targets = reached[-1] * np.arange(1, self.of) / self.of
+        return np.split(stored, np.searchsorted(reached, targets, side="right"))[self.number]
+
+
+@dataclass(frozen=True)
 class Loaded:
     """One batch and what belongs to it."""
 
     batch: RequestBatch
-    """The batch, on the CPU."""
+    """The batch, or the reader's share of it, which may be empty; on the CPU."""
     cursor: Cursor
     """Names this batch."""
     following: Cursor
@@ -250,8 +280,10 @@ class RequestData:
 
     # Reading
 
-    def batches(self, *, shuffle_seed: int | None, start: Cursor | None = None, epochs: int = 1) -> Iterator[Loaded]:
-        """Yield every batch from ``start`` to the end of the last pass.
+    def batches(
+        self, *, shuffle_seed: int | None, start: Cursor | None = None, epochs: int = 1, share: Share | None = None
+    ) -> Iterator[Loaded]:
+        """Yield every batch from ``start`` to the end of the last pass; with ``share``, that part of each batch.
 
         ``shuffle_seed`` shuffles the requests of each window; None keeps the stored order.
 
@@ -259,16 +291,14 @@ class RequestData:
             BadConfigError: if ``start`` belongs to other data or another layout.
             BadDataError: on a null or mistyped value that no batch can hold; the text names file and row.
         """
-        start = start or Cursor()
+        start, share = start or Cursor(), share or Share()
         self._check_cursor(start, epochs)
         skip = start.batch
         for epoch in range(start.epoch, epochs):
             first = start.window if epoch == start.epoch else 0
-            for window, rows in self._windows(first):
-                order_R = np.arange(rows.user_RU.shape[0])
-                if shuffle_seed is not None:
-                    order_R = np.random.default_rng([shuffle_seed, epoch, window]).permutation(order_R)
-                parts = self._batch_parts(rows, order_R)
+            for window, rows, parts in self._windows(
+                first, None if shuffle_seed is None else [shuffle_seed, epoch], share
+            ):
                 for number in range(skip, len(parts)):
                     here = Cursor(epoch, window, number, self.place(window))
                     packed = _take(rows, parts[number])
@@ -292,53 +322,103 @@ class RequestData:
             return Cursor(cursor.epoch, cursor.window + 1, 0, self.place(cursor.window + 1))
         return Cursor(cursor.epoch + 1, 0, 0, self.place(0))
 
-    def _batch_parts(self, rows: _Rows, order_R: Ints) -> list[Ints]:
+    def _batch_parts(self, sizes_R: Ints, seed: list[int] | None) -> list[Ints]:
         """Cut a window's requests into batches of nearly equal impressions, each about ``batch_size``."""
-        sizes_R = np.diff(rows.candidate_offsets_O)[order_R]
-        reached_R = np.cumsum(sizes_R)
+        order_R = np.arange(sizes_R.shape[0])
+        if seed is not None:
+            order_R = np.random.default_rng(seed).permutation(order_R)
+        reached_R = np.cumsum(sizes_R[order_R])
         parts = max(1, round(float(reached_R[-1]) / self.config.batch_size))
         targets = reached_R[-1] * np.arange(1, parts) / parts
         cuts = np.unique(np.searchsorted(reached_R, targets, side="right"))
         return [part for part in np.split(order_R, cuts) if part.shape[0]]
 
-    def _windows(self, first: int) -> Iterator[tuple[int, _Rows]]:
-        """Yield each window from ``first`` on, reading the files once, forwards."""
-        start = int(self._window_start_W[first])
-        pieces: list[_Rows] = []
-        window, done = first, start
-        for chunk, where in self._chunks(start):
-            taken = 0
-            while taken < chunk.num_rows:
-                count = min(chunk.num_rows - taken, int(self._window_start_W[window + 1]) - done)
-                pieces.append(
-                    _encode(chunk.slice(taken, count), self.schema, self.config.max_seq_len, self.with_keys, where)
-                )
-                taken, done = taken + count, done + count
-                if done == self._window_start_W[window + 1]:
-                    whole, pieces = _concatenate(pieces), []
-                    yield window, whole
-                    del whole
-                    window += 1
+    def _windows(self, first: int, seed: list[int] | None, share: Share) -> Iterator[tuple[int, _Rows, list[Ints]]]:
+        """Yield each window from ``first`` on: its number, the rows to hold, and which of them each batch takes."""
+        reader = _Reader(self._groups, lambda parquet: _leaves(parquet, self.schema, self.with_keys), self._chunk_rows)
+        counter = _Reader(self._groups, lambda parquet: [_click_leaf(parquet)], lambda group: _COUNTED_ROWS)
+        for window in range(first, self.num_windows):
+            start, stop = (int(self._window_start_W[edge]) for edge in (window, window + 1))
+            seeds = None if seed is None else [*seed, window]
+            if share.of == 1:
+                rows = self._encoded(reader, start, stop)
+                parts = self._batch_parts(np.diff(rows.candidate_offsets_O), seeds)
+            else:
+                sizes_R = _candidate_counts(counter.read(start, stop))
+                parts = [share.own(part, sizes_R) for part in self._batch_parts(sizes_R, seeds)]
+                own = np.concatenate(parts)
+                # Where nothing is its own it holds one row: an empty batch still knows how wide its parts are.
+                low, high = (int(own.min()), int(own.max()) + 1) if own.shape[0] else (0, 1)
+                rows = self._encoded(reader, start + low, start + high)
+                parts = [part - low for part in parts]
+            yield window, rows, parts
+            del rows
 
-    def _chunks(self, start: int) -> Iterator[tuple[pa.RecordBatch, Place]]:
-        """Yield record batches of a few MiB from row ``start`` (counted over all files) to the end."""
-        first = int(np.searchsorted(self._first_row_G, start, side="right")) - 1
-        skip = start - int(self._first_row_G[first])
-        parquet, opened = None, ""
-        for group in self._groups[first:]:
-            if parquet is None or group.file != opened:
-                parquet, opened = _open(group.file), group.file
-                leaves = _leaves(parquet, self.schema, self.with_keys)
-            rows = max(1, int(_CHUNK_BYTES / self._request_bytes(group)))
-            row = 0
-            for chunk in parquet.iter_batches(batch_size=rows, row_groups=[group.index], columns=leaves):
-                if row + chunk.num_rows > skip:
-                    cut = max(skip - row, 0)
-                    yield chunk.slice(cut), Place(group.file, group.index, row + cut)
-                row += chunk.num_rows
-            if row != group.requests:
-                raise BadDataError(f"{group.file}, row group {group.index}: {group.requests} rows declared, {row} read")
-            skip = 0
+    def _encoded(self, reader: _Reader, start: int, stop: int) -> _Rows:
+        pieces = [
+            _encode(chunk, self.schema, self.config.max_seq_len, self.with_keys, where)
+            for chunk, where in reader.read(start, stop)
+        ]
+        return _concatenate(pieces)
+
+    def _chunk_rows(self, group: _RowGroup) -> int:
+        return max(1, int(_CHUNK_BYTES / self._request_bytes(group)))
+
+
+class _Reader:
+    """Reads rows by their number over all row groups, forwards; row groups that nothing is read of are not decoded."""
+
+    def __init__(
+        self,
+        groups: list[_RowGroup],
+        leaves: Callable[[pq.ParquetFile], list[str]],
+        chunk_rows: Callable[[_RowGroup], int],
+    ) -> None:
+        self._groups, self._leaves, self._chunk_rows = groups, leaves, chunk_rows
+        self._first_row_G = np.cumsum([0] + [group.requests for group in groups])
+        self._parquet: pq.ParquetFile | None = None
+        self._file, self._group = "", -1
+        self._chunks: Iterator[pa.RecordBatch] = iter(())
+        self._chunk: pa.RecordBatch | None = None
+        self._begin = self._end = 0  # rows of the chunk
+
+    def read(self, start: int, stop: int) -> Iterator[tuple[pa.RecordBatch, Place]]:
+        """Yield the rows from ``start`` to before ``stop`` in record batches, each with its first row."""
+        while start < stop:
+            while self._chunk is None or start >= self._end:
+                self._next_chunk(start)
+            piece = self._chunk.slice(start - self._begin, min(stop, self._end) - start)
+            group = self._groups[self._group]
+            yield piece, Place(group.file, group.index, start - int(self._first_row_G[self._group]))
+            start += piece.num_rows
+
+    def _next_chunk(self, row: int) -> None:
+        number = int(np.searchsorted(self._first_row_G, row, side="right")) - 1
+        group = self._groups[number]
+        if number != self._group:
+            if self._parquet is None or group.file != self._file:
+                self._parquet, self._file = _open(group.file), group.file
+            self._chunks = self._parquet.iter_batches(
+                batch_size=self._chunk_rows(group), row_groups=[group.index], columns=self._leaves(self._parquet)
+            )
+            self._group, self._end = number, int(self._first_row_G[number])
+        self._chunk = None  # before the next is decoded, so that only one is held
+        self._chunk = next(self._chunks, None)
+        if self._chunk is None:
+            found = self._end - int(self._first_row_G[number])
+            raise BadDataError(f"{group.file}, row group {group.index}: {group.requests} rows declared, {found} read")
+        self._begin, self._end = self._end, self._end + self._chunk.num_rows
+
+
+def _click_leaf(parquet: pq.ParquetFile) -> str:
+    paths = [parquet.schema.column(column).path for column in range(len(parquet.schema))]
+    return next(path for path in paths if path.startswith(f"{_CANDIDATES}.") and path.endswith(".click"))
+
+
+def _candidate_counts(chunks: Iterator[tuple[pa.RecordBatch, Place]]) -> Ints:
+    """Return the number of candidates of each request."""
+    lengths = [pc.fill_null(pc.list_value_length(chunk.column(_CANDIDATES)), 0) for chunk, _ in chunks]
+    return np.concatenate([length.to_numpy(zero_copy_only=False) for length in lengths]).astype(np.int64)
 
 
 def prefetch(items: Iterator[T], depth: int = 2) -> Iterator[T]:

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from onetrans.errors import BadConfigError, BadDataError
-from onetrans.loader import Cursor, LoaderConfig, RequestData, prefetch
+from onetrans.loader import Cursor, LoaderConfig, RequestData, Share, prefetch
 from onetrans.schema import Feature
 from tests.worlds import FIRST_DAY, World, small_schema, write_requests
 
@@ -382,3 +382,72 @@ def test_prefetch_keeps_order_passes_errors_on_and_stops_when_left():
     left = prefetch(iter(range(10**9)))
     assert next(left) == 0
     left.close()  # returns, which it would not if the thread went on
+
+
+# Several readers
+
+
+@pytest.mark.parametrize("of", [2, 3, 7])
+@pytest.mark.parametrize("seed", [None, 5])
+def test_readers_share_every_batch_without_overlap_however_many_they_are(tmp_path, of, seed):
+    files, _ = write_world(tmp_path, World(requests=200))
+    data = RequestData(files, SCHEMA, LoaderConfig(batch_size=64, max_seq_len=8, window_batches=4))
+    whole = list(data.batches(shuffle_seed=seed, epochs=2))
+    shares = [list(data.batches(shuffle_seed=seed, epochs=2, share=Share(n, of))) for n in range(of)]
+    for loaded, *parts in zip(whole, *shares, strict=True):
+        assert {part.cursor for part in parts} == {loaded.cursor}
+        assert {part.following for part in parts} == {loaded.following}
+        together = [request for part in parts for request in requests_of(part.batch)]
+        assert sorted(map(str, together)) == sorted(map(str, requests_of(loaded.batch)))
+        if seed is None:
+            assert together == list(requests_of(loaded.batch))
+        sizes = [part.batch.num_candidates for part in parts]
+        assert max(sizes) - min(sizes) <= 2 * 8, "a share differs from another by a request at either end"
+
+
+def test_a_share_goes_on_from_a_cursor_also_with_another_number_of_readers(tmp_path):
+    files, _ = write_world(tmp_path, World(requests=120))
+    data = RequestData(files, SCHEMA, LoaderConfig(batch_size=64, max_seq_len=8, window_batches=3))
+    whole = list(data.batches(shuffle_seed=1))
+    for number in (1, 4, len(whole) - 1):
+        start = whole[number - 1].following
+        rest = [list(data.batches(shuffle_seed=1, start=start, share=Share(n, 3))) for n in range(3)]
+        for loaded, *parts in zip(whole[number:], *rest, strict=True):
+            together = [request for part in parts for request in requests_of(part.batch)]
+            assert sorted(map(str, together)) == sorted(map(str, requests_of(loaded.batch)))
+
+
+def test_more_readers_than_requests_leave_some_with_an_empty_batch(tmp_path):
+    files, _ = write_world(tmp_path, World(requests=3), files=1)
+    data = RequestData(files, SCHEMA, LoaderConfig(batch_size=1000, max_seq_len=8))
+    shares = [next(data.batches(shuffle_seed=1, share=Share(n, 8))).batch for n in range(8)]
+    (whole,) = data.batches(shuffle_seed=1)
+    assert sum(batch.num_requests for batch in shares) == whole.batch.num_requests == 3
+    for batch in shares:
+        batch.check()
+        assert batch.item_NI.shape[1] == whole.batch.item_NI.shape[1]
+
+
+def test_a_reader_decodes_the_row_groups_of_its_own_stretch_only(tmp_path, monkeypatch):
+    files, _ = write_world(tmp_path, World(requests=800), files=1, row_group_size=20)
+    data = RequestData(files, SCHEMA, LoaderConfig(batch_size=1500, max_seq_len=8, window_batches=100))
+    assert data.num_windows == 1
+    decoded = []
+    iter_batches = pq.ParquetFile.iter_batches
+
+    def counted(self, *arguments, **options):
+        if len(options["columns"]) > 1:
+            decoded.extend(options["row_groups"])
+        return iter_batches(self, *arguments, **options)
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", counted)
+    for number in range(4):
+        decoded.clear()
+        list(data.batches(shuffle_seed=1, share=Share(number, 4)))
+        assert 10 <= len(decoded) <= 16, "a quarter of 40 row groups, and the borders of the batches' stretches"
+
+
+@pytest.mark.parametrize(("number", "of"), [(-1, 2), (2, 2), (0, 0)])
+def test_a_share_that_is_none_is_refused(number, of):
+    with pytest.raises(BadConfigError, match=f"share number {number} of {of}"):
+        Share(number, of)

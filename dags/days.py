@@ -20,11 +20,15 @@ The cron hour is midnight: with a later one Airflow drops the last day of a rang
 
 
 def day_param() -> Param:
-    """Return the field of the trigger form that names the day."""
+    """Return the field of the trigger form that names the day.
+
+    Airflow answers a value it refuses with the rule it breaks and the whole schema, of which ``hint`` is a part.
+    """
     return Param(
         default=None,
         type=["null", "string"],
         format="date",
+        hint="a day written YYYY-MM-DD, such as 2022-05-04",
         title="Day",
         description="Day to run. Empty: the day of the logical date; leave it empty in a backfill.",
     )
@@ -38,8 +42,15 @@ def run_day(context: Mapping[str, Any]) -> str:
     latest event of the asset that started the run.
 
     Raises:
-        AirflowFailException: if the run says no day, or one that is none; no retry can help.
+        AirflowFailException: if the run says no day, one that is none, or one for all runs of a backfill; no retry
+            can help.
     """
+    given, logical = (context.get("params") or {}).get("ds"), context.get("logical_date")
+    if is_backfill(context) and given and logical and str(given) != logical.astimezone(UTC).date().isoformat():
+        raise AirflowFailException(
+            f"the field Day says {given} in a backfill, so every one of its runs would work on that day. Start the "
+            "backfill again and leave the field empty: each run then works on its own day."
+        )
     for source, value in _candidates(context):
         if value in (None, ""):
             continue
@@ -55,6 +66,11 @@ def run_day(context: Mapping[str, Any]) -> str:
         "this run does not say which day to work on: it has no logical date, no field ds and no asset event "
         "with one. Trigger it again and fill in the field Day."
     )
+
+
+def is_backfill(context: Mapping[str, Any]) -> bool:
+    """Tell whether a run is one of a backfill's."""
+    return str(getattr(context.get("dag_run"), "run_type", "")) == "backfill"
 
 
 def _candidates(context: Mapping[str, Any]) -> list[tuple[str, Any]]:

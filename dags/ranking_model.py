@@ -19,6 +19,10 @@ once and says so.
 
 **Not better is not a failure:** the run succeeds, and `gate` and `promote` say why the champion stayed.
 
+**A winner the gate does not see:** *Trigger* with a *Reason for a forced promotion*. The day's model then becomes
+champion whatever the gate says. The reason is kept in `gate.json`, in MLflow, and with the model; it holds for that
+run alone, counts once, and a backfill refuses it.
+
 **Run one day by hand:** *Trigger*, fill in *Day*. **Train a range:** *Trigger* -> *Backfill*. Choose under *Reprocess
 Behavior* what happens to days that were run before: *Missing Runs*, where the form begins, runs none of them again;
 *Missing and Errored Runs* runs the failed ones, *All Runs* every day. Where the tables are run again too, start their
@@ -35,11 +39,13 @@ retried, anything else is. *Clear* the task to run it again: a step that was fin
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import timedelta
+from typing import Any
 
 from airflow.sdk import DAG, Asset, Param
 
-from dags.days import DAILY, START, day_param
+from dags.days import DAILY, START, day_param, is_backfill
 from dags.others import Other
 from dags.steps import DAY, DEFAULTS, Step, WaitStep
 
@@ -70,6 +76,28 @@ gate_mode, gate_variable = choice(
     "enabled: promote a winner; dry_run: judge, but leave the alias; off: do not judge.",
 )
 VARIABLES = {**preset_variable, **gate_variable}
+
+FORCE = "{{ '--force=' ~ params.force_reason if params.force_reason else '' }}"
+"""Argument by which steps learn of a forced promotion; left out where nobody forces one."""
+
+
+def refuse(context: Mapping[str, Any]) -> str:
+    """Return why a run cannot be as the form asks; the fields by themselves were checked when it was sent."""
+    asked = context["params"]
+    if not asked.get("force_reason"):
+        return ""
+    if is_backfill(context):
+        return (
+            "The backfill has a reason for a forced promotion, which would promote each of its days whatever the gate "
+            "says. Leave the field empty in a backfill, or trigger the one day it is meant for."
+        )
+    if asked["gate_mode"] in ("dry_run", "off"):
+        return (
+            f"Gate mode {asked['gate_mode']} leaves the champion as it is, and the reason for a forced promotion asks "
+            "for another one. Choose one of the two."
+        )
+    return ""
+
 
 TABLES_OF_THE_DAY = Other(
     "feature_tables",
@@ -112,10 +140,20 @@ with DAG(
         "from_scratch": Param(
             False,
             type="boolean",
-            title="From scratch",
+            title="Train from scratch",
             description="Leave yesterday's checkpoint aside: fresh weights and the whole look-back window.",
         ),
         "gate_mode": gate_mode,
+        "force_reason": Param(
+            None,
+            type=["null", "string"],
+            pattern=r"\S",
+            maxLength=500,
+            hint="a reason in words, of at most 500 characters; or leave the field empty",
+            title="Reason for a forced promotion",
+            description="Why this day's model becomes champion whatever the gate says. Empty: the gate decides; leave "
+            "it empty in a backfill.",
+        ),
     },
     tags=["ranking", "model"],
     doc_md=__doc__,
@@ -147,13 +185,14 @@ with DAG(
         arguments=["published", "training_requests", "--ds", DAY],
         at_most=WAIT_AT_MOST,
         others=[DAY_BEFORE, TABLES_OF_THE_DAY],
+        refuse=refuse,
         unharmed=UNHARMED,
         execution_timeout=timedelta(minutes=10),
         doc_md="Looks at once, then from the triggerer. By hand: `onetrans published training_requests --ds DAY`",
     )
     plan = command(
         "plan",
-        *("plan", "--ds", DAY, "{{ '--from-scratch' if params.from_scratch else '' }}"),
+        *("plan", "--ds", DAY, "{{ '--from-scratch' if params.from_scratch else '' }}", FORCE),
         timeout=timedelta(minutes=30),
         doc="Decides once what this run reads and starts from; every later step reads the plan. "
         "By hand: `onetrans plan --ds DAY`",
@@ -175,13 +214,13 @@ with DAG(
     )
     gate = command(
         "gate",
-        *("gate", "--plan", PLAN),
+        *("gate", "--plan", PLAN, FORCE),
         timeout=timedelta(hours=1),
         doc="Writes `gate.json`, every figure and the verdict, and `gate.html`. By hand: `onetrans gate --plan PLAN`",
     )
     promote = command(
         "promote",
-        *("promote", "--plan", PLAN),
+        *("promote", "--plan", PLAN, FORCE),
         timeout=timedelta(minutes=30),
         unharmed="Published tables are as they were; `onetrans registry list` tells which version is the champion.",
         outlets=(Asset(name="ranking.model", uri="mlflow://onetrans-ranker", group="ranking_model"),),

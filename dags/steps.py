@@ -26,7 +26,7 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -206,20 +206,35 @@ class WaitStep(Step):
     have to end first, and one that has failed may leave nothing to wait for.
     """
 
-    def __init__(self, *, at_most: timedelta, others: Sequence[Other] = (), **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        at_most: timedelta,
+        others: Sequence[Other] = (),
+        refuse: Callable[[Mapping[str, Any]], str] | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Describe a wait.
 
         Args:
             at_most: how long to wait.
             others: other runs that matter.
+            refuse: returns why a run as it was asked for cannot be; empty: it can. Asked before anything is waited for.
             **kwargs: those of :class:`Step`.
         """
         super().__init__(**kwargs)
         self.at_most = at_most
         self.others = list(others)
+        self.refuse = refuse
 
     def execute(self, context: Any) -> str | None:
         """Look once; if it is too early, wait in the triggerer."""
+        refused = self.refuse(context) if self.refuse else ""
+        if refused:
+            raise AirflowFailException(
+                f"{self._title(context)}: REFUSED. {refused} {self.unharmed} Airflow does not retry this: start a run "
+                "with other values."
+            )
         others = [other.of(run_day(context)) for other in self.others]
         seen = look_at(others)
         if seen.stop:

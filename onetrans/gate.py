@@ -43,6 +43,7 @@ import numpy as np
 from onetrans import storage
 from onetrans.bootstrap import Floats, Interval, Lift, Part, Replicates, ResampledAuc, UserSums, resample
 from onetrans.errors import BadDataError, NotReadyError
+from onetrans.forced import add_force_argument, forced_reason
 from onetrans.history import earlier_plans
 from onetrans.metrics import Metrics, cross_entropies, user_auc
 from onetrans.plan import GATE_FILE, METRICS_FILE, PAGE_FILE, Plan
@@ -535,8 +536,13 @@ def _reason(
 # The step
 
 
-def run_gate(settings: Settings, plan: Plan) -> dict[str, Any]:
+def run_gate(settings: Settings, plan: Plan, force: str = "") -> dict[str, Any]:
     """Judge the scores of a plan, keep the verdict as ``gate.json`` and ``gate.html``, there and in MLflow; return it.
+
+    Args:
+        settings: the thresholds, and where MLflow is.
+        plan: the evaluated plan.
+        force: why a person has the day promoted whatever the verdict is; kept beside it, and changes nothing in it.
 
     Raises:
         NotReadyError: if the plan was not evaluated.
@@ -559,6 +565,7 @@ def run_gate(settings: Settings, plan: Plan) -> dict[str, Any]:
             "plan_id": plan.plan_id,
             **judge(scores, settings.gate, chain.scores, chain.baseline).to_dict(),
             "left_out": chain.left_out,
+            "force_reason": force or None,
             "scores_sha256": digest,
             "decided_at": datetime.now(UTC).isoformat(timespec="seconds"),
         }
@@ -619,18 +626,22 @@ def _chain(plan: Plan, days: int) -> _Chain:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     parser.add_argument("--plan", required=True, help="folder of the plan, or its plan.json")
+    add_force_argument(parser, "why the day is promoted whatever the verdict is; kept beside the verdict")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Judge and print the verdict; a candidate that is not promoted is no failure."""
     plan = Plan.load(arguments.plan)
-    verdict = run_gate(load_settings(), plan)
+    settings = load_settings()
+    verdict = run_gate(settings, plan, forced_reason(arguments.force, settings.gate))
     for criterion in verdict["criteria"]:
         print(f"{'ok  ' if criterion['passed'] else 'FAIL'} {criterion['name']:<30} {criterion['text']}")
     if verdict["champion"]["state"] != "scored":
         print(f"note {verdict['champion']['note']}")
     for warning in verdict["warnings"]:
         print(f"WARN {warning}")
+    if verdict["force_reason"]:
+        print(f"note a person forces the promotion: {verdict['force_reason']}")
     print(f"page: {storage.join(plan.path, PAGE_FILE)}")
     print(f"{verdict['ds']} {verdict['verdict']}: {verdict['reason']}")
     return 0

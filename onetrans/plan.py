@@ -34,6 +34,7 @@ from typing import Any, get_args
 from onetrans import storage
 from onetrans.days import day_range, days_before, describe_days, parse_day
 from onetrans.errors import BadConfigError, NotReadyError
+from onetrans.forced import add_force_argument, forced_reason
 from onetrans.lake import Lake
 from onetrans.models.config import ARCHITECTURES, CONFIGS, ModelConfig, config_from_dict, config_to_dict, preset
 from onetrans.optim_config import OptimizerConfig, optimizer_preset
@@ -468,11 +469,14 @@ def plan_of(arguments: argparse.Namespace, settings: Settings) -> Plan:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     add_day_arguments(parser)
+    add_force_argument(parser, "what `onetrans promote` will be given, to refuse it here if it would be refused there")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Make the plan and print its folder, the value of ``--plan`` for the steps that follow."""
-    plan = plan_of(arguments, load_settings())
+    settings = load_settings()
+    forced_reason(arguments.force, settings.gate)
+    plan = plan_of(arguments, settings)
     logger.info("plan %s of %s (%s): %s", plan.plan_id, plan.ds, plan.preset, plan.decision)
     print(plan.path)
     return 0

@@ -10,10 +10,13 @@ Rules of the champion:
 
 * only a verdict of the gate on exactly the scores that lie in the run folder moves it,
   and only to the very files that were evaluated;
+* a person may force it with a reason, which is recorded: then neither the verdict nor a
+  champion of a later day holds it back.  A reason counts once: a run that is repeated
+  does not return a forced version to a place that another has taken since;
 * the champion is read again right before the swap.  If it is not the one the candidate
   was compared with, the comparison is repeated with the new one first;
 * a day never replaces a champion trained for a later day, so a backfill cannot move
-  it back, unless a person forces it with a reason, which is recorded;
+  it back;
 * a version that a person rolled back is never promoted again by the pipeline.
 
 MLflow has no compare-and-swap.  Processes of one machine take turns by a file lock;
@@ -29,17 +32,20 @@ import argparse
 import hashlib
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from onetrans import storage
 from onetrans.errors import BadConfigError, BadDataError, NotReadyError, PipelineError
+from onetrans.forced import add_force_argument, forced_reason
 from onetrans.plan import GATE_FILE, PROMOTION_FILE, SCORES_FILE, Plan
 from onetrans.scores import CANDIDATE
 from onetrans.settings import MlflowSettings, Settings, load_settings
 from onetrans.tracking import (
     MODEL_FOLDER,
     TAG_DAY,
+    TAG_FORCED,
     TAG_MODEL_DIGEST,
     TAG_MODEL_ID,
     TAG_PLAN,
@@ -68,7 +74,6 @@ TAG_REPLACED = "replaced"
 TAG_ROLLED_BACK = "rolled_back"
 TAG_PROMOTED = "promoted_at"
 TAG_BY_HAND = "promoted_by_hand"
-TAG_FORCED = "forced_over_later_day"
 TAG_PARENT = "parent_version"
 
 MOST_COMPARISONS = 3
@@ -76,7 +81,7 @@ MOST_COMPARISONS = 3
 
 EXAMPLES = """examples:
   onetrans promote --plan var/runs/ds=2022-05-06/1a2b3c4d5e6f
-  onetrans promote --plan var/runs/ds=2022-05-06/1a2b3c4d5e6f --force "the log of 7 May was wrong"
+  onetrans promote --plan var/runs/ds=2022-05-06/1a2b3c4d5e6f --force "the baseline was trained on a broken log"
   onetrans registry list"""
 
 
@@ -246,7 +251,7 @@ def promote(settings: Settings, plan: Plan, force: str = "") -> dict[str, Any]:
     Args:
         settings: where MLflow is, and the gate's thresholds should the comparison be repeated.
         plan: the judged plan.
-        force: why this day may replace a champion of a later day; empty: it may not.
+        force: why a person has it promoted whatever the verdict and the champion's day are; empty: nobody does.
 
     Raises:
         NotReadyError: if the plan was not judged, its candidate is not in MLflow, or the registry does not answer.
@@ -261,7 +266,7 @@ def promote(settings: Settings, plan: Plan, force: str = "") -> dict[str, Any]:
             promotion = _promote_once(settings, plan, force.strip())
             if promotion is not None:
                 return promotion
-            _compare_again(settings, plan)
+            _compare_again(settings, plan, force.strip())
     raise PipelineError(
         f"{settings.mlflow.registered_model}: the champion moved during each of {MOST_COMPARISONS} comparisons; "
         "another process promotes or rolls back at the same time. Nothing was promoted; run this step again"
@@ -279,7 +284,7 @@ def _promote_once(settings: Settings, plan: Plan, force: str) -> dict[str, Any] 
         )
     registry = Registry(settings.mlflow)
     done = _done_before(registry, plan, verdict, tags[TAG_MODEL_ID])
-    if done is not None and not (force and done["decision"] == "held"):
+    if done is not None and not (force and done["decision"] in ("held", "declined")):
         return done
     _check_same_model(settings, plan, tags[TAG_MODEL_ID], tags[TAG_MODEL_DIGEST])
     with one_at_a_time(settings.mlflow.tracking_uri):
@@ -292,7 +297,7 @@ def _promote_once(settings: Settings, plan: Plan, force: str) -> dict[str, Any] 
             model_card(plan, verdict, registry.name),
         )
         _move_challenger(registry, version, plan)
-        before, decision, reason = _move_champion(registry, version, plan, verdict, force)
+        move = _move_champion(registry, version, plan, verdict, force)
         aliases = registry.aliases()
     promotion = {
         "ds": str(plan.ds),
@@ -302,11 +307,11 @@ def _promote_once(settings: Settings, plan: Plan, force: str) -> dict[str, Any] 
         "model_id": tags[TAG_MODEL_ID],
         "model_digest": tags[TAG_MODEL_DIGEST],
         "verdict": verdict["verdict"],
-        "decision": decision,
-        "reason": reason,
-        "forced": force or None,
+        "decision": move.decision,
+        "reason": move.reason,
+        "forced": force if move.forced else None,
         "aliases": sorted(alias for alias, number in aliases.items() if number == str(version.version)),
-        "champion_before": before,
+        "champion_before": move.before,
         "champion_after": aliases.get(CHAMPION),
         "compared_with": verdict["champion"],
         "gate_decided_at": verdict["decided_at"],
@@ -329,13 +334,13 @@ def _moved(champion: ModelVersion | None, plan: Plan, verdict: Mapping[str, Any]
     return (compared["version"], compared["digest"]) != (str(champion.version), champion.tags.get(TAG_MODEL_DIGEST))
 
 
-def _compare_again(settings: Settings, plan: Plan) -> None:
+def _compare_again(settings: Settings, plan: Plan, force: str) -> None:
     from onetrans.evaluate import compare_again  # it needs torch, which the usual promotion does not
     from onetrans.gate import run_gate
 
     logger.info("%s: the champion moved since the day was judged; comparing with the new one", plan.ds)
     compare_again(plan, settings)
-    run_gate(settings, plan)
+    run_gate(settings, plan, force)
 
 
 def _parent_version(registry: Registry, plan: Plan) -> str:
@@ -398,32 +403,60 @@ def _move_challenger(registry: Registry, version: ModelVersion, plan: Plan) -> N
         registry.client.set_registered_model_alias(registry.name, CHALLENGER, version.version)
 
 
+@dataclass(frozen=True)
+class _Move:
+    """What became of the champion's place."""
+
+    before: str | None
+    """Version that held it."""
+    decision: Literal["promoted", "declined", "held"]
+    """``declined``: the gate said no; ``held``: something else stands against it."""
+    reason: str
+    """Why, a sentence or so."""
+    forced: bool = False
+    """Whether a person's reason was what decided."""
+
+
 def _move_champion(
     registry: Registry, version: ModelVersion, plan: Plan, verdict: Mapping[str, Any], force: str
-) -> tuple[str | None, str, str]:
-    """Swap the champion if everything allows it; return the champion before, the decision and its reason."""
+) -> _Move:
+    """Swap the champion if everything allows it, or a person forces what does not."""
     champion = registry.by_alias(CHAMPION)
     before = str(champion.version) if champion is not None else None
+    tags = version.tags
     if champion is not None and champion.version == version.version:
         # Repeated: what it replaced was noted the first time.
-        return version.tags.get(TAG_REPLACED), "promoted", "is the champion"
-    if verdict["verdict"] != "promoted":
-        return before, "declined", verdict["reason"]
-    if TAG_ROLLED_BACK in version.tags:
-        return before, "held", f"a person rolled this version back ({version.tags[TAG_ROLLED_BACK]})"
+        return _Move(tags.get(TAG_REPLACED), "promoted", "is the champion")
+    declined = verdict["verdict"] != "promoted"
+    if declined and not force:
+        return _Move(before, "declined", verdict["reason"])
+    if TAG_ROLLED_BACK in tags:
+        again = f"; to undo that: onetrans registry promote --version {version.version} --reason TEXT" if force else ""
+        return _Move(before, "held", f"a person rolled this version back ({tags[TAG_ROLLED_BACK]}){again}")
+    held = ""
     if champion is not None and TAG_DAY not in champion.tags:
-        return before, "held", f"champion {before} has no tag {TAG_DAY!r}, so nothing says that it is older"
-    if champion is not None and champion.tags[TAG_DAY] > str(plan.ds):
-        if TAG_PROMOTED in version.tags:
-            return version.tags.get(TAG_REPLACED), "promoted", f"was promoted at {version.tags[TAG_PROMOTED]}"
-        later = f"champion {before} was trained for a later day, {champion.tags[TAG_DAY]}"
-        if not force:
-            return before, "held", f"{later}; to replace it all the same: --force REASON"
+        held = f"champion {before} has no tag {TAG_DAY!r}, so nothing says that it is older"
+    elif champion is not None and champion.tags[TAG_DAY] > str(plan.ds):
+        if TAG_PROMOTED in tags:
+            return _Move(tags.get(TAG_REPLACED), "promoted", f"was promoted at {tags[TAG_PROMOTED]}")
+        held = f"champion {before} was trained for a later day, {champion.tags[TAG_DAY]}"
+    if not (declined or held):
         registry.set_champion(version)
-        registry.client.set_model_version_tag(registry.name, version.version, TAG_FORCED, f"{_now()}: {force}")
-        return before, "promoted", f"forced, though {later}: {force}"
+        return _Move(before, "promoted", verdict["reason"])
+    if not force:
+        return _Move(before, "held", f"{held}; to replace it all the same: --force REASON")
+    if TAG_FORCED in tags:
+        return _Move(
+            before,
+            "held",
+            f"it was forced before ({tags[TAG_FORCED]}), and champion {before} has taken its place since; to force it "
+            f"again: onetrans registry promote --version {version.version} --reason TEXT",
+        )
     registry.set_champion(version)
-    return before, "promoted", verdict["reason"]
+    registry.client.set_model_version_tag(registry.name, version.version, TAG_FORCED, f"{_now()}: {force}")
+    over = " and ".join(filter(None, ["the gate declined it" if declined else "", held]))
+    note = f" The gate: {verdict['reason']}" if declined else ""
+    return _Move(before, "promoted", f"forced, though {over}: {force.rstrip('.')}.{note}", forced=True)
 
 
 def _version_tags(plan: Plan, verdict: Mapping[str, Any], run_tags: Mapping[str, str]) -> dict[str, str]:
@@ -475,17 +508,13 @@ def _now() -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     parser.add_argument("--plan", required=True, help="folder of the plan, or its plan.json")
-    parser.add_argument(
-        "--force",
-        default="",
-        metavar="REASON",
-        help="replace a champion of a later day too; the gate's verdict still holds, and the reason is recorded",
-    )
+    add_force_argument(parser, "promote it whatever the gate's verdict and the champion's day are; the reason is kept")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Register the candidate and say what became of it; one that is not promoted is no failure."""
-    promotion = promote(load_settings(), Plan.load(arguments.plan), arguments.force)
+    settings = load_settings()
+    promotion = promote(settings, Plan.load(arguments.plan), forced_reason(arguments.force, settings.gate))
     print(
         f"{promotion['ds']} {promotion['model']} version {promotion['version']} {promotion['decision']}: "
         f"{promotion['reason']}"

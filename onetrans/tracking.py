@@ -51,6 +51,7 @@ TAG_DAY = "ds"
 TAG_PLAN = "plan_id"
 TAG_MODEL = "model"
 TAG_DECISION = "decision"
+TAG_FORCED = "forced_promotion"
 TAG_ERROR = "error"
 TAG_MODEL_ID = "logged_model_id"
 TAG_MODEL_DIGEST = "model_digest"
@@ -411,9 +412,10 @@ def log_gate(settings: Settings, plan: Plan, verdict: Mapping[str, Any], page: s
         if _is_number(lift[figure])
     }
     _log_metrics(client, parent, figures)
-    _set_tags(
-        client, parent, {TAG_DECISION: verdict["verdict"], "mlflow.note.content": f"**{plan.ds}**: {verdict['reason']}"}
-    )
+    note = f"**{plan.ds}**: {verdict['reason']}"
+    if verdict["force_reason"]:
+        note += f" A person forces the promotion: {verdict['force_reason']}"
+    _set_tags(client, parent, {TAG_DECISION: verdict["verdict"], "mlflow.note.content": note})
     _again(lambda: client.log_dict(parent, dict(verdict), GATE_FILE))
     _again(lambda: client.log_text(parent, page, PAGE_FILE))
     _again(lambda: client.set_terminated(parent, "FINISHED"))
@@ -422,7 +424,8 @@ def log_gate(settings: Settings, plan: Plan, verdict: Mapping[str, Any], page: s
 def log_promotion(settings: Settings, plan: Plan, promotion: Mapping[str, Any]) -> None:
     """Record what was done in the registry (the content of ``promotion.json``) on the parent run."""
     client, parent = connect(settings.mlflow), start_day(settings, plan)
-    _set_tags(client, parent, {"registered_version": promotion["version"], "aliases": ", ".join(promotion["aliases"])})
+    tags = {"registered_version": promotion["version"], "aliases": ", ".join(promotion["aliases"])}
+    _set_tags(client, parent, tags | ({TAG_FORCED: promotion["forced"]} if promotion["forced"] else {}))
     _again(lambda: client.log_dict(parent, dict(promotion), PROMOTION_FILE))
 
 

@@ -229,6 +229,9 @@ def _heading(verdict: Mapping[str, Any]) -> str:
 def _header(verdict: Mapping[str, Any]) -> str:
     colour = GOOD if verdict["verdict"] == "promoted" else BAD if verdict["passed"] is False else QUIET
     warnings = "".join(f'<p class="warn">{escape(w)}</p>' for w in verdict["warnings"])
+    if verdict["force_reason"]:
+        reason = escape(verdict["force_reason"])
+        warnings += f'<p class="warn">A person forces the promotion, whatever the verdict: {reason}</p>'
     left_out = "".join(f'<p class="warn">Left out of the window: {escape(w)}</p>' for w in verdict["left_out"])
     days = verdict["days"]
     window = days[-1] if len(days) == 1 else f"{days[0]} to {days[-1]} ({len(days)} days pooled)"

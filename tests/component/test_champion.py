@@ -18,10 +18,10 @@ from onetrans.evaluate import compare_again, evaluate, score_files
 from onetrans.gate import run_gate
 from onetrans.models import build_model
 from onetrans.plan import FINISHED_FILE
-from onetrans.registry import CHAMPION, TAG_FORCED, Registry, promote
+from onetrans.registry import CHAMPION, Registry, promote
 from onetrans.schema import Feature
 from onetrans.scores import champion_of, read_scores
-from onetrans.tracking import TAG_MODEL_ID, fetch_folder, start_model
+from onetrans.tracking import TAG_FORCED, TAG_MODEL_ID, fetch_folder, start_model
 
 
 @pytest.fixture(scope="module")

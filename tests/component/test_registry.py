@@ -23,7 +23,7 @@ from onetrans.gate import run_gate
 from onetrans.registry import CHALLENGER, CHAMPION, PREVIOUS, TAG_ROLLED_BACK, Registry, promote
 from onetrans.report import report, table
 from onetrans.settings import as_environment
-from onetrans.tracking import TAG_MODEL_ID, fetch_folder, one_at_a_time
+from onetrans.tracking import TAG_FORCED, TAG_MODEL_ID, fetch_folder, one_at_a_time
 
 ROOT = Path(__file__).parents[2]
 
@@ -75,10 +75,10 @@ def _registry(shop, name):
     return Registry(dataclasses.replace(shop.settings.mlflow, registered_model=name.replace("[", "-").strip("]")))
 
 
-def _promote(shop, registry, plan):
+def _promote(shop, registry, plan, force=""):
     settings = dataclasses.replace(shop.settings, mlflow=registry.settings)
     _file(plan, "promotion.json").unlink(missing_ok=True)  # another test may have promoted this plan elsewhere
-    return promote(settings, plan)
+    return promote(settings, plan, force)
 
 
 def _file(plan, name):
@@ -192,6 +192,29 @@ def test_a_person_may_promote_what_the_gate_declined_and_has_to_say_why(shop, re
     version = registry.promote_by_hand("2", "an experiment")
     assert version.tags["promoted_by_hand"].endswith(": an experiment")
     assert registry.aliases() == {CHAMPION: "2", CHALLENGER: "2", PREVIOUS: "1"}
+
+
+def test_a_reason_promotes_what_the_gate_declined_once(shop, registry, better, worse):
+    _promote(shop, registry, better[3])
+    assert _promote(shop, registry, worse)["decision"] == "declined"
+    reason = "the baseline was trained on a broken log"
+    forced = promote(dataclasses.replace(shop.settings, mlflow=registry.settings), worse, reason)
+    assert (forced["verdict"], forced["decision"], forced["forced"]) == ("declined", "promoted", reason)
+    assert forced["reason"].startswith(f"forced, though the gate declined it: {reason}. The gate: Not promoted")
+    assert registry.aliases() == {CHAMPION: "2", CHALLENGER: "2", PREVIOUS: "1"}
+    assert registry.by_alias(CHAMPION).tags[TAG_FORCED].endswith(f": {reason}")
+    assert registry.client.get_run(worse.mlflow_run_id).data.tags[TAG_FORCED] == reason
+
+    # A person returns to version 1; the forced run is cleared and runs again, with the reason it was given then.
+    registry.promote_by_hand("1", "it was better after all")
+    again = _promote(shop, registry, worse, reason)
+    assert (again["decision"], again["forced"], _champion(registry)) == ("held", None, "1")
+    assert "it was forced before" in again["reason"]
+    registry.promote_by_hand("2", "a second look")
+    registry.roll_back("no")
+    again = _promote(shop, registry, worse, reason)
+    assert (again["decision"], _champion(registry)) == ("held", "1")
+    assert "onetrans registry promote --version 2" in again["reason"]
 
 
 def test_a_champion_of_unknown_day_is_left_alone(shop, registry, better):

@@ -140,6 +140,26 @@ def test_the_form_offers_what_the_settings_accept():
     assert params.get_param("gate_mode").schema["enum"][1:] == list(get_args(GateMode))
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "why"),
+    [
+        ("ds", "4 May", "is not a 'date'|written YYYY-MM-DD"),
+        ("preset", "huge", "not one of ['as configured', 'tiny'"),
+        ("from_scratch", "yes", "is not of type 'boolean'"),
+        ("gate_mode", "on", "not one of ['as configured', 'enabled', 'dry_run', 'off']"),
+        ("force_reason", "  ", "a reason in words, of at most 500 characters"),
+        ("force_reason", "x" * 501, "is too long|a reason in words"),
+    ],
+)
+def test_a_value_the_form_refuses_is_told_why(field, value, why):
+    from airflow.sdk.exceptions import ParamValidationError
+
+    with pytest.raises(ParamValidationError) as refused:
+        ranking_model.params.get_param(field).resolve(value)
+    for words in why.split("|"):
+        assert words in str(refused.value)
+
+
 def test_every_command_a_step_runs_exists():
     from onetrans.cli import COMMANDS
 
@@ -185,6 +205,15 @@ LOGICAL = datetime(2022, 5, 4, tzinfo=UTC)
 )
 def test_the_day_of_a_run(given, day):
     assert run_day(context(**given)) == day
+
+
+def test_a_backfill_with_one_day_for_all_its_runs_is_refused():
+    """Each of its runs would build the same day, and the range would look done."""
+    backfill = SimpleNamespace(run_type="backfill")
+    with pytest.raises(AirflowFailException, match="the field Day says 2022-05-01 in a backfill"):
+        run_day(context(dag_run=backfill, logical_date=LOGICAL, params={"ds": "2022-05-01"}))
+    assert run_day(context(dag_run=backfill, logical_date=LOGICAL, params={"ds": "2022-05-04"})) == "2022-05-04"
+    assert run_day(context(dag_run=backfill, logical_date=LOGICAL)) == "2022-05-04"
 
 
 def test_a_run_without_a_day_fails_for_good_and_says_what_to_do():
@@ -378,6 +407,42 @@ def test_a_wait_is_handed_to_the_triggerer(script):
     assert arguments["final_codes"] == [0, 65, 78]
     left = datetime.fromisoformat(arguments["until"]) - datetime.now(UTC)
     assert timedelta(hours=1, minutes=59) < left <= timedelta(hours=2)
+
+
+FORM = {"preset": "as configured", "from_scratch": False, "gate_mode": "as configured", "ds": None}
+
+
+@pytest.mark.parametrize(
+    ("asked", "run_type", "why"),
+    [
+        ({"force_reason": "a broken baseline"}, "manual", ""),
+        ({"force_reason": None}, "backfill", ""),
+        ({"force_reason": "a broken baseline"}, "backfill", "would promote each of its days"),
+        ({"force_reason": "a broken baseline", "gate_mode": "dry_run"}, "manual", "Gate mode dry_run leaves"),
+        ({"force_reason": "a broken baseline", "gate_mode": "off"}, "manual", "Gate mode off leaves"),
+    ],
+)
+def test_a_forced_promotion_that_cannot_be_meant_is_refused_before_anything_runs(script, asked, run_type, why):
+    refuse = by_id(ranking_model)["wait_for_day"].refuse
+    step = script("print('published')", cls=WaitStep, at_most=timedelta(hours=2), refuse=refuse)
+    given = context(logical_date=LOGICAL, params={**FORM, **asked}, dag_run=SimpleNamespace(run_type=run_type))
+    if not why:
+        assert step.execute(given) == "published"
+        return
+    with pytest.raises(AirflowFailException, match=why) as refused:
+        step.execute(given)
+    assert "program of 2022-05-04: REFUSED." in str(refused.value)
+    assert "Airflow does not retry this" in str(refused.value)
+
+
+@pytest.mark.parametrize("reason", [None, "it's the --baseline"])
+def test_the_reason_of_a_forced_promotion_reaches_the_steps_that_keep_and_use_it(reason):
+    for task_id in ("plan", "gate", "promote"):
+        step = by_id(ranking_model)[task_id].prepare_for_execution()
+        ti = SimpleNamespace(xcom_pull=lambda task_ids: "var/runs/x")
+        step.render_template_fields(context(logical_date=LOGICAL, params={**FORM, "force_reason": reason}, ti=ti))
+        forced = [argument for argument in step.command if argument.startswith("--force")]
+        assert forced == ([f"--force={reason}"] if reason else [])
 
 
 def test_a_wait_for_something_impossible_fails_at_once(script):

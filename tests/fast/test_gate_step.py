@@ -53,6 +53,16 @@ def test_off_leaves_a_verdict_that_promotes_nothing(shop, plan):
     assert (verdict["verdict"], verdict["passed"], verdict["mode"]) == ("declined", None, "off")
 
 
+def test_the_reason_of_a_forced_promotion_stands_beside_a_verdict_it_does_not_change(shop, plan):
+    shop.write_scores(plan, better=False)
+    plain, forced = run_gate(shop.settings, plan), run_gate(shop.settings, plan, "the baseline is <broken>")
+    assert plain["force_reason"] is None
+    assert "A person forces" in _file(plan, "gate.html").read_text()
+    assert "the baseline is &lt;broken&gt;" in _file(plan, "gate.html").read_text()
+    assert json.loads(_file(plan, "gate.json").read_text())["force_reason"] == "the baseline is <broken>"
+    assert {**plain, "decided_at": "", "force_reason": ""} == {**forced, "decided_at": "", "force_reason": ""}
+
+
 def test_a_plan_that_was_not_evaluated_is_not_ready(shop, plan):
     with pytest.raises(NotReadyError, match="onetrans evaluate --plan"):
         run_gate(shop.settings, plan)

@@ -50,7 +50,7 @@ def _sliced(table):
 def _page(table, before=(), audits=None, **changes):
     scores = Scores.from_table(table, ds=DAY)
     verdict = judge(scores, dataclasses.replace(SETTINGS, **changes)).to_dict()
-    verdict |= {"ds": DAY, "plan_id": "abc", "decided_at": "now", "left_out": []}
+    verdict |= {"ds": DAY, "plan_id": "abc", "decided_at": "now", "left_out": [], "force_reason": None}
     cut = slices(scores, table, SETTINGS.confidence)
     return Page(_plan(), verdict, scores, cut, before, audits or {"folder": {"passed": True, "warnings": 0}}).render()
 

@@ -333,6 +333,16 @@ class RetentionSettings:
 
 
 @dataclass(frozen=True)
+class AirflowSettings:
+    """How the local Airflow (``make ui``) is started; an Airflow of your own has its own configuration."""
+
+    database: str = ""
+    """PostgreSQL, ``postgresql://USER@HOST/NAME``, the password from ``PGPASSWORD``; empty: a SQLite file."""
+    schedule: bool = False
+    """Whether it starts each day by the clock; otherwise only runs that are asked for."""
+
+
+@dataclass(frozen=True)
 class Settings:
     """All settings of a deployment."""
 
@@ -356,6 +366,8 @@ class Settings:
     """How ranking requests are answered."""
     retention: RetentionSettings = field(default_factory=RetentionSettings)
     """How long what was replaced is kept."""
+    airflow: AirflowSettings = field(default_factory=AirflowSettings)
+    """How the local Airflow is started."""
 
 
 def config_file(environ: Mapping[str, str] | None = None) -> Path | None:

@@ -62,7 +62,12 @@ def run(what: str, config: Path | None, home: Path | None) -> None:
     print(f"configuration: {path or 'none, so every setting has its default'}", flush=True)
     environment = {"ONETRANS_CONFIG": str(path)} if path else {}
     settings = load_settings({**os.environ, **environment})
-    airflow = LocalAirflow(home or airflow_home(path), environment)
+    airflow = LocalAirflow(
+        home or airflow_home(path),
+        environment,
+        database=settings.airflow.database,
+        schedule=settings.airflow.schedule,
+    )
     others = _other_pages(settings, airflow.home / "logs") if what == "ui" else []
     servers = [page.server for page in others if page.server]
     try:

@@ -1,12 +1,12 @@
 """A local Airflow: four servers on loopback, sized for a laptop.
 
-API server, scheduler (LocalExecutor), DAG processor and triggerer run on a
-SQLite database under one home folder, with ports of their own.  ``airflow
-standalone`` does the same with a parallelism of 32 and listens on every
-interface; here both follow the machine.
+API server, scheduler (LocalExecutor), DAG processor and triggerer run under one
+home folder, with ports of their own.  ``airflow standalone`` does the same with
+a parallelism of 32 and listens on every interface; here both follow the machine.
 
-The scheduler creates no runs by the clock (``use_job_schedule``): on a laptop
-yesterday's log is not there, so days are run from the UI or its API, as
+The database is a SQLite file in the home, or a PostgreSQL that runs already.
+By default the scheduler creates no runs by the clock (``use_job_schedule``): on
+a laptop yesterday's log is not there, so days are run from the UI or its API, as
 backfills.  Everything else is as in production.
 """
 
@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import configparser
 import os
+import re
 import secrets
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 
@@ -29,6 +31,7 @@ from onetrans.errors import BadConfigError
 REPOSITORY = Path(__file__).resolve().parents[2]
 _ON_SQLITE = Path(__file__).parent / "on_sqlite"
 _PREFERRED_PORT = 8080
+_POSTGRES = re.compile(r"postgresql(?:\+psycopg)?://(?P<rest>.*)")
 
 
 def default_parallelism() -> int:
@@ -36,9 +39,46 @@ def default_parallelism() -> int:
     return max(2, len(os.sched_getaffinity(0)) + 1) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1) + 1
 
 
-def configuration(home: Path, dags: Path, port: int, parallelism: int) -> dict[str, dict[str, str]]:
-    """Return what ``airflow.cfg`` says; whatever is not named keeps Airflow's default."""
+def database_address(database: str, home: Path) -> str:
+    """Return the address Airflow is given for its database: a file in ``home`` unless ``database`` names a server.
+
+    Raises:
+        BadConfigError: if it is no PostgreSQL, or its driver is not installed.
+    """
+    if not database:
+        return f"sqlite:///{home}/airflow.db"
+    found = _POSTGRES.match(database)
+    if not found:
+        kind = database.split(":", 1)[0]
+        raise BadConfigError(
+            f"airflow.database begins with {kind!r}; write postgresql://USER@HOST/NAME, or leave it empty for a "
+            "SQLite file"
+        )
+    if find_spec("psycopg") is None:
+        raise BadConfigError(
+            "airflow.database names a PostgreSQL, whose driver is not installed; run: pip install 'onetrans[postgres]'"
+        )
+    # One driver for the calls that wait and for those that do not; Airflow's default needs one of each.
+    return f"postgresql+psycopg://{found['rest']}"
+
+
+def configuration(
+    home: Path, dags: Path, port: int, parallelism: int, database: str = "", schedule: bool = False
+) -> dict[str, dict[str, str]]:
+    """Return what ``airflow.cfg`` says; whatever is not named keeps Airflow's default.
+
+    Args:
+        home: ``AIRFLOW_HOME``.
+        dags: folder of DAG files.
+        port: port of the API server.
+        parallelism: tasks that may run at once.
+        database: address of a PostgreSQL; empty: SQLite.
+        schedule: whether the scheduler creates runs by the clock.
+    """
     address = f"http://127.0.0.1:{port}"
+    connection = database_address(database, home)
+    # Without the second, Airflow takes another driver for it.
+    servers = {"sql_alchemy_conn_async": connection} if database else {}
     return {
         "core": {
             "dags_folder": str(dags),
@@ -51,7 +91,7 @@ def configuration(home: Path, dags: Path, port: int, parallelism: int) -> dict[s
             # Tasks talk to the API server; this address must follow its port, or every task fails.
             "execution_api_server_url": f"{address}/execution/",
         },
-        "database": {"sql_alchemy_conn": f"sqlite:///{home}/airflow.db"},
+        "database": {"sql_alchemy_conn": connection, **servers},
         # A step's last words are one long paragraph: unwrapped, its cause and remedy lie outside the window.
         "api": {"host": "127.0.0.1", "port": str(port), "base_url": address, "workers": "1", "default_wrap": "True"},
         "api_auth": {"jwt_secret": secrets.token_urlsafe(64)},
@@ -61,7 +101,7 @@ def configuration(home: Path, dags: Path, port: int, parallelism: int) -> dict[s
             "colored_console_log": "False",
         },
         "scheduler": {
-            "use_job_schedule": "False",
+            "use_job_schedule": str(schedule),
             # How soon the next task starts after one has ended, against CPU while nothing happens.
             "scheduler_idle_sleep_time": "0.25",
         },
@@ -88,18 +128,22 @@ class LocalAirflow:
         dags: Path | None = None,
         port: int | None = None,
         parallelism: int | None = None,
+        database: str = "",
+        schedule: bool = False,
     ) -> None:
         """Describe an Airflow; nothing starts yet.
 
         Args:
-            home: ``AIRFLOW_HOME``; holds database, configuration and logs, and survives a stop.
+            home: ``AIRFLOW_HOME``; holds configuration, logs and the SQLite database, and survives a stop.
             environment: variables for the servers, and so for every step, on top of this process's own.
             dags: folder of DAG files; default: the repository's.
             port: port of the API server and UI; default: 8080 if it is free, else any.
             parallelism: tasks that may run at once; default: :func:`default_parallelism`.
+            database: ``postgresql://...``, empty or one that served before; default: SQLite in ``home``.
+            schedule: whether the scheduler creates runs by the clock.
 
         Raises:
-            BadConfigError: if ``home`` has a ``%`` in its path.
+            BadConfigError: if ``home`` has a ``%`` in its path, or the database cannot be used.
         """
         self.home = home.resolve()
         if "%" in str(self.home):
@@ -110,12 +154,15 @@ class LocalAirflow:
         self.dags = (dags or REPOSITORY / "dags").resolve()
         self.port = port or 0
         self.parallelism = parallelism or default_parallelism()
+        self.database = database
+        self.schedule = schedule
+        database_address(database, self.home)
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("AIRFLOW__")},
             **(environment or {}),
             "AIRFLOW_HOME": str(self.home),
             "PYTHONPATH": os.pathsep.join(
-                [str(REPOSITORY), str(_ON_SQLITE), *filter(None, [os.environ.get("PYTHONPATH")])]
+                filter(None, [str(REPOSITORY), "" if database else str(_ON_SQLITE), os.environ.get("PYTHONPATH")])
             ),
             # The servers' output goes to files; a forked worker must not hold lines back.
             "PYTHONUNBUFFERED": "1",
@@ -197,7 +244,9 @@ class LocalAirflow:
     def _write_configuration(self) -> None:
         """Write ``airflow.cfg``, readable by its owner alone: it holds the key that signs tokens."""
         parser = configparser.RawConfigParser()
-        parser.read_dict(configuration(self.home, self.dags, self.port, self.parallelism))
+        sections = configuration(self.home, self.dags, self.port, self.parallelism, self.database, self.schedule)
+        # Airflow reads '%' as the start of a placeholder.
+        parser.read_dict({name: {k: v.replace("%", "%%") for k, v in part.items()} for name, part in sections.items()})
         path = self.home / "airflow.cfg"
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from infra.local.__main__ import DEMO_CONFIG, airflow_home, chosen_config
-from infra.local.airflow import REPOSITORY, LocalAirflow
+from infra.local.airflow import REPOSITORY, LocalAirflow, configuration
 from onetrans.errors import BadConfigError
 
 
@@ -57,3 +57,26 @@ def test_airflows_home_is_always_inside_a_var_folder(tmp_path: Path) -> None:
     assert airflow_home(None) == REPOSITORY / "var" / "airflow"
     assert airflow_home(REPOSITORY / DEMO_CONFIG) == REPOSITORY / DEMO_CONFIG.parent / "airflow"
     assert airflow_home(tmp_path / "onetrans.toml") == tmp_path / "var" / "airflow"
+
+
+def test_a_postgresql_is_reached_by_one_driver_for_both_kinds_of_calls(tmp_path: Path) -> None:
+    pytest.importorskip("psycopg")
+    address = "postgresql://airflow@/airflow?host=%2Frun%2Fpostgresql"
+    sections = configuration(tmp_path, tmp_path, 8080, 2, address, schedule=True)
+    wanted = address.replace("postgresql:", "postgresql+psycopg:")
+    assert sections["database"] == {"sql_alchemy_conn": wanted, "sql_alchemy_conn_async": wanted}
+    assert sections["scheduler"]["use_job_schedule"] == "True"
+    airflow = LocalAirflow(tmp_path, {}, database=address)
+    assert "on_sqlite" not in airflow.environment["PYTHONPATH"]
+
+
+def test_the_laptop_default_is_a_file_and_no_clock(tmp_path: Path) -> None:
+    sections = configuration(tmp_path, tmp_path, 8080, 2)
+    assert sections["database"] == {"sql_alchemy_conn": f"sqlite:///{tmp_path}/airflow.db"}
+    assert sections["scheduler"]["use_job_schedule"] == "False"
+    assert "on_sqlite" in LocalAirflow(tmp_path, {}).environment["PYTHONPATH"]
+
+
+def test_a_database_that_airflow_cannot_use_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadConfigError, match=r"airflow.database begins with 'mysql'; write postgresql://"):
+        LocalAirflow(tmp_path, {}, database="mysql://root@localhost/airflow")

@@ -254,8 +254,9 @@ def promote(settings: Settings, plan: Plan, force: str = "") -> dict[str, Any]:
         force: why a person has it promoted whatever the verdict and the champion's day are; empty: nobody does.
 
     Raises:
-        NotReadyError: if the plan was not judged, its candidate is not in MLflow, or the registry does not answer.
-        BadDataError: if the verdict, the scores and the model do not belong together, or the champion's files are gone.
+        NotReadyError: if the plan was not judged, or scored again since, its candidate is not in MLflow, or the
+            registry does not answer.
+        BadDataError: if the model is not the one that was evaluated, or the champion's files are gone.
         BadConfigError: if the plan was made without MLflow.
         PipelineError: if the champion moved each time it was compared with.
     """
@@ -379,7 +380,8 @@ def _read_verdict(plan: Plan) -> dict[str, Any]:
     if not storage.exists(scores_path):
         raise NotReadyError(f"{scores_path} is not there; run: onetrans evaluate --plan {plan.path}")
     if hashlib.sha256(storage.read_bytes(scores_path)).hexdigest() != verdict["scores_sha256"]:
-        raise BadDataError(
+        # Another run of the same day may be between its evaluation and its verdict: then the next try finds both.
+        raise NotReadyError(
             f"{gate_path} speaks of other scores than those in {SCORES_FILE}; run: onetrans gate --plan {plan.path}"
         )
     return verdict

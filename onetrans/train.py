@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import fcntl
 import io
 import logging
 import resource
@@ -29,7 +30,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, astuple, dataclass, fields
 from datetime import UTC, datetime
 from types import FrameType
-from typing import Any, NamedTuple, Protocol
+from typing import IO, Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +55,9 @@ logger = logging.getLogger(__name__)
 
 MODEL_FOLDER = "model"
 """Folder of the saved model, within the folder of a model's training."""
+
+_LOCK_POLL_S = 0.5
+"""Seconds between two looks at the lock of a training that another process does."""
 
 BEST_FOLDER, PASSES_FILE = "best", "passes.json"
 """Weights of the pass that was best on held-out rows, and the figures of every pass; only where rows are held out."""
@@ -431,20 +435,57 @@ def train(
     """
     record: dict[str, Any]
     finished = storage.join(plan.model_path(model_name), FINISHED_FILE)
-    if storage.exists(finished):
-        record = storage.read_json(finished)
-        logger.info("%s of %s is finished since %s; nothing to do", model_name, plan.ds, record["finished_at"])
-        return record
-    if settings.training.threads:
-        torch.set_num_threads(settings.training.threads)
-    with open_tracker(settings, plan, model_name) as tracker:
-        training = Training(plan, model_name, settings, validate)
-        if not training.finished:
-            training.run(tracker, stop)
-        record = training.finish(tracker)
-    # Last of all, after the tracker has taken everything: from now on the training is not done again.
-    storage.write_json(finished, record)
+    stop = stop or threading.Event()
+    with _alone(plan.model_path(model_name), f"{model_name} of {plan.ds}", stop):
+        if storage.exists(finished):
+            record = storage.read_json(finished)
+            logger.info("%s of %s is finished since %s; nothing to do", model_name, plan.ds, record["finished_at"])
+            return record
+        if settings.training.threads:
+            torch.set_num_threads(settings.training.threads)
+        with open_tracker(settings, plan, model_name) as tracker:
+            training = Training(plan, model_name, settings, validate)
+            if not training.finished:
+                training.run(tracker, stop)
+            record = training.finish(tracker)
+        # Last of all, after the tracker has taken everything: from now on the training is not done again.
+        storage.write_json(finished, record)
     return record
+
+
+@contextmanager
+def _alone(folder: str, what: str, stop: threading.Event) -> Iterator[None]:
+    """Let one process of this machine at a time train in a folder; another one waits, and finds the work done.
+
+    Two runs of one day share a plan, and so do a task and its next try after the scheduler has died: side by side
+    they would remove each other's checkpoints.  The system takes the lock from a process that ends, however it ends.
+    An object store has no locks; there only Airflow keeps runs of one day apart.
+
+    Raises:
+        InterruptedTrainingError: if ``stop`` was set while waiting.
+    """
+    if not storage.is_local(folder):
+        yield
+        return
+    lock = storage.local_path(folder) / ".lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("a") as file:
+        told = False
+        while not _locked(file):
+            if not told:
+                logger.warning("%s is being trained by another process; waiting for its end", what)
+                told = True
+            if stop.wait(_LOCK_POLL_S):
+                raise InterruptedTrainingError(f"{what}: asked to stop while another process trained it")
+        yield
+
+
+def _locked(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def choose_device(name: str) -> torch.device:

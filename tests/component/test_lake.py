@@ -286,6 +286,7 @@ _KILLED_PUBLISHER = """
 import os, signal, sys
 from datetime import date
 from pyiceberg.catalog.sql import SqlCatalog
+from pyiceberg.table import Transaction
 from onetrans.lake import Lake
 from onetrans.settings import LakeSettings
 
@@ -293,7 +294,9 @@ def die(*arguments, **named):
     os.kill(os.getpid(), signal.SIGKILL)
 
 warehouse, moment = sys.argv[1:]
-if moment == "before the commit":
+if moment == "between the delete and the append":
+    Transaction.add_files = die
+elif moment == "before the commit":
     SqlCatalog.commit_table = die
 elif moment == "after the metadata, before the swap":
     original = SqlCatalog._write_metadata
@@ -313,7 +316,12 @@ Lake(LakeSettings(warehouse=warehouse)).publish("impressions", date(2024, 2, 28)
 
 @pytest.mark.parametrize(
     ("moment", "rows_after"),
-    [("before the commit", 5), ("after the metadata, before the swap", 5), ("after the commit", 7)],
+    [
+        ("between the delete and the append", 5),
+        ("before the commit", 5),
+        ("after the metadata, before the swap", 5),
+        ("after the commit", 7),
+    ],
 )
 def test_a_killed_publisher_leaves_a_whole_day_and_can_run_again(lake: Lake, moment: str, rows_after: int) -> None:
     publish(lake, rows(D1, 5), D1)

@@ -248,7 +248,7 @@ def test_only_what_was_evaluated_and_judged_is_registered(shop, registry):
     shop.save_models(plan)
 
     pq.write_table(scores.slice(0, 5), _file(plan, "scores.parquet"))
-    with pytest.raises(BadDataError, match="speaks of other scores"):
+    with pytest.raises(NotReadyError, match="speaks of other scores"):
         _promote(shop, registry, plan)
     shop.write_scores(plan, better=True)
 

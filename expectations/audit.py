@@ -94,6 +94,7 @@ def audit_staged(
         "warnings": len(found) - critical,
         "evaluated": sum(len(result.results) for result in results),
         "rows": files.rows,
+        "quarantined": day.staged.quarantined,
         "rows_judged": rows is not None,
         "findings": [finding.to_dict() for finding in found],
         "distributions": {path: list(profiles[path].bins) for path in watched if path in profiles},
@@ -134,9 +135,13 @@ def _told(finding: dict[str, Any]) -> str:
 
 def _summary(verdict: dict[str, Any]) -> str:
     unjudged = "" if verdict["rows_judged"] else "; the rows were not judged, because columns are not as declared"
+    refused = (
+        f"; {verdict['quarantined']:,} raw rows refused, see `onetrans quarantine list --table {verdict['table']} "
+        f"--ds {verdict['ds']}`"
+    )
     return (
         f"{verdict['rows']:,} rows, {verdict['evaluated']} expectations: {verdict['critical']} critical not met, "
-        f"{verdict['warnings']} warnings{unjudged}"
+        f"{verdict['warnings']} warnings{unjudged}{refused if verdict['quarantined'] else ''}"
     )
 
 

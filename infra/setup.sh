@@ -38,10 +38,28 @@ fi
 "$python" -c 'import ensurepip, venv' 2>/dev/null ||
   fail "$python cannot make a virtual environment. Debian/Ubuntu: sudo apt-get install python3.11-venv"
 
+log=.venv/setup.log
+install() { # pip, with a line now and then instead of its hundreds
+  PYTHONWARNINGS=ignore .venv/bin/python -m pip install --progress-bar off "$@" >>"$log" 2>&1 &
+  local pip=$! started=$SECONDS
+  while kill -0 "$pip" 2>/dev/null; do
+    sleep 1
+    (((SECONDS - started) % 20 == 0)) || continue
+    if grep -q '^Installing collected' "$log"; then
+      echo "setup: $((SECONDS - started)) s, writing $(grep '^Installing collected' "$log" | tail -1 | tr -cd ',' | wc -c) packages"
+    else
+      echo "setup: $((SECONDS - started)) s, $(grep -c '^Collecting' "$log" || true) of about $(grep -c '==' constraints.txt) packages found"
+    fi
+  done
+  wait "$pip" || { tail -15 "$log" >&2; fail "pip could not install; all it said is in $log"; }
+}
+
 echo "setup: installing into .venv with $("$python" --version) (a few minutes, once)"
 [ -x .venv/bin/python ] || "$python" -m venv .venv
-.venv/bin/python -m pip install --quiet --upgrade pip
-PYTHONWARNINGS=ignore .venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+: >"$log"
+install --upgrade pip
+: >"$log"
+install --constraint constraints.txt --editable '.[dev]'
 # Spark starts in half the time from an archive of its loaded classes.
 .venv/bin/python -m jobs.spark
 printf '%s\n' "$wanted" >"$stamp"

@@ -304,6 +304,18 @@ def test_the_command_reports_success(deployment: Lake, capsys: pytest.CaptureFix
     assert "/data_docs/validations/impressions/2024-02-29.html" in told
 
 
+def test_refused_rows_are_told_with_the_command_that_lists_them(
+    deployment: Lake, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage(deployment, "impressions", valid_table("impressions"), quarantined=3)
+    assert audit_module.main(["impressions", "--ds", str(DS)]) == EXIT_OK
+    told = "3 raw rows refused, see `onetrans quarantine list --table impressions --ds 2024-02-29`"
+    out = capsys.readouterr().out
+    assert told in out
+    page = Path(out.rsplit("file://", 1)[1].strip())
+    assert told in page.read_text()
+
+
 def test_the_command_names_table_day_column_count_and_example(
     deployment: Lake, capsys: pytest.CaptureFixture[str]
 ) -> None:

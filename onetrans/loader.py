@@ -254,10 +254,10 @@ class RequestData:
         vectors = group.requests * (numbers["user"] + numbers["context"]) + group.impressions * numbers["item"]
         return (total * _INT_BYTES + vectors * _FLOAT_BYTES) / group.requests
 
-    def _lay_out_windows(self) -> Ints:
-        """Cut the requests so that every window costs about the same, and none more than the limits allow."""
+    def _request_costs(self) -> npt.NDArray[np.float64]:
+        """Return the share of a window, (G,), that an average request of each row group takes."""
         window_impressions = self.config.window_batches * self.config.batch_size
-        cost_G = np.array(
+        return np.array(
             [
                 max(
                     group.impressions / group.requests / window_impressions,
@@ -266,6 +266,10 @@ class RequestData:
                 for group in self._groups
             ]
         )
+
+    def _lay_out_windows(self) -> Ints:
+        """Cut the requests so that every window costs about the same, and none more than the limits allow."""
+        cost_G = self._request_costs()
         requests_G = np.diff(self._first_row_G)
         reached_G = np.concatenate([[0.0], np.cumsum(cost_G * requests_G)])
         windows = int(np.ceil(reached_G[-1] - 1e-9)) or 1
@@ -335,7 +339,7 @@ class RequestData:
 
     def _windows(self, first: int, seed: list[int] | None, share: Share) -> Iterator[tuple[int, _Rows, list[Ints]]]:
         """Yield each window from ``first`` on: its number, the rows to hold, and which of them each batch takes."""
-        reader = _Reader(self._groups, lambda parquet: _leaves(parquet, self.schema, self.with_keys), self._chunk_rows)
+        reader = self._reader()
         counter = _Reader(self._groups, lambda parquet: [_click_leaf(parquet)], lambda group: _COUNTED_ROWS)
         for window in range(first, self.num_windows):
             start, stop = (int(self._window_start_W[edge]) for edge in (window, window + 1))
@@ -354,12 +358,17 @@ class RequestData:
             yield window, rows, parts
             del rows
 
-    def _encoded(self, reader: _Reader, start: int, stop: int) -> _Rows:
-        pieces = [
+    def _reader(self) -> _Reader:
+        return _Reader(self._groups, lambda parquet: _leaves(parquet, self.schema, self.with_keys), self._chunk_rows)
+
+    def _pieces(self, reader: _Reader, start: int, stop: int) -> list[_Rows]:
+        return [
             _encode(chunk, self.schema, self.config.max_seq_len, self.with_keys, where)
             for chunk, where in reader.read(start, stop)
         ]
-        return _concatenate(pieces)
+
+    def _encoded(self, reader: _Reader, start: int, stop: int) -> _Rows:
+        return _concatenate(self._pieces(reader, start, stop))
 
     def _chunk_rows(self, group: _RowGroup) -> int:
         return max(1, int(_CHUNK_BYTES / self._request_bytes(group)))

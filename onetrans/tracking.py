@@ -307,6 +307,38 @@ def start_model(settings: Settings, plan: Plan, model_name: str) -> Iterator[Mod
     _again(lambda: client.set_terminated(model_run.run_id, "FINISHED"))
 
 
+@contextmanager
+def start_next_batch(settings: Settings, plan: Plan, model_name: str) -> Iterator[ModelRun]:
+    """Open the run of a next-batch evaluation, which belongs to no day; it ends FINISHED, or FAILED with the error.
+
+    The figures ``day.*`` have the day as their step, written as a number: 20260131.
+    """
+    wanted = {TAG_KIND: "next-batch", TAG_PLAN: plan.plan_id, TAG_MODEL: model_name}
+    tags = {
+        **wanted,
+        "git_revision": plan.git_revision,
+        "snapshot.training_requests": str(plan.snapshot_id),
+        TAG_DECISION: plan.decision,
+    }
+    days = f"{plan.train_days[0]}..{plan.train_days[-1]}"
+    run, created = _find_or_create(settings.mlflow, wanted, f"next-batch {days} {model_name}", tags)
+    client = connect(settings.mlflow)
+    if created:
+        _again(lambda: client.log_dict(run.info.run_id, plan.to_dict(), PLAN_FILE))
+    else:
+        _again(lambda: client.update_run(run.info.run_id, status="RUNNING"))
+        if TAG_ERROR in run.data.tags:
+            _again(lambda: client.delete_tag(run.info.run_id, TAG_ERROR))
+    opened = NextBatchRun(settings, plan, model_name, client, str(run.info.run_id))
+    try:
+        yield opened
+        opened.flush()
+    except BaseException as error:
+        _end_as_failed(client, opened.run_id, TAG_ERROR, error)
+        raise
+    _again(lambda: client.set_terminated(opened.run_id, "FINISHED"))
+
+
 class ModelRun:
     """The child run of one model."""
 
@@ -378,6 +410,14 @@ class ModelRun:
         _again(lambda: self._client.finalize_logged_model(model_id, "READY"))
         _set_tags(self._client, self.run_id, {TAG_MODEL_ID: model_id, TAG_MODEL_DIGEST: digest})
         return model_id
+
+
+class NextBatchRun(ModelRun):
+    """The run of a next-batch evaluation."""
+
+    def log_model(self, model: RankingModel, folder: str) -> str:
+        """Keep nothing: the weights at the end have seen every row that was scored, and nothing may be promoted."""
+        return ""
 
 
 def log_evaluation(settings: Settings, plan: Plan, metrics: Mapping[str, Any]) -> None:

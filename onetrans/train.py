@@ -25,7 +25,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, astuple, dataclass, fields
 from datetime import UTC, datetime
@@ -41,7 +41,7 @@ from onetrans.artifact import load_model, save_model
 from onetrans.batch import RequestBatch
 from onetrans.checkpoint import Checkpoint
 from onetrans.errors import EXIT_BAD_CONFIG, BadConfigError, PipelineError
-from onetrans.loader import Cursor, LoaderConfig, RequestData, prefetch
+from onetrans.loader import Cursor, Loaded, LoaderConfig, RequestData, Share, prefetch
 from onetrans.metrics import Metrics
 from onetrans.models import RankingModel, Scores, build_model
 from onetrans.models.compute import Compute, Precision
@@ -68,7 +68,8 @@ CURVE_POINTS = 100
 EXAMPLES = """examples:
   onetrans train --plan var/runs/ds=2022-05-06/0123456789ab --model onetrans
   onetrans train --model dcnv2_din --config tiny --ds 2022-05-06 --no-mlflow
-  onetrans train --model onetrans --config tiny --epochs 5 --batch-size 2048 --data-dir data/mine"""
+  onetrans train --model onetrans --config tiny --epochs 5 --batch-size 2048 --data-dir data/mine
+  onetrans train --model onetrans --next-batch --from 2022-04-25 --to 2022-05-06"""
 
 Validate = Callable[[RankingModel], Metrics]
 """Scores held-out rows with a model in evaluation mode."""
@@ -164,6 +165,23 @@ class Step:
     """Global norm of the table gradients before the clip."""
 
 
+class TrainingData(Protocol):
+    """What a training reads: batches from any cursor."""
+
+    @property
+    def impressions(self) -> int:
+        """Impressions of one pass."""
+
+    @property
+    def requests(self) -> int:
+        """Requests of one pass."""
+
+    def batches(
+        self, *, shuffle_seed: int | None, start: Cursor | None = None, epochs: int = 1, share: Share | None = None
+    ) -> Iterator[Loaded]:
+        """Yield every batch, or a share of each, from ``start`` to the end of the last pass."""
+
+
 class Training:
     """One model, its optimizers and how far they have come."""
 
@@ -179,11 +197,7 @@ class Training:
         self.model_plan = plan.models[model_name]
         self.folder = plan.model_path(model_name)
         self.device = choose_device(settings.training.device)
-        self.data = RequestData(
-            plan.train_files,
-            plan.schema,
-            LoaderConfig(plan.recipe.batch_size, self.model_plan.config.max_seq_len),
-        )
+        self.data = self._open_data()
         torch.manual_seed(plan.recipe.seed)
         self.model: RankingModel = build_model(self.model_plan.config, plan.schema).to(self.device)
         self.model.use(choose_compute(settings.training, self.device))
@@ -194,10 +208,29 @@ class Training:
         if not self._resume():
             self._warm_start()
 
+    # What a training reads; onetrans/next_batch.py reads something else.
+
+    def _open_data(self) -> TrainingData:
+        return RequestData(self.plan.train_files, self.plan.schema, self._loader_config)
+
+    @property
+    def _loader_config(self) -> LoaderConfig:
+        return LoaderConfig(self.plan.recipe.batch_size, self.model_plan.config.max_seq_len)
+
+    @property
+    def passes(self) -> int:
+        """Passes over the data."""
+        return self.plan.recipe.epochs
+
+    @property
+    def shuffle_seed(self) -> int | None:
+        """Seed of the order of rows; None: the stored order."""
+        return self.plan.recipe.seed
+
     @property
     def finished(self) -> bool:
         """Whether every pass over the data is done."""
-        return self.cursor.epoch >= self.plan.recipe.epochs
+        return self.cursor.epoch >= self.passes
 
     @property
     def checkpoint_folder(self) -> str:
@@ -215,12 +248,18 @@ class Training:
             return False
         checkpoint.restore(self.model, self.optimizers, generators=True)
         self.step, self.cursor = checkpoint.step, checkpoint.cursor
-        self.samples = checkpoint.progress["samples"]
-        self.seconds = checkpoint.progress["seconds"]
-        self.peak_bytes = checkpoint.progress["peak_bytes"]
+        self._take_progress(checkpoint.progress)
         self.losses = [row for row in self._read_losses() if row.step <= self.step]
         logger.info("%s: goes on after step %d (%s samples)", self.model_name, self.step, f"{self.samples:,}")
         return True
+
+    def _take_progress(self, progress: Mapping[str, Any]) -> None:
+        self.samples = progress["samples"]
+        self.seconds = progress["seconds"]
+        self.peak_bytes = progress["peak_bytes"]
+
+    def _progress(self) -> dict[str, Any]:
+        return {"samples": self.samples, "seconds": self.seconds, "peak_bytes": self.peak_bytes}
 
     def _warm_start(self) -> None:
         if self.model_plan.warm_start is None:
@@ -250,11 +289,10 @@ class Training:
         began, before = time.monotonic(), self.seconds
         saved, steps_before = began, self.step
         report_every = max(1, round(self.total_samples / self.plan.recipe.batch_size / CURVE_POINTS))
-        batches = prefetch(
-            self.data.batches(shuffle_seed=self.plan.recipe.seed, start=self.cursor, epochs=self.plan.recipe.epochs)
-        )
+        batches = prefetch(self.data.batches(shuffle_seed=self.shuffle_seed, start=self.cursor, epochs=self.passes))
         with Progress(self.total_samples - self.samples, "samples", self.model_name) as progress:
             for loaded in batches:
+                self._before_step(loaded)
                 row = self._one_step(loaded.batch, loaded.cursor)
                 self.cursor = loaded.following
                 self.losses.append(row)
@@ -265,9 +303,8 @@ class Training:
                     _forget_moved(unmoved, self.model)
                 now = time.monotonic()
                 self.seconds = before + now - began
-                if self.validate is not None and self.cursor.epoch > loaded.cursor.epoch:
-                    self._measure_pass(self.validate, tracker)
-                    self.save()
+                if self.cursor.epoch > loaded.cursor.epoch:
+                    self._after_pass(tracker)
                 if stop.is_set():
                     self.save()
                     raise InterruptedTrainingError(
@@ -280,6 +317,14 @@ class Training:
         if self.step > steps_before:
             self._check_moved(unmoved)
         self.save()
+
+    def _before_step(self, loaded: Loaded) -> None:
+        """Do nothing; a subclass looks at a batch before it is trained on."""
+
+    def _after_pass(self, tracker: Tracker) -> None:
+        if self.validate is not None:
+            self._measure_pass(self.validate, tracker)
+            self.save()
 
     def _one_step(self, batch: RequestBatch, cursor: Cursor) -> Step:
         batch = batch.to(self.device)
@@ -356,8 +401,8 @@ class Training:
         writer.writerow(f.name for f in fields(Step))
         writer.writerows(astuple(row) for row in self.losses)
         storage.write_bytes(self._losses_file, text.getvalue().encode())
-        progress = {"samples": self.samples, "seconds": self.seconds, "peak_bytes": self.peak_bytes}
-        Checkpoint.capture(self.model, self.optimizers, self.step, self.cursor, progress).save(self.checkpoint_folder)
+        state = Checkpoint.capture(self.model, self.optimizers, self.step, self.cursor, self._progress())
+        state.save(self.checkpoint_folder)
 
     @property
     def _losses_file(self) -> str:
@@ -436,7 +481,7 @@ def train(
     record: dict[str, Any]
     finished = storage.join(plan.model_path(model_name), FINISHED_FILE)
     stop = stop or threading.Event()
-    with _alone(plan.model_path(model_name), f"{model_name} of {plan.ds}", stop):
+    with alone(plan.model_path(model_name), f"{model_name} of {plan.ds}", stop):
         if storage.exists(finished):
             record = storage.read_json(finished)
             logger.info("%s of %s is finished since %s; nothing to do", model_name, plan.ds, record["finished_at"])
@@ -454,7 +499,7 @@ def train(
 
 
 @contextmanager
-def _alone(folder: str, what: str, stop: threading.Event) -> Iterator[None]:
+def alone(folder: str, what: str, stop: threading.Event) -> Iterator[None]:
     """Let one process of this machine at a time train in a folder; another one waits, and finds the work done.
 
     Two runs of one day share a plan, and so do a task and its next try after the scheduler has died: side by side
@@ -584,13 +629,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from onetrans.plain_runs import add_training_arguments
 
     add_training_arguments(parser)
+    from onetrans.next_batch import add_arguments as add_next_batch_arguments
+
+    add_next_batch_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Train one model of a plan, or on plain files."""
-    from onetrans import plain_runs
+    """Train one model of a plan, on plain files, or batch by batch in order of time."""
+    from onetrans import next_batch, plain_runs
 
     settings = load_settings()
+    if next_batch.chosen(arguments):
+        return next_batch.run(arguments, settings)
     if plain_runs.chosen(arguments, ["data_dir"], ["plan", "ds"]):
         with stop_on_sigterm() as stop:
             return plain_runs.train_on_files(arguments, settings, stop)

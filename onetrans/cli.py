@@ -51,6 +51,8 @@ def main(argv: list[str] | None = None) -> int:
         module.add_arguments(parser)
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
         # Reading the arguments is part of it: a day that is none is refused there.
+        # With the arguments as they were given, for a command that starts itself again in several processes.
+        parser.set_defaults(given=argv[1:])
         return exit_code_of(lambda: int(module.run(parser.parse_args(argv[1:]))))
     return _overview(argv)
 

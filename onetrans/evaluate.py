@@ -35,6 +35,7 @@ from onetrans import storage
 from onetrans.artifact import load_model
 from onetrans.champion import Opponent, current_champion
 from onetrans.days import day_bounds, describe_days
+from onetrans.distributed import Ranks
 from onetrans.errors import BadDataError, NotReadyError
 from onetrans.history import History
 from onetrans.lake import Lake
@@ -246,7 +247,18 @@ def score_day(plan: Plan, models: Mapping[str, RankingModel], settings: Settings
     )
 
 
-@torch.inference_mode()
+def score_share(plan: Plan, models: Mapping[str, RankingModel], settings: Settings, ranks: Ranks) -> pa.Table | None:
+    """Return what :func:`score_day` does where the process leads, None elsewhere; all ``ranks`` share the scoring.
+
+    Raises:
+        BadDataError: as :func:`score_day` does.
+    """
+    scored = _scored_batches(
+        plan.evaluation_files, plan.schema, plan.recipe.batch_size, models, settings, f"evaluate {plan.ds}", ranks
+    )
+    return ranks.gather(scored)
+
+
 def score_files(
     files: Sequence[str],
     schema: FeatureSchema,
@@ -260,6 +272,20 @@ def score_files(
     Raises:
         BadDataError: if a file lacks a feature of the schema, or a score is not finite.
     """
+    return pa.concat_tables(_scored_batches(files, schema, batch_size, models, settings, label, Ranks()))
+
+
+@torch.inference_mode()
+def _scored_batches(
+    files: Sequence[str],
+    schema: FeatureSchema,
+    batch_size: int,
+    models: Mapping[str, RankingModel],
+    settings: Settings,
+    label: str,
+    ranks: Ranks,
+) -> list[pa.Table]:
+    """Return a table per batch, or per this process's share of each."""
     if settings.training.threads:
         torch.set_num_threads(settings.training.threads)
     device = choose_device(settings.training.device)
@@ -269,8 +295,9 @@ def score_files(
     for model in models.values():
         model.to(device).use(Compute(choose_compute(settings.training, device).precision))
     parts: list[pa.Table] = []
-    with Progress(data.impressions, "rows", label) as progress:
-        for loaded in prefetch(data.batches(shuffle_seed=None)):
+    # The leading process shows how far it is with its own share.
+    with Progress(data.impressions // ranks.count, "rows", label, shown=ranks.leads) as progress:
+        for loaded in prefetch(data.batches(shuffle_seed=None, share=ranks.share)):
             if loaded.keys is None:
                 raise AssertionError("the data was opened with keys")
             batch, part = loaded.batch.to(device), loaded.keys
@@ -283,7 +310,7 @@ def score_files(
                     part = part.append_column(f"{name}_{task}", pa.array(probability_N))
             parts.append(part)
             progress.advance(part.num_rows)
-    return pa.concat_tables(parts)
+    return parts
 
 
 def compute_metrics(scores: pa.Table, model_names: list[str]) -> dict[str, Metrics]:

@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import json
 import logging
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, date, datetime
@@ -23,8 +24,9 @@ import pyarrow.parquet as pq
 
 from onetrans import plain_files, storage
 from onetrans.artifact import load_model
+from onetrans.distributed import Ranks
 from onetrans.errors import BadConfigError, BadDataError
-from onetrans.evaluate import compute_metrics, figures_table, score_day
+from onetrans.evaluate import compute_metrics, figures_table, score_day, score_share
 from onetrans.metrics import Metrics
 from onetrans.models import RankingModel, model_name
 from onetrans.optim_config import optimizer_preset
@@ -40,8 +42,12 @@ _FOLDER = "plain"
 """Folder of these runs beside the days' runs."""
 
 
-def train_on_files(arguments: argparse.Namespace, settings: Settings, stop: Any) -> int:
+def train_on_files(
+    arguments: argparse.Namespace, settings: Settings, stop: threading.Event, ranks: Ranks | None = None
+) -> int:
     """Train one model on ``--data-dir``, print its figures on ``val`` and where it lies.
+
+    Several ``ranks`` share the rows to score as they share those to train on; the leading one prints.
 
     Raises:
         BadConfigError: if the folder, its schema or the split ``train`` is missing.
@@ -54,24 +60,39 @@ def train_on_files(arguments: argparse.Namespace, settings: Settings, stop: Any)
         training = replace(training, epochs=arguments.epochs)
     if arguments.batch_size is not None:
         training = replace(training, batch_size=arguments.batch_size)
-    settings = replace(settings, training=training)
-    plan = plan_files(arguments.data_dir, settings)
+    settings, ranks = replace(settings, training=training), ranks or Ranks()
+    plan = Plan.load(ranks.decide(lambda: plan_files(arguments.data_dir, settings).path))
     validate = None
-    if plain_files.split_files(arguments.data_dir, "val"):
-        held_out = plain_files.prepare(arguments.data_dir, "val", plan.schema, _out(settings))
-        _refuse_common(plan.train_files, held_out, "train", "val")
+    held_out = ranks.decide(lambda: _held_out(arguments.data_dir, plan, settings))
+    if held_out:
+        measured = replace(plan, evaluation_files=tuple(held_out))
 
         def validate(model: RankingModel) -> Metrics:
-            return measure({arguments.model: model}, replace(plan, evaluation_files=tuple(held_out)), settings)[1][
-                arguments.model
-            ]
+            scores = score_share(measured, {arguments.model: model}, settings, ranks)
 
-    record = train(plan, arguments.model, settings, stop, validate)
+            def figures() -> dict[str, Any]:
+                assert scores is not None, "the leading process has the rows of all"
+                return compute_metrics(scores, [arguments.model])[arguments.model].to_dict()
+
+            return Metrics.from_dict(ranks.decide(figures))
+
+    record = train(plan, arguments.model, settings, stop, validate, ranks)
+    if not ranks.leads:
+        return 0
     for number, figures in enumerate(record.get("passes", ()), 1):
         kept = "  <- kept" if number == record["best_pass"] else ""
         print(f"pass {number}: val {_told(figures)}{kept}")
     print(storage.join(plan.model_path(arguments.model), MODEL_FOLDER))
     return 0
+
+
+def _held_out(directory: str, plan: Plan, settings: Settings) -> list[str]:
+    """Return the files to measure every pass on; none without a ``val`` split."""
+    if not plain_files.split_files(directory, "val"):
+        return []
+    files = plain_files.prepare(directory, "val", plan.schema, _out(settings))
+    _refuse_common(plan.train_files, files, "train", "val")
+    return list(files)
 
 
 def plan_files(directory: str, settings: Settings) -> Plan:

@@ -17,16 +17,19 @@ class Progress:
 
     Use as a context manager and call :meth:`advance`.  On a terminal this is a
     bar; elsewhere a log line at most every ``log_every`` seconds, and one at the
-    end.
+    end.  One that is not ``shown`` never draws a bar: several processes share a terminal.
     """
 
-    def __init__(self, total: int | None, unit: str, label: str, log_every: float = 15.0) -> None:
+    def __init__(
+        self, total: int | None, unit: str, label: str, log_every: float = 15.0, *, shown: bool = True
+    ) -> None:
         self.total = total
         self.unit = unit
         self.label = label
         self.log_every = log_every
         self.done = 0
-        self._bar = tqdm(total=total, unit=unit, unit_scale=True, desc=label) if sys.stderr.isatty() else None
+        bar = shown and sys.stderr.isatty()
+        self._bar = tqdm(total=total, unit=unit, unit_scale=True, desc=label) if bar else None
         self._start = self._last = time.monotonic()
         self._notes = ""
 

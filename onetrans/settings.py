@@ -164,8 +164,12 @@ class TrainingSettings:
     """Of matrix products, in training and scoring: ``float32``, ``bfloat16``, or ``auto``: bfloat16 on a GPU alone."""
     recompute: bool = False
     """Compute a block of OneTrans again in the backward pass instead of keeping it: less memory, more time."""
+    processes: int = 1
+    """Processes that train one model together on this machine, each on a GPU of its own where there are GPUs."""
+    rank_timeout_seconds: float = 600.0
+    """A process that hears nothing from the others for so long ends the training; the next try goes on."""
     threads: int = 0
-    """CPU threads of one training process; 0: all cores."""
+    """CPU threads of one training process; 0: all cores, shared evenly between its processes."""
     checkpoint_seconds: float = 120.0
     """Time between two checkpoints: what a killed training loses at most."""
     runs: str = "var/runs"
@@ -182,6 +186,8 @@ class TrainingSettings:
         _at_least("training.dense_lr", self.dense_lr, 0)
         _at_least("training.embedding_lr", self.embedding_lr, 0)
         _at_least("training.checkpoint_seconds", self.checkpoint_seconds, 0)
+        _at_least("training.processes", self.processes, 1)
+        _at_least("training.rank_timeout_seconds", self.rank_timeout_seconds, 1)
         _at_least("training.threads", self.threads, 0)
 
 

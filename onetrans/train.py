@@ -20,6 +20,7 @@ import csv
 import fcntl
 import io
 import logging
+import os
 import resource
 import signal
 import sys
@@ -32,6 +33,7 @@ from datetime import UTC, datetime
 from types import FrameType
 from typing import IO, Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -40,10 +42,12 @@ from onetrans import storage
 from onetrans.artifact import load_model, save_model
 from onetrans.batch import RequestBatch
 from onetrans.checkpoint import Checkpoint
+from onetrans.distributed import Ranks, is_rank, launch, open_ranks
 from onetrans.errors import EXIT_BAD_CONFIG, BadConfigError, PipelineError
 from onetrans.loader import Cursor, Loaded, LoaderConfig, RequestData, Share, prefetch
 from onetrans.metrics import Metrics
 from onetrans.models import RankingModel, Scores, build_model
+from onetrans.models.batch_norm import share_batches
 from onetrans.models.compute import Compute, Precision
 from onetrans.models.config import CONFIGS
 from onetrans.optim import GradientNorms, build_optimizers
@@ -69,7 +73,8 @@ EXAMPLES = """examples:
   onetrans train --plan var/runs/ds=2022-05-06/0123456789ab --model onetrans
   onetrans train --model dcnv2_din --config tiny --ds 2022-05-06 --no-mlflow
   onetrans train --model onetrans --config tiny --epochs 5 --batch-size 2048 --data-dir data/mine
-  onetrans train --model onetrans --next-batch --from 2022-04-25 --to 2022-05-06"""
+  onetrans train --model onetrans --next-batch --from 2022-04-25 --to 2022-05-06
+  torchrun --nproc-per-node 8 -m onetrans.train --model onetrans --ds 2022-05-06   (or training.processes = 8)"""
 
 Validate = Callable[[RankingModel], Metrics]
 """Scores held-out rows with a model in evaluation mode."""
@@ -137,12 +142,23 @@ class Losses(NamedTuple):
     """Mean cross-entropy of conversion over clicked impressions; 0 without any."""
 
 
-def compute_losses(scores: Scores, batch: RequestBatch, recipe: Recipe) -> Losses:
-    """Return the losses of a batch; an impression without a click has no part in the conversion loss."""
-    click = F.binary_cross_entropy_with_logits(scores.ctr_logit_N, batch.click_N)
+def compute_losses(
+    scores: Scores, batch: RequestBatch, recipe: Recipe, counts: tuple[float, float] | None = None
+) -> Losses:
+    """Return the losses of a batch; an impression without a click has no part in the conversion loss.
+
+    For a share of a batch, ``counts`` are the impressions and clicks of the whole: the losses of the shares then add up
+    to that of the batch.
+    """
+    impressions, clicks = counts or _counts(batch)
+    click = F.binary_cross_entropy_with_logits(scores.ctr_logit_N, batch.click_N, reduction="sum") / impressions
     per_row_N = F.binary_cross_entropy_with_logits(scores.cvr_logit_N, batch.conversion_N, reduction="none")
-    conversion = (per_row_N * batch.click_N).sum() / batch.click_N.sum().clamp(min=1.0)
+    conversion = (per_row_N * batch.click_N).sum() / max(clicks, 1.0)
     return Losses(recipe.click_weight * click + recipe.conversion_weight * conversion, click, conversion)
+
+
+def _counts(batch: RequestBatch) -> tuple[float, float]:
+    return float(batch.num_candidates), float(batch.click_N.sum())
 
 
 @dataclass(frozen=True)
@@ -185,22 +201,32 @@ class TrainingData(Protocol):
 class Training:
     """One model, its optimizers and how far they have come."""
 
-    def __init__(self, plan: Plan, model_name: str, settings: Settings, validate: Validate | None = None) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        model_name: str,
+        settings: Settings,
+        validate: Validate | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
         """Build the model and put it where its checkpoint, or the training it goes on from, left off.
 
         With ``validate`` every pass is measured on held-out rows, and the weights of the best one are kept.
+        ``ranks`` are the processes that train it together; without, this one alone.
         """
         self.validate = validate
+        self.ranks = ranks or Ranks()
         self.plan = plan
         self.model_name = model_name
         self.settings = settings
         self.model_plan = plan.models[model_name]
         self.folder = plan.model_path(model_name)
-        self.device = choose_device(settings.training.device)
+        self.device = self.ranks.device(choose_device(settings.training.device))
         self.data = self._open_data()
         torch.manual_seed(plan.recipe.seed)
         self.model: RankingModel = build_model(self.model_plan.config, plan.schema).to(self.device)
         self.model.use(choose_compute(settings.training, self.device))
+        share_batches(self.model, self.ranks.count)
         self.optimizers = build_optimizers(self.model, self.model_plan.optimizer)
         self.step, self.samples, self.seconds, self.peak_bytes = 0, 0, 0.0, 0
         self.cursor = Cursor()
@@ -289,29 +315,36 @@ class Training:
         began, before = time.monotonic(), self.seconds
         saved, steps_before = began, self.step
         report_every = max(1, round(self.total_samples / self.plan.recipe.batch_size / CURVE_POINTS))
-        batches = prefetch(self.data.batches(shuffle_seed=self.shuffle_seed, start=self.cursor, epochs=self.passes))
-        with Progress(self.total_samples - self.samples, "samples", self.model_name) as progress:
+        batches = prefetch(
+            self.data.batches(
+                shuffle_seed=self.shuffle_seed, start=self.cursor, epochs=self.passes, share=self.ranks.share
+            )
+        )
+        left = self.total_samples - self.samples
+        with Progress(left, "samples", self.model_name, shown=self.ranks.leads) as progress:
             for loaded in batches:
+                due = self.ranks.leads and time.monotonic() - saved >= self.settings.training.checkpoint_seconds
+                # Whatever depends on a clock or a signal is agreed on, in one exchange with the counts of the batch.
+                *counts, stops, saves = self.ranks.total(*_counts(loaded.batch), stop.is_set(), due)
                 self._before_step(loaded)
-                row = self._one_step(loaded.batch, loaded.cursor)
+                row = self._one_step(loaded.batch, loaded.cursor, (counts[0], counts[1]))
                 self.cursor = loaded.following
                 self.losses.append(row)
-                progress.advance(loaded.batch.num_candidates, loss=row.loss)
+                progress.advance(int(counts[0]), loss=row.loss)
                 if self.step % report_every == 0:
                     tracker.log_metrics(_mean(self.losses[-report_every:], progress.rate), self.step)
                 if unmoved:
                     _forget_moved(unmoved, self.model)
-                now = time.monotonic()
-                self.seconds = before + now - began
+                self.seconds = before + time.monotonic() - began
                 if self.cursor.epoch > loaded.cursor.epoch:
                     self._after_pass(tracker)
-                if stop.is_set():
+                if stops:
                     self.save()
                     raise InterruptedTrainingError(
                         f"{self.model_name}: asked to stop after step {self.step}; the checkpoint is saved, "
                         "run the same command to go on"
                     )
-                if now - saved >= self.settings.training.checkpoint_seconds:
+                if saves:
                     self.save()
                     saved = time.monotonic()
         if self.step > steps_before:
@@ -326,37 +359,37 @@ class Training:
             self._measure_pass(self.validate, tracker)
             self.save()
 
-    def _one_step(self, batch: RequestBatch, cursor: Cursor) -> Step:
+    def _one_step(self, batch: RequestBatch, cursor: Cursor, counts: tuple[float, float]) -> Step:
+        """Take one step on this process's share of a batch of so many impressions and clicks."""
         batch = batch.to(self.device)
+        if self.ranks.count > 1:
+            # Each share has dropout of its own, and a resumed run draws the same again.
+            seed = np.random.SeedSequence([self.plan.recipe.seed, self.step, self.ranks.number])
+            torch.manual_seed(int(seed.generate_state(1)[0]))
         self.optimizers.zero_grad()
         with self.model.autocast():
             scores = self.model(batch)
-        losses = compute_losses(scores, batch, self.plan.recipe)
-        total = float(losses.total.detach())
+        losses = compute_losses(scores, batch, self.plan.recipe, counts)
+        total, click, conversion = self.ranks.total(*(float(loss.detach()) for loss in losses))
         if not _finite(total):
             raise self._diverged(f"the loss is {total}", cursor)
         losses.total.backward()
+        self.ranks.add_up_gradients(list(self.model.parameters()))
         norms: GradientNorms = self.optimizers.step()
         if not _finite(sum(norms)):
             raise self._diverged(
                 f"the gradients have norms {norms.dense} (dense) and {norms.embedding} (tables)", cursor
             )
         self.step += 1
-        self.samples += batch.num_candidates
-        return Step(
-            self.step,
-            self.samples,
-            total,
-            float(losses.click.detach()),
-            float(losses.conversion.detach()),
-            norms.dense,
-            norms.embedding,
-        )
+        self.samples += int(counts[0])
+        return Step(self.step, self.samples, total, click, conversion, norms.dense, norms.embedding)
 
     def _measure_pass(self, validate: Validate, tracker: Tracker) -> None:
         """Measure the model on held-out rows after a pass; a pass that is done again replaces its own entry."""
         figures = validate(self.model.eval())
         self.model.train()
+        if not self.ranks.leads:
+            return
         passes = [*self._passes()[: self.cursor.epoch - 1], figures.to_dict()]
         tracker.log_metrics({f"val_{name}": value for name, value in figures.figures().items()}, self.step)
         shown = ", ".join(f"{name} {value:.4f}" for name, value in figures.figures().items() if "auc" in name)
@@ -394,8 +427,11 @@ class Training:
     # Files
 
     def save(self) -> None:
-        """Write ``losses.csv`` and the checkpoint."""
+        """Write ``losses.csv`` and the checkpoint, once all processes were found to hold the same weights."""
         self.peak_bytes = max(self.peak_bytes, peak_memory(self.device))
+        self.ranks.check_same(self.model.state_dict())
+        if not self.ranks.leads:
+            return
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(f.name for f in fields(Step))
@@ -415,7 +451,10 @@ class Training:
             yield Step(int(row["step"]), int(row["samples"]), **losses)
 
     def finish(self, tracker: Tracker) -> dict[str, Any]:
-        """Save the model and return the record of the training."""
+        """Save the model and return the record of the training; only where the process leads, else an empty one."""
+        self.peak_bytes = int(self.ranks.largest(self.peak_bytes))
+        if not self.ranks.leads:
+            return {}
         model_folder = storage.join(self.folder, MODEL_FOLDER)
         passes = self._passes()
         if passes:
@@ -440,6 +479,7 @@ class Training:
             "samples_per_second": round(self.samples / max(self.seconds, 1e-9), 1),
             "peak_memory_bytes": self.peak_bytes,
             "device": str(self.device),
+            "processes": self.ranks.count,
             "compute": asdict(self.model.compute),
             "dense_parameters": sum(p.numel() for p in self.model.dense_parameters().values()),
             "embedding_parameters": sum(p.numel() for p in self.model.embedding_parameters().values()),
@@ -467,8 +507,11 @@ def train(
     settings: Settings,
     stop: threading.Event | None = None,
     validate: Validate | None = None,
+    ranks: Ranks | None = None,
 ) -> dict[str, Any]:
     """Train one model of a plan to the end and return its record; a finished training returns at once.
+
+    Of several ``ranks`` the leading one alone writes and reports; the others return an empty record.
 
     ``validate`` measures every pass on held-out rows; the weights of the best pass are then the model's.
 
@@ -478,23 +521,27 @@ def train(
         DivergedError: if the training leaves the numbers.
         InterruptedTrainingError: if ``stop`` was set on the way.
     """
+    ranks = ranks or Ranks()
     record: dict[str, Any]
     finished = storage.join(plan.model_path(model_name), FINISHED_FILE)
     stop = stop or threading.Event()
-    with alone(plan.model_path(model_name), f"{model_name} of {plan.ds}", stop):
-        if storage.exists(finished):
+    # One rank holds the lock for all; the others wait for what it finds.
+    with alone(plan.model_path(model_name), f"{model_name} of {plan.ds}", stop) if ranks.leads else nullcontext():
+        if ranks.decide(lambda: storage.exists(finished)):
             record = storage.read_json(finished)
             logger.info("%s of %s is finished since %s; nothing to do", model_name, plan.ds, record["finished_at"])
             return record
-        if settings.training.threads:
-            torch.set_num_threads(settings.training.threads)
-        with open_tracker(settings, plan, model_name) as tracker:
-            training = Training(plan, model_name, settings, validate)
+        threads = settings.training.threads
+        if threads or ranks.local_count > 1:
+            torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // ranks.local_count))
+        with open_tracker(settings, plan, model_name) if ranks.leads else nullcontext(SilentTracker()) as tracker:
+            training = Training(plan, model_name, settings, validate, ranks)
             if not training.finished:
                 training.run(tracker, stop)
             record = training.finish(tracker)
-        # Last of all, after the tracker has taken everything: from now on the training is not done again.
-        storage.write_json(finished, record)
+        if ranks.leads:
+            # Last of all, after the tracker has taken everything: from now on the training is not done again.
+            storage.write_json(finished, record)
     return record
 
 
@@ -635,21 +682,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Train one model of a plan, on plain files, or batch by batch in order of time."""
-    from onetrans import next_batch, plain_runs
+    """Train one model of a plan, on plain files, or batch by batch in order of time; as one process or several."""
+    from onetrans import next_batch
 
     settings = load_settings()
     if next_batch.chosen(arguments):
+        if is_rank():
+            raise BadConfigError(
+                "--next-batch scores every batch in order of time, in one process: start it without torchrun"
+            )
         return next_batch.run(arguments, settings)
+    if settings.training.processes > 1 and not is_rank():
+        return launch(settings.training.processes, "onetrans.train", arguments.given)
+    device = choose_device(settings.training.device)
+    with open_ranks(device, settings.training.rank_timeout_seconds) as ranks, stop_on_sigterm() as stop:
+        return _run(arguments, settings, ranks, stop)
+
+
+def _run(arguments: argparse.Namespace, settings: Settings, ranks: Ranks, stop: threading.Event) -> int:
+    from onetrans import plain_runs
+
     if plain_runs.chosen(arguments, ["data_dir"], ["plan", "ds"]):
-        with stop_on_sigterm() as stop:
-            return plain_runs.train_on_files(arguments, settings, stop)
+        return plain_runs.train_on_files(arguments, settings, stop, ranks)
     for name in ("epochs", "batch_size"):
         if getattr(arguments, name) is not None:
             raise BadConfigError(f"--{name.replace('_', '-')} needs --data-dir; for days it is training.{name}")
-    plan = plan_of(arguments, settings)
-    with stop_on_sigterm() as stop:
-        record = train(plan, arguments.model, settings, stop)
+    plan = Plan.load(ranks.decide(lambda: plan_of(arguments, settings).path))
+    record = train(plan, arguments.model, settings, stop, ranks=ranks)
+    if not ranks.leads:
+        return 0
     logger.info(
         "%s of %s: %s samples in %.0f s (%.0f/s) on %s, loss %.4f, %d MiB at most",
         arguments.model,

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from onetrans.batch import RequestBatch
+from onetrans.models.batch_norm import BatchNorm
 from onetrans.models.config import DCNv2DINConfig
 from onetrans.models.embeddings import Embeddings
 from onetrans.models.ragged import Groups, Layout, latest_events
@@ -112,21 +113,18 @@ class CrossLayer(nn.Module):
 
 
 class Normalize(nn.Module):
-    """Batch, layer or no normalisation; a batch of one row is normalised with the running statistics."""
+    """Batch, layer or no normalisation."""
 
     def __init__(self, kind: str, width: int) -> None:
         super().__init__()
         self.norm: nn.Module = nn.Identity()
         if kind == "batch":
-            self.norm = nn.BatchNorm1d(width)
+            self.norm = BatchNorm(width)
         elif kind == "layer":
             self.norm = nn.LayerNorm(width)
 
     def forward(self, x_NF: Tensor) -> Tensor:
         """Return (N, F)."""
-        if isinstance(self.norm, nn.BatchNorm1d) and self.training and x_NF.shape[0] < 2:
-            norm = self.norm
-            return F.batch_norm(x_NF, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
         return self.norm(x_NF)
 
 

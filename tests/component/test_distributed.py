@@ -5,25 +5,31 @@ The processes are real ones, started by ``torchrun`` or through the settings, an
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
+from dataclasses import replace
 
 import numpy as np
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
 
 from onetrans import plain_files, storage
 from onetrans.artifact import load_model
-from onetrans.errors import EXIT_BAD_DATA, EXIT_OK
+from onetrans.errors import EXIT_BAD_DATA, EXIT_FAILED, EXIT_OK
 from onetrans.evaluate import compute_metrics, evaluate, score_files
 from onetrans.lake import Lake
 from onetrans.models.embeddings import SPARSE_FROM_NUMBERS
 from onetrans.plan import Plan, make_plan
 from onetrans.settings import as_environment
-from onetrans.train import train
+from onetrans.train import InterruptedTrainingError, train
 from tests.plain_logs import SCHEMA as PLAIN_SCHEMA
 from tests.plain_logs import rows, write
 from tests.worlds import World, publish_days, settings_in, small_schema
@@ -32,6 +38,8 @@ from tests.worlds import World, publish_days, settings_in, small_schema
 SCHEMA = small_schema(hash_size=SPARSE_FROM_NUMBERS // 8 + 1)
 MODELS = ("onetrans", "dcnv2_din")
 DEADLINE_S = 280
+BOUND_S = 60
+"""Within so many seconds of a death nothing of a training runs any more: 30 of ``torchrun``, 30 spare."""
 
 
 @pytest.fixture(scope="module")
@@ -113,11 +121,17 @@ def assert_trained_alike(mine, theirs, model_name):
         torch.testing.assert_close(weights[name], tensor, rtol=1e-3, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
 
 
-@pytest.mark.parametrize("model_name", MODELS)
-def test_two_processes_take_the_steps_of_one_and_measure_the_same(lake, alone, model_name, tmp_path):
+@pytest.mark.parametrize(("model_name", "steps_alone"), [("onetrans", 0), ("dcnv2_din", 3)])
+def test_two_processes_take_the_steps_of_one_and_measure_the_same(lake, alone, model_name, steps_alone, tmp_path):
+    """From the beginning, or from where one process was asked to stop."""
     settings, _ = lake
     plan, figures = alone
     together = copied(plan, tmp_path / "together")
+    stop = threading.Event()
+    stop.set()
+    for _ in range(steps_alone):
+        with pytest.raises(InterruptedTrainingError):
+            train(together, model_name, settings, stop)
     code, out, err = ended(torchrun(2, ["--plan", together.path, "--model", model_name], settings))
     assert code == EXIT_OK, err
     assert out.strip() == together.model_path(model_name), "one process reports"
@@ -154,6 +168,77 @@ def test_through_the_settings_and_measured_over_all_rows_of_both_processes(tmp_p
     scores = score_files(held_out, schema, 64, {"dcnv2_din": model}, settings, "val")
     assert scores.num_rows == figures["rows"] == len(rows(41, 2, "val"))
     assert compute_metrics(scores, ["dcnv2_din"])["dcnv2_din"].to_dict() == pytest.approx(figures, rel=1e-6)
+
+
+def ranks_under(launcher):
+    """Return the processes that train, by number, once all are there."""
+    found = {}
+    for child in psutil.Process(launcher.pid).children():
+        number = child.environ().get("RANK")
+        if number is not None:
+            found[int(number)] = child
+    return found
+
+
+def wait_for_step(plan, model_name, step, launcher):
+    path = storage.local_path(plan.model_path(model_name)) / "checkpoint" / "checkpoint.json"
+    deadline = time.monotonic() + DEADLINE_S
+    while not (path.exists() and json.loads(path.read_bytes())["step"] >= step):
+        assert launcher.poll() is None, launcher.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return json.loads(path.read_bytes())["step"]
+
+
+def test_whoever_is_killed_all_end_and_the_next_try_goes_on_with_another_number_of_processes(lake, alone, tmp_path):
+    settings, _ = lake
+    plan, _ = alone
+    again = copied(plan, tmp_path / "again")
+    busy = replace(settings, training=replace(settings.training, checkpoint_seconds=0.0, processes=2))
+    command = ["onetrans.train", "--plan", again.path, "--model", "onetrans"]
+
+    # The process that started them, as Airflow kills it: they have a session of their own, and end by themselves.
+    launcher = started(command, busy)
+    step = wait_for_step(again, "onetrans", 1, launcher)
+    ranks = ranks_under(launcher)
+    assert sorted(ranks) == [0, 1]
+    launcher.kill()
+    _, left = psutil.wait_procs(ranks.values(), timeout=BOUND_S)
+    assert not left
+    ended(launcher)
+
+    # One of them, as the system kills it when memory runs out.
+    launcher = started(command, busy)
+    step = wait_for_step(again, "onetrans", step + 2, launcher)
+    ranks = ranks_under(launcher)
+    ranks[1].send_signal(signal.SIGKILL)
+    killed_at = time.monotonic()
+    code, out, err = ended(launcher)
+    assert time.monotonic() - killed_at < BOUND_S
+    assert code == EXIT_FAILED
+    assert out == ""
+    assert "RankFailedError: process 1 of 2 was ended by SIGKILL (the system does this when memory runs out)" in err
+    assert not any(rank.is_running() for rank in ranks.values())
+    assert step < len(losses_of(plan, "onetrans")), "it was killed before its end"
+
+    train(again, "onetrans", settings)
+    assert_trained_alike(again, plan, "onetrans")
+
+
+@pytest.mark.nightly
+def test_one_that_hangs_ends_the_training_after_the_timeout(lake, alone, tmp_path):
+    settings, _ = lake
+    again = copied(alone[0], tmp_path / "again")
+    training = replace(settings.training, checkpoint_seconds=0.0, processes=2, rank_timeout_seconds=5.0)
+    launcher = started(
+        ["onetrans.train", "--plan", again.path, "--model", "onetrans"], replace(settings, training=training)
+    )
+    wait_for_step(again, "onetrans", 1, launcher)
+    ranks_under(launcher)[1].suspend()
+    code, _, err = ended(launcher)
+    assert code == EXIT_FAILED
+    assert "RankLostError: a process of this training lost the others" in err
+    assert "goes on from the last checkpoint" in err
 
 
 @pytest.mark.nightly

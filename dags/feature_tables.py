@@ -41,8 +41,9 @@ from datetime import timedelta
 from airflow.sdk import DAG, Asset, TaskGroup
 
 from dags.days import DAILY, START, day_param
+from dags.notify import run_failed
 from dags.others import Other
-from dags.steps import DAY, DEFAULTS, Step, WaitStep
+from dags.steps import DAY, DEFAULTS, SPARK_POOL, Step, WaitStep
 
 NEEDS: dict[str, tuple[str, ...]] = {
     "impressions": (),
@@ -94,6 +95,7 @@ with DAG(
     default_args=DEFAULTS,
     params={"ds": day_param()},
     tags=["ranking", "data"],
+    on_failure_callback=run_failed,
     doc_md=__doc__,
 ) as dag:
     wait_for_log = WaitStep(
@@ -111,6 +113,7 @@ with DAG(
             build = Step(
                 task_id="build",
                 module=f"jobs.{table}",
+                pool=SPARK_POOL,
                 arguments=["--ds", DAY],
                 execution_timeout=timedelta(hours=2),
                 doc_md=f"{ABOUT[table]}\n\nBy hand: `python -m jobs.{table} --ds DAY`",
@@ -118,6 +121,7 @@ with DAG(
             audit = Step(
                 task_id="audit",
                 module="expectations.audit",
+                pool=SPARK_POOL,
                 arguments=[table, "--ds", DAY],
                 execution_timeout=timedelta(hours=1),
                 doc_md=f"Judges the staged files of `{table}`.\n\n"

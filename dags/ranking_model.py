@@ -39,15 +39,19 @@ retried, anything else is. *Clear* the task to run it again: a step that was fin
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
-from airflow.sdk import DAG, Asset, Param
+from airflow.sdk import DAG, Asset, AsyncCallback, DeadlineAlert, DeadlineReference, Param  # type: ignore[attr-defined]
 
+from dags.configured import configured
 from dags.days import DAILY, START, day_param, is_backfill
+from dags.launch import LaunchStep
+from dags.notify import day_undecided, run_failed
 from dags.others import Other
-from dags.steps import DAY, DEFAULTS, Step, WaitStep
+from dags.steps import DAY, DEFAULT_POOL, DEFAULTS, GPU_POOL, REGISTRY_POOL, SPARK_POOL, Step, WaitStep
 
 AS_CONFIGURED = "as configured"
 """Choice of the form that leaves a setting as the deployment has it."""
@@ -97,6 +101,19 @@ def refuse(context: Mapping[str, Any]) -> str:
             "for another one. Choose one of the two."
         )
     return ""
+
+
+def undecided_at(hours: float) -> list[DeadlineAlert]:
+    """Return the alert for a day that has no verdict so many hours after it began; none for 0.
+
+    The callback runs in the triggerer, which every executor has beside it.  The reference is the logical date, so a
+    run that nobody gave one has no deadline.
+    """
+    if hours == 0:
+        return []
+    when = DeadlineReference.DAGRUN_LOGICAL_DATE
+    callback = AsyncCallback(day_undecided)
+    return [DeadlineAlert(reference=when, interval=timedelta(hours=hours), callback=callback, name="verdict")]
 
 
 TABLES_OF_THE_DAY = Other(
@@ -156,6 +173,8 @@ with DAG(
         ),
     },
     tags=["ranking", "model"],
+    on_failure_callback=run_failed,
+    deadline=undecided_at(float(configured("airflow", "deadline_hours", "36"))),
     doc_md=__doc__,
 ) as dag:
 
@@ -166,9 +185,11 @@ with DAG(
         doc: str,
         outlets: tuple[Asset, ...] = (),
         unharmed: str = UNHARMED,
+        step: Callable[..., Step] = Step,
+        pool: str = DEFAULT_POOL,
     ) -> Step:
         """Return the step that runs one `onetrans` command with the choices of the form."""
-        return Step(
+        return step(
             task_id=task_id,
             module="onetrans.cli",
             arguments=arguments,
@@ -176,6 +197,7 @@ with DAG(
             execution_timeout=timeout,
             outlets=list(outlets),
             unharmed=unharmed,
+            pool=pool,
             doc_md=doc,
         )
 
@@ -202,6 +224,8 @@ with DAG(
             f"train_{model}",
             *("train", "--plan", PLAN, "--model", model),
             timeout=timedelta(hours=12),
+            step=partial(LaunchStep, parallel=True),
+            pool=GPU_POOL,
             doc=f"Trains `{model}` on the plan's days. By hand: `onetrans train --plan PLAN --model {model}`",
         )
         for model in ("onetrans", "dcnv2_din")
@@ -210,6 +234,8 @@ with DAG(
         "evaluate",
         *("evaluate", "--plan", PLAN),
         timeout=timedelta(hours=3),
+        step=LaunchStep,
+        pool=GPU_POOL,
         doc="Both models and the champion score the same rows of the day. By hand: `onetrans evaluate --plan PLAN`",
     )
     gate = command(
@@ -222,6 +248,7 @@ with DAG(
         "promote",
         *("promote", "--plan", PLAN, FORCE),
         timeout=timedelta(minutes=30),
+        pool=REGISTRY_POOL,
         unharmed="Published tables are as they were; `onetrans registry list` tells which version is the champion.",
         outlets=(Asset(name="ranking.model", uri="mlflow://onetrans-ranker", group="ranking_model"),),
         doc="Registers the model and moves the aliases the gate allows. By hand: `onetrans promote --plan PLAN`",
@@ -230,6 +257,7 @@ with DAG(
         task_id="score_candidates",
         module="jobs.score_candidates",
         arguments=["--ds", DAY, "--publish"],
+        pool=SPARK_POOL,
         execution_timeout=timedelta(hours=6),
         outlets=[
             Asset(name="ranking.candidate_scores", uri="iceberg://ranking/candidate_scores", group="ranking_model")

@@ -21,6 +21,7 @@ from datetime import timedelta
 from airflow.sdk import DAG, CronTriggerTimetable, Param
 
 from dags.days import START
+from dags.notify import run_failed
 from dags.steps import DEFAULTS, Step
 
 with DAG(
@@ -36,6 +37,7 @@ with DAG(
         "dry_run": Param(False, type="boolean", title="Dry run", description="Remove nothing, only list it."),
     },
     tags=["ranking", "maintenance"],
+    on_failure_callback=run_failed,
     doc_md=__doc__,
 ) as dag:
     Step(

@@ -33,9 +33,10 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, NoReturn
 
 from airflow.sdk import BaseOperator
-from airflow.sdk.exceptions import AirflowException, AirflowFailException
+from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowTaskTimeout
 
 from dags.days import run_day
+from dags.notify import task_failed
 from dags.others import Other, look_at
 from dags.triggers import StepTrigger
 
@@ -54,8 +55,18 @@ DEFAULTS: dict[str, Any] = {
     "retry_delay": timedelta(minutes=1),
     "retry_exponential_backoff": 2.0,
     "max_retry_delay": timedelta(minutes=30),
+    "on_failure_callback": task_failed,
 }
 """Arguments of every task."""
+
+DEFAULT_POOL = "default_pool"
+"""Airflow's own: steps that are short, and waits."""
+SPARK_POOL = "ranking_spark"
+"""Pool of steps that run Spark, or hold a day's rows in memory."""
+GPU_POOL = "ranking_gpu"
+"""Pool of steps that train or score."""
+REGISTRY_POOL = "ranking_registry"
+"""Pool of the step that moves the champion: one at a time, on whatever workers, as MLflow cannot compare and swap."""
 
 UNHARMED = "Published data is as it was."
 """What a step that fails says of published data, unless the step knows better."""
@@ -65,6 +76,16 @@ _GRACE_S = 3.0
 _READ = 1 << 16
 _ERROR_LINE = re.compile(r"^(?:[\w$]+\.)*\w*(?:Error|Exception): ")
 _JAVA_FRAME = re.compile(r"\s*(?:at [\w.$]|\.\.\. \d+ more)")
+_SEE_LINE = re.compile(r"see: (\S.*)$")
+_HINTS = (
+    (re.compile(r"No space left on device|Disk quota exceeded"), "The disk is full: make room for it; `onetrans retain "
+     "--dry-run` lists what nobody needs any more."),
+    (re.compile(r"java\.lang\.OutOfMemoryError"), "Spark has too little memory: raise spark.driver_memory, or its "
+     "executors'."),
+    (re.compile(r"CUDA out of memory"), "The GPU has too little memory: lower training.batch_size, or set "
+     "training.recompute."),
+)  # fmt: skip
+"""What to do about an error of somebody else's, whose own words do not say it."""
 _SEVERITY = (
     (re.compile(r"\b(?:ERROR|CRITICAL|FATAL)\b"), logging.ERROR),
     (re.compile(r"\bWARN(?:ING)?\b"), logging.WARNING),
@@ -122,10 +143,23 @@ class Step(BaseOperator):
 
     def execute(self, context: Any) -> str | None:
         """Run the process to its end; the text it printed last becomes the task's result."""
-        ended = self.run_process()
+        ended = self._ended(context)
         self._raise_for(context, ended)
         self._tell_assets(context, ended.result)
         return ended.result
+
+    def _ended(self, context: Any) -> Ended:
+        """Run the process; one that takes too long is told of in the words of any other failure."""
+        try:
+            return self.run_process()
+        except AirflowTaskTimeout as error:
+            raise AirflowTaskTimeout(self._too_slow(context)) from error
+
+    def _too_slow(self, context: Any) -> str:
+        return (
+            f"{self._title(context)}: TOO SLOW. It ran for longer than {self.execution_timeout}, its "
+            f"execution_timeout, and was ended. {self.unharmed} {_what_next(*_tries(context))}"
+        )
 
     def run_process(self) -> Ended:
         """Run the process, stream its output into the log, and leave no process of its group behind."""
@@ -141,15 +175,15 @@ class Step(BaseOperator):
         )
         self._group = process.pid
         try:
-            result, paragraph = self._stream(process)
+            result, error = self._stream(process)
         finally:
             # What the step started (a JVM, data loaders) goes with it, however this ends.
             _signal_group(self._group, signal.SIGKILL)
             self._group = None
             code = process.wait()
-        return Ended(code, result, paragraph)
+        return Ended(code, result, error.text, error.see)
 
-    def _stream(self, process: subprocess.Popen[bytes]) -> tuple[str | None, str]:
+    def _stream(self, process: subprocess.Popen[bytes]) -> tuple[str | None, _ErrorText]:
         """Log the output while it comes; return the last line of stdout and the error at the end of stderr."""
         result: str | None = None
         error = _ErrorText()
@@ -173,7 +207,7 @@ class Step(BaseOperator):
                 if not ready and _has_ended(process.pid):
                     # The process is gone but something it started keeps its output open.
                     _signal_group(process.pid, signal.SIGKILL)
-        return result, error.text
+        return result, error
 
     def on_kill(self) -> None:
         """End the process with everything it started: ask, and kill what is left after a moment."""
@@ -240,7 +274,7 @@ class WaitStep(Step):
         if seen.stop:
             self._stop(context, seen.stop)
         if not seen.waiting:
-            ended = self.run_process()
+            ended = self._ended(context)
             if ended.code == EXIT_OK or ended.code in NEVER_RETRIED:
                 self._raise_for(context, ended)
                 return ended.result
@@ -288,6 +322,21 @@ class Ended:
     """Last line printed on stdout."""
     error: str
     """The error at the end of stderr, or its last lines."""
+    see: str = ""
+    """Where the process said that a person sees more."""
+
+
+def ended_by(code: int, text: str) -> Ended:
+    """Return how a process ended that ran elsewhere.
+
+    Args:
+        code: its exit code; 128 and more mean a signal, as a shell and a container tell it.
+        text: the end of its output.
+    """
+    error = _ErrorText()
+    for line in text.splitlines():
+        error.add(line)
+    return Ended(128 - code if 128 < code < 128 + signal.NSIG else code, None, error.text, error.see)
 
 
 def raise_for(title: str, ended: Ended, unharmed: str = UNHARMED, this_try: int = 0, tries: int = 0) -> None:
@@ -310,19 +359,18 @@ def raise_for(title: str, ended: Ended, unharmed: str = UNHARMED, this_try: int 
         return
     error = ended.error.rstrip()
     error = error if not error or error[-1] in ".!?" else f"{error}."
-    found = error if unharmed in error else f"{error} {unharmed}".strip()
+    hints = [hint for pattern, hint in _HINTS if pattern.search(error)]
+    found = " ".join(filter(None, [error, *hints, "" if unharmed in error else unharmed]))
+    see = f" See {ended.see}" if ended.see and ended.see not in error else ""
     if ended.code == EXIT_BAD_DATA:
         raise AirflowFailException(
-            f"{title}: BAD DATA. {found} Airflow does not retry this: correct the data, then clear this task."
+            f"{title}: BAD DATA. {found} Airflow does not retry this: correct the data, then clear this task.{see}"
         )
     if ended.code == EXIT_BAD_CONFIG:
         raise AirflowFailException(
-            f"{title}: BAD CONFIGURATION. {found} Airflow does not retry this: correct it, then clear this task."
+            f"{title}: BAD CONFIGURATION. {found} Airflow does not retry this: correct it, then clear this task.{see}"
         )
-    if this_try < tries:
-        then = f"Airflow tries it again: this was try {this_try} of {tries}."
-    else:
-        then = "This was the last try: mend the cause, then clear this task."
+    then = f"{_what_next(this_try, tries)}{see}"
     if ended.code == EXIT_NOT_READY:
         raise AirflowException(f"{title}: NOT READY. {found} {then}")
     if ended.code < 0:
@@ -330,6 +378,12 @@ def raise_for(title: str, ended: Ended, unharmed: str = UNHARMED, this_try: int 
         hint = " The system does this when memory runs out." if ended.code == -signal.SIGKILL else ""
         raise AirflowException(f"{title}: ended by {name}.{hint} {found} {then}")
     raise AirflowException(f"{title}: FAILED with exit code {ended.code}. {found} {then}")
+
+
+def _what_next(this_try: int, tries: int) -> str:
+    if this_try < tries:
+        return f"Airflow tries it again: this was try {this_try} of {tries}."
+    return "This was the last try: mend the cause, then clear this task."
 
 
 def _tries(context: Mapping[str, Any]) -> tuple[int, int]:
@@ -354,13 +408,17 @@ class _Lines:
 
 @dataclass
 class _ErrorText:
-    """Finds the error in what a process wrote to stderr: from the last line that names one to the end."""
+    """Finds in what a process wrote to stderr the error, from the last line that names one to the end, and the page."""
 
     lines: deque[str] = field(default_factory=lambda: deque(maxlen=40))
+    see: str = ""
 
     def add(self, line: str) -> None:
         """Take one line; Java's stack frames would push out the line that says what went wrong."""
-        if line.strip() and not _JAVA_FRAME.match(line):
+        page = _SEE_LINE.match(line)
+        if page:
+            self.see = page.group(1).strip()
+        elif line.strip() and not _JAVA_FRAME.match(line):
             self.lines.append(line.rstrip())
 
     @property

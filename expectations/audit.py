@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from onetrans.days import parse_day
 from onetrans.errors import EXIT_OK, BadDataError
 from onetrans.lake import Lake
-from onetrans.process import Parser, exit_code_of
+from onetrans.process import Parser, exit_code_of, see
 from onetrans.schema import FeatureSchema, load_schema
 from onetrans.settings import AuditSettings, load_settings
 
@@ -53,7 +53,7 @@ def audit_staged(
     from expectations.day import audit_day
     from expectations.docs import render_page
     from expectations.judge import CRITICAL, Judge, findings
-    from expectations.site import Record, add_page, page_path, site_path
+    from expectations.site import Record, add_page, page_address, site_path
     from expectations.suites import suite_of
     from expectations.views import needed_columns, view_of
 
@@ -98,7 +98,7 @@ def audit_staged(
         "rows_judged": rows is not None,
         "findings": [finding.to_dict() for finding in found],
         "distributions": {path: list(profiles[path].bins) for path in watched if path in profiles},
-        "data_docs": page_path(site, table, ds),
+        "data_docs": page_address(site, settings.address, table, ds),
         "engine": "pandas" if in_memory else "spark",
         "seconds": round(time.monotonic() - began, 3),
     }
@@ -167,6 +167,7 @@ def _run(arguments: argparse.Namespace) -> int:
     lake.staged(arguments.table, ds)
     verdict = audit_staged(lake, load_schema(settings.source), arguments.table, ds, settings=settings.audit)
     tell_warnings(verdict)
+    see(verdict["data_docs"])
     if not verdict["passed"]:
         raise BadDataError(verdict["failure"])
     print(f"{arguments.table} {ds}: passed; {_summary(verdict)}; Data Docs: {verdict['data_docs']}")

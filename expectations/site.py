@@ -62,6 +62,11 @@ def page_path(site: str, table: str, ds: date) -> str:
     return storage.join(site, _PAGES, table, f"{ds}.html")
 
 
+def page_address(site: str, address: str, table: str, ds: date) -> str:
+    """Return where a person opens a day's page: under the site's address if it has one, else its file."""
+    return f"{address.rstrip('/')}/{_PAGES}/{table}/{ds}.html" if address else page_path(site, table, ds)
+
+
 def add_page(site: str, record: Record, html: str) -> None:
     """Write a day's page and record, and bring the index up to date."""
     folder = storage.join(site, _PAGES, record.table)

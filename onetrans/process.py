@@ -1,4 +1,4 @@
-"""How a process of the pipeline ends: the parser of its arguments, and the exit code of what went wrong."""
+"""How a process of the pipeline ends: its arguments, the exit code of what went wrong, where a person sees more."""
 
 from __future__ import annotations
 
@@ -18,6 +18,11 @@ class Parser(argparse.ArgumentParser):
         """Print the usage and the reason to stderr, and end."""
         self.print_usage(sys.stderr)
         self.exit(EXIT_BAD_CONFIG, f"{BadConfigError.__name__}: {self.prog}: {message}\n")
+
+
+def see(where: str) -> None:
+    """Tell where a person sees what a step wrote; ``dags/steps.py`` ends a failure's text with it."""
+    print(f"see: {where}", file=sys.stderr, flush=True)
 
 
 def exit_code_of(run: Callable[[], int]) -> int:

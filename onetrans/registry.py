@@ -56,6 +56,7 @@ from onetrans.tracking import (
     folder_digest,
     log_promotion,
     one_at_a_time,
+    see_run,
 )
 
 if TYPE_CHECKING:
@@ -263,6 +264,7 @@ def promote(settings: Settings, plan: Plan, force: str = "") -> dict[str, Any]:
     if not plan.mlflow_run_id:
         raise BadConfigError(f"plan {plan.plan_id} of {plan.ds} was made without MLflow; there is nothing to register")
     with answering(settings.mlflow):
+        see_run(settings.mlflow, plan.mlflow_run_id)
         for _ in range(MOST_COMPARISONS):
             promotion = _promote_once(settings, plan, force.strip())
             if promotion is not None:

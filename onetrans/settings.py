@@ -28,6 +28,7 @@ SourceKind = Literal["files", "kuairand"]
 Preset = Literal["tiny", "small", "base", "large"]
 TrainingPrecision = Literal["auto", "float32", "bfloat16"]
 ServingPrecision = Literal["float32", "bfloat16"]
+Place = Literal["worker", "kubernetes"]
 GateMode = Literal["enabled", "dry_run", "off"]
 
 
@@ -82,6 +83,8 @@ class AuditSettings:
 
     data_docs: str = ""
     """Folder (or s3:// prefix) of the Data Docs site; empty: ``data_docs`` beside the warehouse."""
+    address: str = ""
+    """Where people open that site in a browser, for links in logs; empty: links name the files."""
     max_rows_in_memory: int = 5_000_000
     """Most rows the audit holds in its own memory (1.3 GB); a larger day is audited by Spark, with the same suite."""
     trailing_days: int = 7
@@ -242,6 +245,8 @@ class MlflowSettings:
 
     tracking_uri: str = "sqlite:///var/mlflow/mlflow.db"
     """MLflow tracking store or server."""
+    address: str = ""
+    """Where people open MLflow in a browser, for links in logs; empty: ``tracking_uri``, if that is a server."""
     artifacts: str = "var/mlflow/artifacts"
     """Artifact root of a new experiment when the store is a database; a server chooses its own."""
     experiment: str = "onetrans"
@@ -339,13 +344,39 @@ class RetentionSettings:
 
 
 @dataclass(frozen=True)
+class LaunchSettings:
+    """Where Airflow runs trainings and evaluations."""
+
+    place: Place = "worker"
+    """``worker``: processes of the Airflow worker; ``kubernetes``: a pod of its own for each."""
+    pod_template: str = ""
+    """The pod, as a YAML file: image, GPUs, nodes, secrets, memory; empty: ``infra/kubernetes/training_pod.yaml``."""
+
+    def __post_init__(self) -> None:
+        _one_of("launch.place", self.place, get_args(Place))
+
+
+@dataclass(frozen=True)
 class AirflowSettings:
-    """How the local Airflow (``make ui``) is started; an Airflow of your own has its own configuration."""
+    """What Airflow runs at once and whom it tells; the first two are of the local one (``make ui``) alone."""
 
     database: str = ""
     """PostgreSQL, ``postgresql://USER@HOST/NAME``, the password from ``PGPASSWORD``; empty: a SQLite file."""
     schedule: bool = False
     """Whether it starts each day by the clock; otherwise only runs that are asked for."""
+    spark_slots: int = 3
+    """Slots of the pool ``ranking_spark``: builds of tables, audits and candidate scores, all days together."""
+    gpu_slots: int = 2
+    """Slots of the pool ``ranking_gpu``: trainings and evaluations, all days together; the two models take one each."""
+    notify: str = ""
+    """Airflow connections, separated by commas, over which failures and missed deadlines are told besides the log."""
+    deadline_hours: float = 36.0
+    """Hours after the beginning of a day (UTC) by which its model has to be promoted or declined; 0: no deadline."""
+
+    def __post_init__(self) -> None:
+        _within("airflow.deadline_hours", self.deadline_hours, 0.0, 24.0 * 30)
+        _at_least("airflow.spark_slots", self.spark_slots, 1)
+        _at_least("airflow.gpu_slots", self.gpu_slots, 1)
 
 
 @dataclass(frozen=True)
@@ -372,8 +403,10 @@ class Settings:
     """How ranking requests are answered."""
     retention: RetentionSettings = field(default_factory=RetentionSettings)
     """How long what was replaced is kept."""
+    launch: LaunchSettings = field(default_factory=LaunchSettings)
+    """Where Airflow runs trainings and evaluations."""
     airflow: AirflowSettings = field(default_factory=AirflowSettings)
-    """How the local Airflow is started."""
+    """What Airflow runs at once, and whom it tells."""
 
 
 def config_file(environ: Mapping[str, str] | None = None) -> Path | None:

@@ -18,6 +18,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import tempfile
 import threading
 import time
@@ -31,6 +32,7 @@ from onetrans import __version__, storage
 from onetrans.errors import BadConfigError, BadDataError, NotReadyError, PipelineError
 from onetrans.lake import AUDIT_FILE
 from onetrans.plan import GATE_FILE, METRICS_FILE, PAGE_FILE, PLAN_FILE, PROMOTION_FILE, Plan
+from onetrans.process import see
 from onetrans.schema import Feature, FeatureSchema, Kind
 from onetrans.settings import MlflowSettings, Settings
 
@@ -234,6 +236,18 @@ def start_day(settings: Settings, plan: Plan) -> str:
     return str(run.info.run_id)
 
 
+def see_run(settings: MlflowSettings, run_id: str) -> None:
+    """Tell where a person sees a run."""
+    server = settings.tracking_uri if settings.tracking_uri.startswith("http") else ""
+    address = re.sub("(?<=://)[^/@]*@", "", settings.address or server).rstrip(
+        "/"
+    )  # without a user's name and password
+    if address:
+        see(f"{address}/#/experiments/{experiment_id(settings)}/runs/{run_id}")
+    else:
+        see(f"run {run_id} of experiment {settings.experiment} in MLflow")
+
+
 def find_model_run(settings: Settings, plan: Plan, model_name: str) -> Run | None:
     """Return the child run of one model, or None if it was never started."""
     return _find(settings.mlflow, {TAG_KIND: "model", TAG_PLAN: plan.plan_id, TAG_MODEL: model_name})
@@ -251,6 +265,7 @@ def recorded_step(settings: Settings, plan: Plan, step: str) -> Iterator[None]:
         return
     with answering(settings.mlflow):
         parent, client = start_day(settings, plan), connect(settings.mlflow)
+        see_run(settings.mlflow, parent)
         _take_error_away(client, parent, step)
         try:
             yield
@@ -295,6 +310,7 @@ def start_model(settings: Settings, plan: Plan, model_name: str) -> Iterator[Mod
         _again(lambda: client.update_run(run.info.run_id, status="RUNNING"))
         if TAG_ERROR in run.data.tags:
             _again(lambda: client.delete_tag(run.info.run_id, TAG_ERROR))
+    see_run(settings.mlflow, str(run.info.run_id))
     model_run = ModelRun(settings, plan, model_name, client, str(run.info.run_id))
     try:
         yield model_run

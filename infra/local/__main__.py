@@ -18,7 +18,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -69,6 +69,7 @@ def run(what: str, config: Path | None, home: Path | None) -> None:
         schedule=settings.airflow.schedule,
     )
     others = _other_pages(settings, airflow.home / "logs") if what == "ui" else []
+    airflow.environment.update(_links(settings, others))
     servers = [page.server for page in others if page.server]
     try:
         print(f"starting Airflow ({airflow.parallelism} tasks at once), home {airflow.home}", flush=True)
@@ -121,6 +122,13 @@ def _other_pages(settings: Settings, logs: Path) -> list[pages.Page]:
     from expectations.site import site_path
 
     return [pages.mlflow_page(settings, logs), pages.docs_page(site_path(settings.lake, settings.audit), logs)]
+
+
+def _links(settings: Settings, others: Sequence[pages.Page]) -> dict[str, str]:
+    """Return the variables by which steps learn where a person opens these pages, unless the settings say it."""
+    said = {"MLflow": settings.mlflow.address, "Data Docs": settings.audit.address}
+    names = {"MLflow": "ONETRANS_MLFLOW_ADDRESS", "Data Docs": "ONETRANS_AUDIT_ADDRESS"}
+    return {names[page.title]: page.address for page in others if not said[page.title]}
 
 
 def _interrupt(*_: object) -> NoReturn:

@@ -24,12 +24,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 
+from infra.airflow.pools import pools
 from infra.local.airflow_api import AirflowApi
 from infra.local.processes import Server, ServerError, free_port, listens, remember, stop, stop_remembered, wait_until
 from onetrans.errors import BadConfigError
+from onetrans.settings import load_settings
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+# Each holds what Airflow imports as airflow_local_settings.
 _ON_SQLITE = Path(__file__).parent / "on_sqlite"
+_ON_POSTGRES = REPOSITORY / "infra" / "airflow" / "on_scheduler"
 _PREFERRED_PORT = 8080
 _POSTGRES = re.compile(r"postgresql(?:\+psycopg)?://(?P<rest>.*)")
 
@@ -162,7 +166,10 @@ class LocalAirflow:
             **(environment or {}),
             "AIRFLOW_HOME": str(self.home),
             "PYTHONPATH": os.pathsep.join(
-                filter(None, [str(REPOSITORY), "" if database else str(_ON_SQLITE), os.environ.get("PYTHONPATH")])
+                filter(
+                    None,
+                    [str(REPOSITORY), str(_ON_POSTGRES if database else _ON_SQLITE), os.environ.get("PYTHONPATH")],
+                )
             ),
             # The servers' output goes to files; a forked worker must not hold lines back.
             "PYTHONUNBUFFERED": "1",
@@ -206,6 +213,7 @@ class LocalAirflow:
             wait_until(
                 lambda: self.api.healthy() and listens(self.servers[0], self.port), self.servers, "Airflow", seconds
             )
+            self.api.set_pools(pools(load_settings(self.environment).airflow))
             wait_until(self._parsed, self.servers, f"the DAGs of {self.dags}", seconds)
         except BaseException:
             self.stop()

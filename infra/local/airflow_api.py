@@ -105,6 +105,19 @@ class AirflowApi:
             for part in ("metadatabase", "scheduler", "triggerer", "dag_processor")
         )
 
+    def set_pools(self, pools: Mapping[str, Mapping[str, Any]]) -> None:
+        """Make pools, given by name, or change those that are there.
+
+        Raises:
+            AirflowApiError: if one was refused.
+        """
+        entities = [{"name": name, **pool} for name, pool in pools.items()]
+        action = {"action": "create", "action_on_existence": "overwrite", "entities": entities}
+        answer = self.call("PATCH", "/pools", {"actions": [action]})
+        refused = (answer.get("create") or {}).get("errors")
+        if refused:
+            raise AirflowApiError(f"Airflow refused pools: {refused}")
+
     def dag_ids(self) -> list[str]:
         """Return the ids of all DAGs that were parsed."""
         return sorted(dag["dag_id"] for dag in self.call("GET", "/dags?limit=100")["dags"])

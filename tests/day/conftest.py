@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -22,26 +25,36 @@ from onetrans.lake import Lake
 from onetrans.settings import Settings, load_settings
 
 FIRST = date(2026, 1, 1)
+SECRET = "whoever-has-this-can-write"
+"""Part of the address of a webhook, which nobody may read in a log."""
 HISTORY, TODAY, BAD = (FIRST + timedelta(days=offset) for offset in range(3))
 
 PROBES = '''
 """Steps that end in a given way, to see what Airflow does with them."""
 from datetime import timedelta
-from airflow.sdk import DAG
+from airflow.sdk import DAG, AsyncCallback, DeadlineAlert, DeadlineReference
+from dags.notify import day_undecided, run_failed
 from dags.days import DAILY, START, day_param
 from dags.others import Other
 from dags.steps import DAY, DEFAULTS, Step, WaitStep
 
 QUICK = {**DEFAULTS, "retries": 2, "retry_delay": timedelta(seconds=1), "retry_exponential_backoff": 0}
-for name in ("transient", "lasting"):
-    with DAG(name, schedule=DAILY, start_date=START, catchup=False, default_args=QUICK, params={"ds": day_param()}):
+COMMON = {"schedule": DAILY, "start_date": START, "catchup": False, "default_args": QUICK}
+for name in ("transient", "lasting", "killed"):
+    with DAG(name, params={"ds": day_param()}, on_failure_callback=run_failed, **COMMON):
         Step(task_id="step", module="probe", arguments=[name, DAY])
-with DAG("ordered", schedule=DAILY, start_date=START, catchup=False, default_args=QUICK, params={"ds": day_param()}):
+soon, when = timedelta(seconds=4), DeadlineReference.DAGRUN_LOGICAL_DATE
+alert = DeadlineAlert(reference=when, interval=soon, callback=AsyncCallback(day_undecided))
+with DAG("late", deadline=alert, **COMMON):
+    Step(task_id="step", module="probe", arguments=["late", DAY])
+with DAG("ordered", params={"ds": day_param()}, **COMMON):
     before = Other("ordered", days_back=1, why="Each day is built on the one before.")
     wait = WaitStep(
         task_id="wait", module="probe", arguments=["ready", DAY], others=[before], at_most=timedelta(minutes=5)
     )
     wait >> Step(task_id="step", module="probe", arguments=["ordered", DAY])
+with DAG("crowded", params={"ds": day_param()}, **COMMON):
+    Step(task_id="step", module="probe", arguments=["crowded", DAY], pool="one_slot")
 '''
 
 PROBE = '''
@@ -56,6 +69,14 @@ if name == "transient":  # A lost connection: fails twice, then works.
         print("ConnectionError: the catalog does not answer", file=sys.stderr)
         sys.exit(1)
     print("works now")
+elif name == "late":
+    time.sleep(12)
+elif name == "killed":  # As by the system for want of memory: the whole worker of the task goes.
+    import os, signal
+    os.kill(os.getppid(), signal.SIGKILL)
+    time.sleep(30)
+elif name == "crowded":
+    time.sleep(1)
 elif name == "ready":
     print("ready")
 elif name == "ordered":  # One day after another; the second is bad.
@@ -78,6 +99,8 @@ class Deployment:
     folder: Path
     settings: Settings
     airflow: LocalAirflow
+    told: list[dict[str, str]]
+    """What the receiver of notifications was sent."""
 
     @property
     def lake(self) -> Lake:
@@ -130,8 +153,38 @@ class Deployment:
         return pytest.fail(f"the backfill of {dag_id} for {first} to {last} has not created every run")
 
 
+class Receiver:
+    """A webhook on loopback that keeps what it is sent."""
+
+    def __init__(self) -> None:
+        self.got: list[dict[str, str]] = []
+        got = self.got
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                got.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+                self.send_response(200)
+                self.end_headers()
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.address = f"http://127.0.0.1:{self.server.server_address[1]}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
 @pytest.fixture(scope="session")
-def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+def receiver() -> Iterator[Receiver]:
+    """The receiver of all notifications of the session."""
+    receiver = Receiver()
+    yield receiver
+    receiver.server.shutdown()
+    receiver.server.server_close()
+
+
+@pytest.fixture(scope="session")
+def deployment(tmp_path_factory: pytest.TempPathFactory, receiver: Receiver) -> Iterator[Deployment]:
     """Write a small log, build its first day, and start Airflow."""
     folder = tmp_path_factory.mktemp("deployment")
     config = folder / "onetrans.toml"
@@ -153,11 +206,17 @@ artifacts = "{folder / "mlflow" / "artifacts"}"
     )
     write_days(WorldConfig(users=400, items=120, history_days=3, epoch=FIRST), str(folder / "raw"), FIRST, 3)
     (folder / "dags").mkdir()
-    for name in ("feature_tables.py", "ranking_model.py"):
+    for name in ("feature_tables.py", "ranking_model.py", "retention.py"):
         (folder / "dags" / name).symlink_to(REPOSITORY / "dags" / name)
     (folder / "dags" / "probes.py").write_text(PROBES, encoding="utf-8")
     (folder / "probe.py").write_text(PROBE, encoding="utf-8")
-    environment = {"ONETRANS_CONFIG": str(config)}
+    environment = {
+        "ONETRANS_CONFIG": str(config),
+        "ONETRANS_AUDIT_ADDRESS": "http://127.0.0.1:8088",
+        "ONETRANS_AIRFLOW_NOTIFY": "down, receiver",
+        "AIRFLOW_CONN_RECEIVER": json.dumps({"conn_type": "http", "password": f"{receiver.address}/{SECRET}"}),
+        "AIRFLOW_CONN_DOWN": json.dumps({"conn_type": "http", "password": f"http://127.0.0.1:1/{SECRET}"}),
+    }
     airflow = LocalAirflow(folder / "airflow", environment, dags=folder / "dags")
     airflow.environment["PYTHONPATH"] += os.pathsep + str(folder)
     built = subprocess.run(
@@ -169,4 +228,4 @@ artifacts = "{folder / "mlflow" / "artifacts"}"
     )
     assert built.returncode == 0, built.stderr[-3000:]
     with airflow:
-        yield Deployment(folder, load_settings({**os.environ, **environment}), airflow)
+        yield Deployment(folder, load_settings({**os.environ, **environment}), airflow, receiver.got)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from datetime import date
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,11 @@ import pytest
 
 from expectations.site import site_path
 from infra.local import pages
+from infra.local.airflow import REPOSITORY
+from infra.local.airflow_api import AirflowApiError
 from infra.local.processes import stop
 from onetrans.lake import TABLES
-from tests.day.conftest import BAD, HISTORY, TODAY, Deployment
+from tests.day.conftest import BAD, HISTORY, SECRET, TODAY, Deployment
 
 pytestmark = pytest.mark.timeout(1500)
 
@@ -123,6 +125,14 @@ def test_bad_data_stops_the_day_at_once_and_leaves_what_is_published(deployment:
     assert deployment.lake.published("impressions") == before["impressions"]
     assert deployment.lake.published("training_requests") == before["training_requests"]
 
+    # People were told, though the receiver named first is down.
+    (message,) = _told(deployment, dag_id, run_id, "impressions.build")
+    assert message["title"] == f"feature_tables {BAD}: impressions.build failed"
+    assert message["text"].startswith(f"{message['title']}\nimpressions.build of {BAD}: BAD DATA.")
+    assert "/tasks/impressions.build" in message["link"]
+    (message,) = _told(deployment, dag_id, run_id, "")
+    assert message["title"] == f"feature_tables {BAD}: the run failed"
+
     # The model's run has nothing to wait for any more, and says so.
     (ended,) = deployment.wait(model, seconds=120)
     waited = deployment.task(*model, "wait_for_day")
@@ -155,6 +165,64 @@ def test_days_that_are_backfilled_at_once_run_in_order(deployment: Deployment) -
     (ended_again,) = deployment.wait(runs[2], seconds=120)
     assert ended_again.state == "success"
     assert order.read_text().splitlines()[-2:] == [f"begins {BAD}", f"ends {BAD}"]
+
+
+def test_a_backfill_does_not_keep_tonight_s_run_waiting(deployment: Deployment) -> None:
+    """All want the one slot of a pool: the run of today goes before every day of the backfill that has not begun."""
+    deployment.airflow.api.set_pools({"one_slot": {"slots": 1}})
+    made = deployment.backfill_range("crowded", date(2020, 2, 1), date(2020, 2, 6), at_once=6)
+    deadline = time.monotonic() + 60
+    while not any(deployment.task(*run, "step").started for run in made):
+        assert time.monotonic() < deadline, "the backfill has not begun"
+        time.sleep(0.2)
+    tonight = deployment.airflow.api.trigger("crowded", {"ds": str(TODAY)})
+    begun = [run for run in made if deployment.task(*run, "step").started]
+    assert all(run.state == "success" for run in deployment.wait(("crowded", tonight.run_id), *made, seconds=120))
+    started = [deployment.task(*run, "step").started for run in made]
+    first = deployment.task("crowded", tonight.run_id, "step").started
+    assert sum(moment > first for moment in started if moment) >= len(made) - len(begun) - 1 >= 3
+    assert started == sorted(started), "days of a backfill go in order"
+
+
+def test_a_worker_that_is_killed_is_replaced_and_people_are_told_when_there_is_no_try_left(
+    deployment: Deployment,
+) -> None:
+    dag_id, run_id = deployment.backfill("killed", TODAY)
+    (ended,) = deployment.wait((dag_id, run_id), seconds=180)
+    assert (ended.state, deployment.task(dag_id, run_id, "step").tries) == ("failed", 3)
+    (message,) = _told(deployment, dag_id, run_id, "")
+    assert message["title"] == f"killed {TODAY}: the run failed"
+
+
+def test_a_day_without_a_verdict_is_told_of_at_its_deadline(deployment: Deployment) -> None:
+    now = datetime.now(UTC)
+    body = {"logical_date": now.isoformat(), "conf": {}}
+    run_id = deployment.airflow.api.call("POST", "/dags/late/dagRuns", body)["dag_run_id"]
+    past = deployment.backfill("late", TODAY)  # its deadline was over before it began
+    (message,) = _told(deployment, "late", run_id, "")
+    assert message["title"].startswith(f"late {now:%Y-%m-%d}: no verdict by")
+    assert "neither promoted nor declined, and the run is running" in message["text"]
+    assert [run.state for run in deployment.wait(("late", run_id), past, seconds=120)] == ["success", "success"]
+    assert not [told for told in deployment.told if (told["dag_id"], told["run_id"]) == past]
+
+
+def test_the_weekly_run_lists_what_it_would_remove(deployment: Deployment, day: Any) -> None:
+    run = deployment.airflow.api.trigger("retention", {"dry_run": True})
+    (ended,) = deployment.wait((run.dag_id, run.run_id), seconds=180)
+    assert ended.state == "success"
+
+
+def test_a_form_that_cannot_be_meant_is_refused(deployment: Deployment, day: Any) -> None:
+    with pytest.raises(AirflowApiError, match="'huge' is not one of"):
+        deployment.airflow.api.trigger("ranking_model", {"ds": str(TODAY), "preset": "huge"})
+    with pytest.raises(AirflowApiError, match="a reason in words, of at most 500 characters"):
+        deployment.airflow.api.trigger("ranking_model", {"ds": str(TODAY), "force_reason": "  "})
+    asked = {"ds": str(TODAY), "force_reason": "a broken baseline", "gate_mode": "off"}
+    run = deployment.airflow.api.trigger("ranking_model", asked)
+    (ended,) = deployment.wait((run.dag_id, run.run_id), seconds=120)
+    refused = deployment.task(run.dag_id, run.run_id, "wait_for_day")
+    assert (ended.state, refused.state, refused.tries) == ("failed", "failed", 1)
+    assert "Gate mode off leaves the champion as it is" in "\n".join(deployment.airflow.api.log(refused))
 
 
 def test_every_server_listens_on_loopback_alone(deployment: Deployment) -> None:
@@ -208,6 +276,30 @@ def test_a_task_marked_as_failed_leaves_no_process_behind(deployment: Deployment
     while _runs(pid) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert not _runs(pid)
+
+
+def test_every_dag_was_executed(deployment: Deployment, day: Any) -> None:
+    for path in (REPOSITORY / "dags").glob("*.py"):
+        if "with DAG(" in path.read_text(encoding="utf-8"):
+            assert any(run.state == "success" for run in deployment.airflow.api.runs(path.stem)), path
+
+
+def test_the_address_of_a_webhook_is_in_no_log(deployment: Deployment, day: Any) -> None:
+    logs = [path for path in (deployment.folder / "airflow" / "logs").rglob("*") if path.is_file()]
+    assert any("told over connection receiver" in path.read_text(errors="replace") for path in logs)
+    assert any("connection down did not take the message" in path.read_text(errors="replace") for path in logs)
+    assert not [path for path in logs if SECRET in path.read_text(errors="replace")]
+
+
+def _told(deployment: Deployment, dag_id: str, run_id: str, task_id: str, seconds: float = 60) -> list[dict[str, str]]:
+    """Return what the receiver was sent of a task, or of a run, once it was."""
+    deadline = time.monotonic() + seconds
+    while True:
+        found = [m for m in deployment.told if (m["dag_id"], m["run_id"], m["task_id"]) == (dag_id, run_id, task_id)]
+        if found:
+            return found
+        assert time.monotonic() < deadline, f"nobody was told of {dag_id} {run_id} {task_id}: {deployment.told}"
+        time.sleep(0.2)
 
 
 def _rows(deployment: Deployment, table: str, ds: date) -> list[str]:

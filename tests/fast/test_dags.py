@@ -1,5 +1,6 @@
 """The DAG files: what they declare, what they import, how a day is decided, what an exit code means."""
 
+import importlib
 import os
 import signal
 import subprocess
@@ -17,9 +18,10 @@ import pytest
 # Airflow writes a configuration file into its home as soon as it is imported.
 os.environ.setdefault("AIRFLOW_HOME", tempfile.mkdtemp(prefix="airflow-"))
 
-from airflow.sdk.exceptions import AirflowException, AirflowFailException
+from airflow.sdk import DAG
+from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowTaskTimeout
 
-from dags import others, steps
+from dags import notify, others, steps
 from dags.days import run_day
 from dags.feature_tables import NEEDS
 from dags.feature_tables import dag as feature_tables
@@ -32,7 +34,20 @@ from onetrans import errors
 REPOSITORY = Path(__file__).parents[2]
 DAGS = [feature_tables, ranking_model]
 TASKS = [task for dag in DAGS for task in dag.tasks]
-HEAVY = ("numpy", "pandas", "pyarrow", "pyspark", "torch", "mlflow", "great_expectations", "pyiceberg", "onetrans")
+DAG_FILES = [path for path in sorted((REPOSITORY / "dags").glob("*.py")) if "with DAG(" in path.read_text()]
+MODULES = [f"dags.{path.stem}" for path in DAG_FILES]
+EVERY_DAG = list(
+    {
+        found.dag_id: found
+        for name in MODULES
+        for found in vars(importlib.import_module(name)).values()
+        if isinstance(found, DAG)
+    }.values()
+)
+HEAVY = (
+    *("numpy", "pandas", "pyarrow", "pyspark", "torch", "mlflow", "great_expectations", "pyiceberg", "onetrans"),
+    *("kubernetes", "kubernetes_asyncio", "yaml"),
+)
 
 
 def by_id(dag):
@@ -47,7 +62,9 @@ def test_dag_files_parse_fast_and_import_nothing_heavy():
         import sys, time
         import airflow.sdk, airflow.triggers.base
         before, begun = set(sys.modules), time.monotonic()
-        import dags.feature_tables, dags.ranking_model
+        import importlib
+        for name in {MODULES!r}:
+            importlib.import_module(name)
         seconds = time.monotonic() - begun
         loaded = {{name.split(".")[0] for name in set(sys.modules) - before}}
         print(seconds, *sorted(loaded & set({HEAVY!r})))
@@ -60,8 +77,12 @@ def test_dag_files_parse_fast_and_import_nothing_heavy():
     assert float(seconds) < 2.0
 
 
-@pytest.mark.parametrize("dag", DAGS, ids=lambda dag: dag.dag_id)
-def test_a_dag_says_what_the_ui_shows_and_can_be_backfilled(dag):
+def test_every_dag_is_found():
+    assert {dag.dag_id for dag in EVERY_DAG} == {"feature_tables", "ranking_model", "retention"}
+
+
+@pytest.mark.parametrize("dag", EVERY_DAG, ids=lambda dag: dag.dag_id)
+def test_a_dag_says_what_the_ui_shows_and_tells_people_when_it_fails(dag):
     dag.check_cycle()
     assert dag.doc_md
     assert dag.description
@@ -70,14 +91,25 @@ def test_a_dag_says_what_the_ui_shows_and_can_be_backfilled(dag):
     assert dag.max_active_runs == 1
     assert dag.dagrun_timeout > timedelta(0)
     assert dag.start_date == datetime(2020, 1, 1, tzinfo=UTC)
-    assert dag.timetable.expression == "0 0 * * *"
+    assert dag.on_failure_callback == notify.run_failed
     for name in dag.params:
         field = dag.params.get_param(name)
-        assert field.description, f"{name} has no help"
+        assert field.schema.get("title"), f"{name} has no title"
+        assert field.description.endswith("."), f"{name} has no sentence of help"
         assert field.schema.get("type"), f"{name} has no type"
+        field.resolve()  # the default is one the field accepts
 
 
-@pytest.mark.parametrize("task", TASKS, ids=lambda task: f"{task.dag.dag_id}.{task.task_id}")
+@pytest.mark.parametrize("dag", DAGS, ids=lambda dag: dag.dag_id)
+def test_a_day_can_be_backfilled(dag):
+    assert dag.timetable.expression == "0 0 * * *"
+
+
+@pytest.mark.parametrize(
+    "task",
+    [task for dag in EVERY_DAG for task in dag.tasks],
+    ids=lambda task: f"{task.dag.dag_id}.{task.task_id}",
+)
 def test_a_task_has_owner_retries_timeout_and_documentation(task):
     assert task.owner == "ranking"
     assert task.retries >= 2
@@ -85,6 +117,18 @@ def test_a_task_has_owner_retries_timeout_and_documentation(task):
     assert task.retry_exponential_backoff > 1
     assert task.execution_timeout > timedelta(0)
     assert "By hand:" in task.doc_md
+    assert task.on_failure_callback == [notify.task_failed]
+    assert task.unharmed.endswith(".")
+
+
+def test_a_day_without_a_verdict_has_a_deadline_that_a_deployment_sets():
+    from dags.ranking_model import undecided_at
+
+    (alert,) = ranking_model.deadline
+    assert alert.interval == timedelta(hours=36)
+    assert alert.callback.path == "dags.notify.day_undecided"
+    assert undecided_at(0) == []
+    assert undecided_at(30.5)[0].interval == timedelta(hours=30.5)
 
 
 def test_every_table_is_built_audited_and_published_after_what_it_needs():
@@ -100,6 +144,54 @@ def test_every_table_is_built_audited_and_published_after_what_it_needs():
         assert tasks[f"{table}.audit"].upstream_task_ids == {f"{table}.build"}
         assert tasks[f"{table}.publish"].upstream_task_ids == {f"{table}.audit"}
         assert [asset.name for asset in tasks[f"{table}.publish"].outlets] == [f"ranking.{table}"]
+
+
+def test_spark_and_gpu_work_has_pools_and_nothing_else_waits_for_them():
+    from infra.airflow.pools import pools
+    from onetrans.settings import AirflowSettings
+
+    pool_of = {f"{task.dag.dag_id}.{task.task_id}": task.pool for task in TASKS}
+    spark = {name for name, pool in pool_of.items() if pool == steps.SPARK_POOL}
+    gpu = {name for name, pool in pool_of.items() if pool == steps.GPU_POOL}
+    assert spark == {
+        *(f"feature_tables.{table}.{step}" for table in NEEDS for step in ("build", "audit")),
+        "ranking_model.score_candidates",
+    }
+    assert gpu == {f"ranking_model.{name}" for name in ("train_onetrans", "train_dcnv2_din", "evaluate")}
+    assert pool_of["ranking_model.promote"] == steps.REGISTRY_POOL
+    assert {pool_of[name] for name in pool_of.keys() - spark - gpu - {"ranking_model.promote"}} == {steps.DEFAULT_POOL}
+    made = pools(AirflowSettings(spark_slots=7, gpu_slots=4))
+    slots = {name: pool["slots"] for name, pool in made.items()}
+    assert slots == {steps.SPARK_POOL: 7, steps.GPU_POOL: 4, steps.REGISTRY_POOL: 1}
+
+
+@pytest.mark.parametrize(
+    ("run_type", "hours_late", "operator", "priority"),
+    [
+        ("SCHEDULED", 1, "Step", 7),
+        ("MANUAL", 0, "WaitStep", 7),
+        ("BACKFILL_JOB", 1, "Step", 0),
+        ("BACKFILL_JOB", 1, "WaitStep", 0),
+        ("SCHEDULED", 40, "Step", 0),  # a day that a backfill clears is of its first type while Airflow clears it
+        ("BACKFILL_JOB", 40, "BashOperator", 7),
+    ],
+)
+def test_what_makes_up_for_a_day_goes_last(run_type, hours_late, operator, priority):
+    from airflow.utils.types import DagRunType
+
+    from infra.airflow.priority import task_instance_mutation_hook
+
+    task = SimpleNamespace(operator=operator, priority_weight=7)
+    run = SimpleNamespace(run_type=DagRunType[run_type], run_after=datetime.now(UTC) - timedelta(hours=hours_late))
+    task_instance_mutation_hook(task, run)
+    assert task.priority_weight == priority
+
+
+def test_the_lowest_priority_that_a_task_declares_is_above_that_of_a_backfill():
+    from infra.airflow.priority import LAST, STEPS
+
+    assert all(type(task).__name__ in STEPS for task in TASKS)
+    assert min(task.priority_weight for task in TASKS) > LAST
 
 
 def test_what_a_wait_looks_at_exists():
@@ -313,6 +405,55 @@ def test_the_error_is_what_the_process_said_last(script):
     ended = step.run_process()
     assert ended.code == 65
     assert ended.error == "BadDataError: impressions 2022-05-04: 3 rows have click = 7,\nfor example request r1"
+
+
+def test_a_failure_ends_with_the_page_the_process_named_last(script):
+    step = script(
+        """
+        import sys
+        print("see: run 1 in MLflow", file=sys.stderr)
+        print("BadDataError: 3 rows", file=sys.stderr)
+        print("see: http://docs/impressions/2022-05-04.html", file=sys.stderr)
+        sys.exit(int(sys.argv[1]))
+        """,
+        arguments=["65"],
+    )
+    with pytest.raises(AirflowFailException) as raised:
+        step.execute(context(logical_date=LOGICAL))
+    assert str(raised.value).endswith("then clear this task. See http://docs/impressions/2022-05-04.html")
+    assert "MLflow" not in str(raised.value)
+    step.arguments = ["1"]
+    with pytest.raises(AirflowException) as raised:
+        step.execute(context(logical_date=LOGICAL))
+    assert str(raised.value).endswith("this was try 1 of 4. See http://docs/impressions/2022-05-04.html")
+
+
+@pytest.mark.parametrize("cls", [Step, WaitStep])
+def test_a_step_that_takes_too_long_says_so_in_the_same_words(script, cls):
+    from airflow.sdk.execution_time.timeout import timeout
+
+    more = {"at_most": timedelta(hours=1)} if cls is WaitStep else {}
+    step = script("import time; time.sleep(60)", cls=cls, execution_timeout=timedelta(seconds=1), **more)
+    with pytest.raises(AirflowTaskTimeout) as raised, timeout(1):  # as Airflow's task runner does
+        step.execute(context(logical_date=LOGICAL))
+    text = str(raised.value)
+    assert "program of 2022-05-04: TOO SLOW. It ran for longer than 0:00:01" in text
+    assert "Published data is as it was. Airflow tries it again: this was try 1 of 4." in text
+
+
+@pytest.mark.parametrize(
+    ("error", "hint"),
+    [
+        ("OSError: [Errno 28] No space left on device: '/lake/x.parquet'", "make room for it; `onetrans retain"),
+        ("Caused by: java.lang.OutOfMemoryError: Java heap space", "raise spark.driver_memory"),
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 20 MiB", "lower training.batch_size"),
+    ],
+)
+def test_errors_of_others_come_with_what_to_do(error, hint):
+    with pytest.raises(AirflowException) as raised:
+        raise_for("x.build of 2022-05-04", Ended(1, None, error), this_try=4, tries=4)
+    assert hint in str(raised.value)
+    assert "clear this task" in str(raised.value)
 
 
 def test_a_spark_error_is_found_before_its_stack(script):

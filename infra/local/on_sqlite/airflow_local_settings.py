@@ -13,7 +13,9 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event
 
-__all__ = ["create_metadata_engine"]  # Airflow takes over every name it finds
+from infra.airflow.priority import task_instance_mutation_hook
+
+__all__ = ["create_metadata_engine", "task_instance_mutation_hook"]  # Airflow takes over every name it finds
 
 _BUSY_S = 120
 """Seconds a writer waits for another one; the default is 5.  Two busy cores were seen to exceed 30: the page that

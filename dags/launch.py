@@ -1,0 +1,137 @@
+"""Where a training or an evaluation runs: on the worker, or in a pod of its own with a GPU.
+
+``launch.place`` says it, and nothing else of the DAG changes:
+
+``worker``      a process of the worker, as every step; ``training.processes`` of them, by ``torchrun``, if more than
+                one
+``kubernetes``  a pod made of ``launch.pod_template``, with one process for each of its GPUs, watched by the triggerer
+
+Either way the step's exit code decides what Airflow does, and the process's output is in the task's log.  A try that
+was cut off left a checkpoint in ``training.runs``; the next goes on from there, wherever it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from airflow.sdk.exceptions import AirflowException, AirflowFailException
+
+from dags.configured import configured
+from dags.steps import EXIT_BAD_CONFIG, Ended, Step
+
+PLACES = ("worker", "kubernetes")
+TEMPLATE = Path(__file__).resolve().parents[1] / "infra" / "kubernetes" / "training_pod.yaml"
+_SHARED = (("training", "runs"), ("lake", "warehouse"))
+"""Settings that name what workers and pods both read and write."""
+
+
+class LaunchStep(Step):
+    """A step that runs where ``launch.place`` says."""
+
+    def __init__(self, *, parallel: bool = False, **kwargs: Any) -> None:
+        """Describe a step.
+
+        Args:
+            parallel: whether its command takes several processes, one per GPU; else it is one, wherever it runs.
+            **kwargs: those of :class:`Step`.
+        """
+        super().__init__(**kwargs)
+        self.parallel = parallel
+        self._pod: Any = None
+
+    def execute(self, context: Any) -> str | None:
+        """Run the process here, or hand a pod to the triggerer."""
+        place = configured("launch", "place", PLACES[0])
+        if place not in PLACES:
+            self._bad(context, f"launch.place = {place!r} is none of {', '.join(PLACES)}")
+        if place == "worker":
+            return super().execute(context)
+        self._pod = self._make_pod(context)
+        self._pod.start(context)
+        return None
+
+    def trigger_reentry(self, context: Any, event: Mapping[str, Any]) -> None:
+        """Take over from the triggerer: the pod has ended, or its time is up."""
+        self._pod = self._make_pod(context)
+        from dags.pods import PodEndedError
+
+        try:
+            self._pod.trigger_reentry(context, dict(event))
+        except PodEndedError as error:
+            if event["status"] == "timeout":
+                raise AirflowException(self._too_slow(context)) from error
+            self._raise_for(context, error.ended)
+        except AirflowFailException:
+            raise
+        except AirflowException as error:
+            # Deleted, evicted, or its node is gone: what it had done since its last checkpoint is lost, nothing else.
+            self._raise_for(context, Ended(1, None, f"The pod is gone: {error}"))
+
+    def on_kill(self) -> None:
+        """End the process, or delete the pod."""
+        if self._pod is not None:
+            self._pod.on_kill()
+        else:
+            super().on_kill()
+
+    def _make_pod(self, context: Any) -> Any:
+        try:
+            import yaml
+
+            from dags.pods import StepPod, gpus
+        except ImportError as error:
+            self._bad(
+                context,
+                f"launch.place = 'kubernetes' needs a package that is not installed here ({error}); run: pip install "
+                "'onetrans[kubernetes]'",
+            )
+        template = Path(configured("launch", "pod_template", "") or TEMPLATE)
+        if not template.is_file():
+            self._bad(context, f"launch.pod_template = {str(template)!r} is not a file")
+        wanted = gpus(yaml.safe_load(template.read_text(encoding="utf-8")))
+        return StepPod(
+            task_id=self.task_id,
+            template=str(template),
+            command=["python", *self.command[1:]],  # the image's Python, not this worker's
+            variables={**self._settings(context), **self.variables, **self._processes(wanted)},
+            execution_timeout=self.execution_timeout,
+        )
+
+    def _settings(self, context: Any) -> dict[str, str]:
+        """Return the worker's settings as variables: a pod has no configuration file of its own."""
+        from onetrans.errors import PipelineError
+        from onetrans.settings import as_environment, load_settings
+
+        try:
+            settings = load_settings()
+        except PipelineError as error:
+            self._bad(context, str(error))
+        for section, field in _SHARED:
+            value = str(getattr(getattr(settings, section), field))
+            if not value.startswith("/") and "://" not in value:
+                self._bad(
+                    context,
+                    f"{section}.{field} = {value!r} is a folder of this machine, which a pod does not see; name an "
+                    "address (s3://...), or the absolute path of a volume that workers and pods mount",
+                )
+        if settings.mlflow.tracking_uri.startswith("sqlite:"):
+            self._bad(
+                context,
+                f"mlflow.tracking_uri = {settings.mlflow.tracking_uri!r} is a file of this machine; pods need a "
+                "server of MLflow's, http://... or https://...",
+            )
+        return {name: text for name, text in as_environment(settings).items() if not name.startswith(_OWN)}
+
+    def _processes(self, wanted: int) -> dict[str, str]:
+        """Return how many processes a pod trains with: one for each of its GPUs, whatever fits the worker."""
+        return {"ONETRANS_TRAINING_PROCESSES": str(max(1, wanted) if self.parallel else 1)}
+
+    def _bad(self, context: Any, why: str) -> NoReturn:
+        self._raise_for(context, Ended(EXIT_BAD_CONFIG, None, why))
+        raise AssertionError("unreachable: the exit code says that it failed")
+
+
+_OWN = ("ONETRANS_AIRFLOW_", "ONETRANS_LAUNCH_", "ONETRANS_SERVING_")
+"""Variables that mean nothing in a pod."""

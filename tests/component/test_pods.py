@@ -1,0 +1,150 @@
+"""A step in a pod, from its creation to its end, by Airflow's own Kubernetes provider against an API on loopback."""
+
+import asyncio
+import os
+import tempfile
+import textwrap
+import time
+from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
+
+import pytest
+
+# Airflow writes a configuration file into its home as soon as it is imported.
+os.environ.setdefault("AIRFLOW_HOME", tempfile.mkdtemp(prefix="airflow-"))
+
+from airflow.sdk.exceptions import AirflowException, AirflowFailException, TaskDeferred
+from cluster import Cluster
+
+from dags.launch import LaunchStep
+from dags.ranking_model import dag as ranking_model
+
+pytest.importorskip("airflow.providers.cncf.kubernetes")
+
+PROGRAM = """
+import os, pathlib, sys, time
+checkpoint = pathlib.Path(os.environ["ONETRANS_TRAINING_RUNS"]) / "checkpoint"
+print("goes on from", checkpoint.read_text() if checkpoint.exists() else "fresh weights", flush=True)
+if sys.argv[1] == "killed" and not checkpoint.exists():
+    checkpoint.write_text("step 7")
+    time.sleep(600)
+if sys.argv[1] == "ended":
+    print("see: http://mlflow/#/experiments/1/runs/2", file=sys.stderr)
+    print("BadDataError: training_requests 2022-05-03: 3 rows have no candidates", file=sys.stderr)
+    sys.exit(int(sys.argv[2]))
+print("done")
+"""
+
+
+@pytest.fixture
+def cluster(tmp_path, monkeypatch):
+    from airflow.providers.cncf.kubernetes.triggers.pod import KubernetesPodTrigger  # noqa: F401  (seconds, once)
+
+    cluster = Cluster(tmp_path)
+    (tmp_path / "program.py").write_text(textwrap.dedent(PROGRAM))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("ONETRANS_CONFIG", raising=False)
+    for name, value in {
+        "AIRFLOW_CONN_KUBERNETES_DEFAULT": cluster.connection(),
+        "ONETRANS_LAUNCH_PLACE": "kubernetes",
+        "ONETRANS_TRAINING_RUNS": str(tmp_path),
+        "ONETRANS_LAKE_WAREHOUSE": str(tmp_path / "lake"),
+        "ONETRANS_MLFLOW_TRACKING_URI": "http://127.0.0.1:1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    yield cluster
+    cluster.close()
+
+
+@pytest.fixture
+def step():
+    return lambda *arguments: LaunchStep(
+        task_id="train_onetrans",
+        module="program",
+        arguments=arguments,
+        parallel=True,
+        execution_timeout=timedelta(hours=1),
+    )
+
+
+def context(this_try=1):
+    ti = SimpleNamespace(
+        try_number=this_try, max_tries=3, dag_id="ranking_model", task_id="train_onetrans", run_id="r", map_index=-1,
+        start_date=datetime.now(UTC), xcom_push=lambda **_: None,
+    )  # fmt: skip
+    logical = datetime(2022, 5, 4, tzinfo=UTC)
+    run = SimpleNamespace(run_id="r", run_type="manual", logical_date=logical)
+    return {"ti": ti, "dag": ranking_model, "dag_run": run, "run_id": "r", "logical_date": logical, "params": {}}
+
+
+def run(step, this_try=1, meanwhile=lambda: None):
+    """Do what worker and triggerer do with a step."""
+    with pytest.raises(TaskDeferred) as deferred:
+        step.execute(context(this_try))
+    assert deferred.value.method_name == "trigger_reentry"
+
+    async def watched():
+        trigger = deferred.value.trigger
+        trigger.poll_interval = 0.2
+        events = trigger.run()
+        waiting = asyncio.ensure_future(anext(events))
+        await asyncio.to_thread(meanwhile)
+        return (await waiting).payload
+
+    return step.trigger_reentry(context(this_try), asyncio.run(watched()))
+
+
+def test_a_pod_that_succeeds_is_deleted_and_its_output_is_in_the_log(cluster, step, capsys):
+    run(step("fine"))
+    assert len(cluster.made) == 1
+    assert cluster.pods == {}
+    assert "goes on from fresh weights" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "words"),
+    [
+        (65, AirflowFailException, "BAD DATA. BadDataError: training_requests 2022-05-03: 3 rows have no candidates."),
+        (78, AirflowFailException, "BAD CONFIGURATION"),
+        (75, AirflowException, "NOT READY"),
+        (1, AirflowException, "FAILED with exit code 1"),
+    ],
+)
+def test_the_exit_code_of_the_pod_s_process_decides(cluster, step, code, kind, words):
+    with pytest.raises(AirflowException) as raised:
+        run(step("ended", str(code)))
+    assert type(raised.value) is kind
+    assert words in str(raised.value)
+    assert str(raised.value).endswith("See http://mlflow/#/experiments/1/runs/2")
+    assert cluster.pods == {}
+
+
+def test_a_pod_that_is_lost_is_tried_again_and_goes_on_from_its_checkpoint(cluster, step, capsys, tmp_path):
+    def lose_the_node():
+        while not (tmp_path / "checkpoint").exists():
+            time.sleep(0.05)
+        cluster.kill(cluster.made[0])
+
+    with pytest.raises(AirflowException, match=r"The pod is gone.*this was try 1 of 4") as raised:
+        run(step("killed"), meanwhile=lose_the_node)
+    assert type(raised.value) is AirflowException
+    run(step("killed"), this_try=2)
+    assert "goes on from step 7" in capsys.readouterr().out
+    assert len(cluster.made) == 2
+
+
+def test_a_worker_that_was_lost_finds_the_pod_it_had_started(cluster, step, tmp_path):
+    with pytest.raises(TaskDeferred):
+        step("killed").execute(context())
+    with pytest.raises(TaskDeferred) as again:
+        step("killed").execute(context())
+    assert len(cluster.made) == 1
+    assert again.value.trigger.pod_name == cluster.made[0]
+
+
+def test_a_task_that_is_ended_takes_its_pod_along(cluster, step):
+    made = step("killed")
+    with pytest.raises(TaskDeferred):
+        made.execute(context())
+    made.on_kill()
+    assert cluster.pods == {}

@@ -23,7 +23,7 @@ from onetrans.gate import run_gate
 from onetrans.registry import CHALLENGER, CHAMPION, PREVIOUS, TAG_ROLLED_BACK, Registry, promote
 from onetrans.report import report, table
 from onetrans.settings import as_environment
-from onetrans.tracking import TAG_FORCED, TAG_MODEL_ID, fetch_folder, one_at_a_time
+from onetrans.tracking import TAG_FORCED, TAG_MODEL_ID, fetch_folder, one_at_a_time, see_run
 
 ROOT = Path(__file__).parents[2]
 
@@ -119,6 +119,19 @@ def test_a_winner_becomes_champion_with_its_provenance(shop, registry, better):
     assert "| dcnv2_din |" in version.description
     parent = registry.client.get_run(plan.mlflow_run_id)
     assert parent.data.tags["registered_version"] == "1"
+
+
+def test_a_step_names_the_run_where_people_see_it(shop, registry, better, capsys):
+    _promote(shop, registry, better[2])
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("see: ")]
+    if registry.settings.tracking_uri.startswith("http"):
+        experiment = registry.client.get_run(better[2].mlflow_run_id).info.experiment_id
+        here = f"{registry.settings.tracking_uri}/#/experiments/{experiment}/runs/{better[2].mlflow_run_id}"
+        assert line == f"see: {here}"
+    else:
+        assert line == f"see: run {better[2].mlflow_run_id} of experiment {registry.settings.experiment} in MLflow"
+    see_run(dataclasses.replace(registry.settings, address="https://me:password@mlflow.example.com/"), "abc")
+    assert capsys.readouterr().err.startswith("see: https://mlflow.example.com/#/experiments/")
 
 
 def test_a_repeated_step_registers_nothing_twice(shop, registry, better):

@@ -175,12 +175,15 @@ def test_a_backfill_does_not_keep_tonight_s_run_waiting(deployment: Deployment) 
     while not any(deployment.task(*run, "step").started for run in made):
         assert time.monotonic() < deadline, "the backfill has not begun"
         time.sleep(0.2)
-    tonight = deployment.airflow.api.trigger("crowded", {"ds": str(TODAY)})
+    # With a date, as a run by the clock: Airflow takes one without for the earliest of all.
+    body = {"logical_date": datetime.now(UTC).isoformat(), "conf": {}}
+    tonight = ("crowded", deployment.airflow.api.call("POST", "/dags/crowded/dagRuns", body)["dag_run_id"])
     begun = [run for run in made if deployment.task(*run, "step").started]
-    assert all(run.state == "success" for run in deployment.wait(("crowded", tonight.run_id), *made, seconds=120))
+    assert all(run.state == "success" for run in deployment.wait(tonight, *made, seconds=120))
     started = [deployment.task(*run, "step").started for run in made]
-    first = deployment.task("crowded", tonight.run_id, "step").started
-    assert sum(moment > first for moment in started if moment) >= len(made) - len(begun) - 1 >= 3
+    first = deployment.task(*tonight, "step").started
+    overtaken = sum(moment > first for moment in started if moment)
+    assert overtaken >= max(1, len(made) - len(begun) - 1), "one may begin while the run is made"
     assert started == sorted(started), "days of a backfill go in order"
 
 

@@ -1,6 +1,6 @@
 """The DAG files: what they declare, what they import, how a day is decided, what an exit code means."""
 
-import importlib
+import importlib.util
 import os
 import signal
 import subprocess
@@ -185,6 +185,18 @@ def test_what_makes_up_for_a_day_goes_last(run_type, hours_late, operator, prior
     run = SimpleNamespace(run_type=DagRunType[run_type], run_after=datetime.now(UTC) - timedelta(hours=hours_late))
     task_instance_mutation_hook(task, run)
     assert task.priority_weight == priority
+
+
+@pytest.mark.parametrize("folder", ["airflow/on_scheduler", "local/on_sqlite"])
+def test_airflow_finds_the_order_of_runs_where_it_looks_for_it(folder):
+    from infra.airflow.priority import task_instance_mutation_hook
+
+    path = REPOSITORY / "infra" / folder / "airflow_local_settings.py"
+    spec = importlib.util.spec_from_file_location("local_settings", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.task_instance_mutation_hook is task_instance_mutation_hook
+    assert "task_instance_mutation_hook" in module.__all__
 
 
 def test_the_lowest_priority_that_a_task_declares_is_above_that_of_a_backfill():

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from infra.local.__main__ import DEMO_CONFIG, airflow_home, chosen_config
+from infra.local.__main__ import DEMO_CONFIG, _links, airflow_home, chosen_config
 from infra.local.airflow import REPOSITORY, LocalAirflow, configuration
+from infra.local.pages import Page
 from onetrans.errors import BadConfigError
+from onetrans.settings import AuditSettings, MlflowSettings, Settings, load_settings
 
 
 def test_a_users_own_configuration_goes_before_the_demos(tmp_path: Path) -> None:
@@ -51,6 +53,17 @@ def test_a_python_of_another_version_is_refused_by_name(tmp_path: Path, version:
 def test_a_folder_that_database_addresses_cannot_name_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadConfigError, match="100% done/airflow has a '%' in its path"):
         LocalAirflow(tmp_path / "100% done" / "airflow")
+
+
+def test_steps_learn_where_people_open_the_pages_unless_the_settings_say_it() -> None:
+    shown = [Page("MLflow", "http://127.0.0.1:5000", None), Page("Data Docs", "http://127.0.0.1:8088", None)]
+    assert _links(Settings(), shown) == {
+        "ONETRANS_MLFLOW_ADDRESS": "http://127.0.0.1:5000",
+        "ONETRANS_AUDIT_ADDRESS": "http://127.0.0.1:8088",
+    }
+    said = Settings(mlflow=MlflowSettings(address="https://mlflow"), audit=AuditSettings(address="https://docs"))
+    assert _links(said, shown) == {}
+    load_settings(_links(Settings(), shown))  # they are settings
 
 
 def test_airflows_home_is_always_inside_a_var_folder(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from pathlib import Path
 
 import numpy as np
@@ -218,6 +218,15 @@ def test_the_site_lies_beside_the_warehouse_unless_told() -> None:
     assert site.site_path(LakeSettings(warehouse="s3://bucket/a/lake"), AuditSettings()) == "s3://bucket/a/data_docs"
     assert site.site_path(LakeSettings(warehouse="s3://bucket"), AuditSettings()) == "s3://bucket/data_docs"
     assert site.site_path(LakeSettings(), AuditSettings(data_docs="s3://docs/audit")) == "s3://docs/audit"
+
+
+def test_a_page_is_linked_where_people_open_it():
+    ds = date(2024, 2, 29)
+    assert (
+        site.page_address("file:///docs", "", "behaviors", ds) == "file:///docs/validations/behaviors/2024-02-29.html"
+    )
+    linked = site.page_address("s3://docs", "https://docs.example.com/", "behaviors", ds)
+    assert linked == "https://docs.example.com/validations/behaviors/2024-02-29.html"
 
 
 def test_the_index_shows_the_latest_days_newest_first(tmp_path: Path) -> None:

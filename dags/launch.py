@@ -66,8 +66,9 @@ class LaunchStep(Step):
         except AirflowFailException:
             raise
         except AirflowException as error:
-            # Deleted, evicted, or its node is gone: what it had done since its last checkpoint is lost, nothing else.
-            self._raise_for(context, Ended(1, None, f"The pod is gone: {error}"))
+            # Deleted, evicted, or its node is gone.
+            why = f"{str(error).rstrip('.')}. What it did since its last checkpoint is lost, and nothing else."
+            raise AirflowException(self._paragraph(context, "POD LOST", why)) from error
 
     def on_kill(self) -> None:
         """End the process, or delete the pod."""

@@ -156,10 +156,12 @@ class Step(BaseOperator):
             raise AirflowTaskTimeout(self._too_slow(context)) from error
 
     def _too_slow(self, context: Any) -> str:
-        return (
-            f"{self._title(context)}: TOO SLOW. It ran for longer than {self.execution_timeout}, its "
-            f"execution_timeout, and was ended. {self.unharmed} {_what_next(*_tries(context))}"
-        )
+        why = f"It ran for longer than {self.execution_timeout}, its execution_timeout, and was ended."
+        return self._paragraph(context, "TOO SLOW", why)
+
+    def _paragraph(self, context: Any, kind: str, why: str) -> str:
+        """Return what a failure that is tried again ends the log with."""
+        return f"{self._title(context)}: {kind}. {why} {self.unharmed} {_what_next(*_tries(context))}"
 
     def run_process(self) -> Ended:
         """Run the process, stream its output into the log, and leave no process of its group behind."""

@@ -125,7 +125,7 @@ def test_a_pod_that_is_lost_is_tried_again_and_goes_on_from_its_checkpoint(clust
             time.sleep(0.05)
         cluster.kill(cluster.made[0])
 
-    with pytest.raises(AirflowException, match=r"The pod is gone.*this was try 1 of 4") as raised:
+    with pytest.raises(AirflowException, match=r"2022-05-04: POD LOST.*was try 1 of 4") as raised:
         run(step("killed"), meanwhile=lose_the_node)
     assert type(raised.value) is AirflowException
     run(step("killed"), this_try=2)

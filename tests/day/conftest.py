@@ -70,7 +70,7 @@ if name == "transient":  # A lost connection: fails twice, then works.
         sys.exit(1)
     print("works now")
 elif name == "late":
-    time.sleep(12)
+    time.sleep(6)
 elif name == "killed":  # As by the system for want of memory: the whole worker of the task goes.
     import os, signal
     os.kill(os.getppid(), signal.SIGKILL)

@@ -14,7 +14,7 @@ os.environ.setdefault("AIRFLOW_HOME", tempfile.mkdtemp(prefix="airflow-"))
 import yaml
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
 
-from dags.launch import TEMPLATE, LaunchStep
+from dags.launch import PLACES, TEMPLATE, LaunchStep
 from dags.ranking_model import dag as ranking_model
 
 SHARED = {
@@ -72,6 +72,15 @@ def template_with(tmp_path, change):
 def test_what_trains_and_scores_may_run_elsewhere_and_nothing_else():
     launched = {task.task_id: task.parallel for task in ranking_model.tasks if isinstance(task, LaunchStep)}
     assert launched == {"train_onetrans": True, "train_dcnv2_din": True, "evaluate": False}
+
+
+def test_the_places_are_those_of_the_settings():
+    from typing import get_args
+
+    from onetrans.settings import LaunchSettings, Place
+
+    assert get_args(Place) == PLACES
+    assert LaunchSettings().place == PLACES[0], "what the DAG takes where nobody says"
 
 
 def test_a_place_that_is_none_is_refused(configure):

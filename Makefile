@@ -5,7 +5,7 @@ PY := .venv/bin/python
 DATA ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo ui test test-fast lint format bench clean
+.PHONY: help env demo ui test test-fast torchrec lint format bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -24,6 +24,13 @@ test: env ## run all tests but the nightly ones
 
 test-fast: env ## run the tests that need no Spark, Airflow or MLflow
 	$(PY) -m pytest -m "fast and not nightly"
+
+# TorchRec asks for fbgemm-gpu, whose CUDA build would be installed over the CPU build: so it comes without what it asks
+# for, and that by name.
+torchrec: env ## add TorchRec with FBGEMM for CPUs, for training.shard_rows (with GPUs: pip install '.[torchrec]')
+	$(PY) -m pip install --quiet --no-deps torchrec==1.8.0 fbgemm-gpu-cpu==1.8.0
+	PIP_CONSTRAINT=constraints.txt $(PY) -m pip install --quiet --no-warn-conflicts tensordict==0.15.3 torchmetrics==1.0.3 pyre-extensions==0.0.32
+	$(PY) -c "import torchrec.distributed.embedding"
 
 lint: env ## style and types
 	$(PY) -m ruff check .

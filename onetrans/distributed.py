@@ -80,7 +80,8 @@ class RanksDifferError(PipelineError):
 
 
 @contextmanager
-def _exchange() -> Iterator[None]:
+def exchanging() -> Iterator[None]:
+    """Turn what the backend raises when another rank is gone into an error that says so."""
     try:
         yield
     except RuntimeError as error:
@@ -143,7 +144,7 @@ class Ranks:
         if self.count == 1:
             return list(values)
         numbers = torch.tensor(values, dtype=torch.float64)
-        with _exchange():
+        with exchanging():
             dist.all_reduce(numbers)
         return numbers.tolist()
 
@@ -152,7 +153,7 @@ class Ranks:
         if self.count == 1:
             return value
         number = torch.tensor(value, dtype=torch.float64)
-        with _exchange():
+        with exchanging():
             dist.all_reduce(number, op=dist.ReduceOp.MAX)
         return float(number)
 
@@ -171,7 +172,7 @@ class Ranks:
                 told = [decision(), None]
             except Exception as error:
                 failure, told = error, [None, getattr(error, "exit_code", EXIT_FAILED)]
-        with _exchange():
+        with exchanging():
             dist.broadcast_object_list(told, src=0, device=torch.device("cpu"))
         if failure is not None:
             raise failure
@@ -197,7 +198,7 @@ class Ranks:
         padded = own.new_zeros(int(sizes[:, 0].max()))
         padded[: own.numel()] = own
         received = [torch.empty_like(padded) for _ in range(self.count)] if self.leads else None
-        with _exchange():
+        with exchanging():
             dist.gather(padded, received, dst=0)
         if received is None:
             return None
@@ -243,7 +244,7 @@ class Ranks:
         gradients: list[Tensor] = [p.grad for p in parameters if p.grad is not None]
         # One exchange: many small ones would cost more in calls than in bytes.
         together = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        with _exchange():
+        with exchanging():
             dist.all_reduce(together)
         pieces = together.split([gradient.numel() for gradient in gradients])
         torch._foreach_copy_(gradients, [p.view_as(g) for p, g in zip(pieces, gradients, strict=True)])
@@ -284,7 +285,7 @@ class Ranks:
     def _gathered(self, tensor: Tensor) -> Tensor:
         """Return one tensor of each rank, stacked."""
         every = [torch.empty_like(tensor) for _ in range(self.count)]
-        with _exchange():
+        with exchanging():
             dist.all_gather(every, tensor)
         return torch.stack(every)
 
@@ -318,7 +319,7 @@ class _Sum(Function):
 
 def _summed(x: Tensor) -> Tensor:
     total = x.clone(memory_format=torch.contiguous_format)
-    with _exchange():
+    with exchanging():
         dist.all_reduce(total)
     return total
 
@@ -347,7 +348,7 @@ def open_ranks(device: torch.device, timeout_s: float) -> Iterator[Ranks]:
     if not ranks.leads:
         logging.getLogger().setLevel(logging.ERROR)
     _end_with_parent()
-    with _exchange():
+    with exchanging():
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s)
         )
@@ -429,9 +430,9 @@ def _cause(failures: Mapping[int, Any], processes: int) -> RankFailedError:
 
     def order(item: tuple[int, Any]) -> tuple[bool, bool, float, int]:
         rank, failure = item
-        told = _left_word(failure)
-        lost = told and str(failure.message).startswith(f"{RankLostError.__name__}:")
-        return lost or failure.exitcode == -signal.SIGTERM, not told and failure.exitcode > 0, failure.timestamp, rank
+        word = _word(failure)
+        lost = word.startswith(f"{RankLostError.__name__}:") or failure.exitcode == -signal.SIGTERM
+        return lost, not word and failure.exitcode > 0, failure.timestamp, rank
 
     rank, failure = min(failures.items(), key=order)
     if failure.exitcode < 0:
@@ -443,9 +444,13 @@ def _cause(failures: Mapping[int, Any], processes: int) -> RankFailedError:
         )
         return RankFailedError(text, EXIT_FAILED)
     known = failure.exitcode in (EXIT_BAD_DATA, EXIT_NOT_READY, EXIT_BAD_CONFIG)
-    word = failure.message if _left_word(failure) else f"ended with exit code {failure.exitcode}; what it said is above"
+    word = _word(failure) or f"ended with exit code {failure.exitcode}; what it said is above"
     return RankFailedError(f"process {rank} of {processes}: {word}", failure.exitcode if known else EXIT_FAILED)
 
 
-def _left_word(failure: Any) -> bool:
-    return bool(failure.error_file) and os.path.isfile(failure.error_file)
+def _word(failure: Any) -> str:
+    """Return what a rank left word of, see :func:`_leave_word`; empty if it did not."""
+    if not failure.error_file or not os.path.isfile(failure.error_file):
+        return ""
+    message = failure.message
+    return str(message["message"] if isinstance(message, Mapping) else message)

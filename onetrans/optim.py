@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple, Protocol, overload
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +74,8 @@ class RMSPropV2(torch.optim.Optimizer):
             weight.addcdiv_(slope, root[: weight.shape[0]], value=-group["lr"])
 
 
+_CLIP_EPS = 1e-6
+
 _PIECE = 1 << 17
 """Numbers of a tensor that RMSPropV2 updates at a time on a CPU."""
 
@@ -85,18 +87,30 @@ class GradientNorms(NamedTuple):
     embedding: float
 
 
+class ShardedUpdate(Protocol):
+    """Tables that are updated where their rows are held (:mod:`onetrans.sharding`)."""
+
+    def norm_bound(self) -> float:
+        """Return a number that the norm of their gradients does not exceed."""
+
+    def update(self, scale: float) -> None:
+        """Update them by their gradients times ``scale``."""
+
+
 class Optimizers:
     """The two optimizers of a model, stepped, saved and restored as one."""
 
     def __init__(self, model: RankingModel, config: OptimizerConfig) -> None:
         self.config = config
         self.steps = 0
+        self.sharded: ShardedUpdate | None = None
         # Adagrad builds sparse tensors from coalesced gradients; torch warns until someone says that is trusted.
         torch.sparse.check_sparse_tensor_invariants.disable()
         self._tables = list(model.embedding_parameters().values())
         self._dense = list(model.dense_parameters().values())
+        # A group of its own, so that there may be no table left that is not sharded.
         self.embedding = torch.optim.Adagrad(
-            self._tables, lr=config.embedding_lr, initial_accumulator_value=config.embedding_accumulator
+            [{"params": self._tables}], lr=config.embedding_lr, initial_accumulator_value=config.embedding_accumulator
         )
         self.dense: torch.optim.Optimizer
         if config.dense == "rmsprop_v2":
@@ -122,9 +136,10 @@ class Optimizers:
 
         A gradient that is not finite makes its norm so too: the caller decides what to do about it.
         """
+        elsewhere = self.sharded.norm_bound() if self.sharded else 0.0
         norms = GradientNorms(
             dense=_clip(self._dense, self.config.dense_clip),
-            embedding=_clip(self._tables, self.config.embedding_clip),
+            embedding=_clip(self._tables, self.config.embedding_clip, elsewhere),
         )
         self.steps += 1
         warm = min(1.0, self.steps / self.config.warmup_steps) if self.config.warmup_steps else 1.0
@@ -132,6 +147,8 @@ class Optimizers:
             group["lr"] = self.config.dense_lr * warm
         self.dense.step()
         self.embedding.step()
+        if self.sharded:
+            self.sharded.update(min(1.0, self.config.embedding_clip / (norms.embedding + _CLIP_EPS)))
         return norms
 
     def state_dict(self) -> dict[str, Any]:
@@ -169,8 +186,11 @@ def build_optimizers(model: RankingModel, config: OptimizerConfig) -> Optimizers
 
 
 @torch.no_grad()
-def _clip(parameters: list[nn.Parameter], limit: float) -> float:
-    """Scale all gradients together so that their global norm is at most ``limit``; return the norm before."""
+def _clip(parameters: list[nn.Parameter], limit: float, elsewhere: float = 0.0) -> float:
+    """Scale all gradients together so that their global norm is at most ``limit``; return the norm before.
+
+    ``elsewhere`` is the norm of gradients that are not here, and belong to them.
+    """
     values: list[Tensor] = []
     for parameter in parameters:
         if parameter.grad is None:
@@ -182,9 +202,12 @@ def _clip(parameters: list[nn.Parameter], limit: float) -> float:
         else:
             values.append(parameter.grad)
     if not values:
-        return 0.0
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(values)))
+        return elsewhere
+    norms = list(torch._foreach_norm(values))
+    if elsewhere:
+        norms.append(norms[0].new_tensor(elsewhere))
+    norm = torch.linalg.vector_norm(torch.stack(norms))
     found = float(norm)
-    if not found + 1e-6 <= limit:  # so also where it is not a number
-        torch._foreach_mul_(values, limit / (norm + 1e-6))
+    if not found + _CLIP_EPS <= limit:  # so also where it is not a number
+        torch._foreach_mul_(values, limit / (norm + _CLIP_EPS))
     return found

@@ -169,6 +169,8 @@ class TrainingSettings:
     """Compute a block of OneTrans again in the backward pass instead of keeping it: less memory, more time."""
     processes: int = 1
     """Processes that train one model together on this machine, each on a GPU of its own where there are GPUs."""
+    shard_rows: int = 0
+    """Embedding tables of at least so many rows are divided over the processes by TorchRec, an extra; 0: none is."""
     rank_timeout_seconds: float = 600.0
     """A process that hears nothing from the others for so long ends the training; the next try goes on."""
     threads: int = 0
@@ -190,6 +192,7 @@ class TrainingSettings:
         _at_least("training.embedding_lr", self.embedding_lr, 0)
         _at_least("training.checkpoint_seconds", self.checkpoint_seconds, 0)
         _at_least("training.processes", self.processes, 1)
+        _at_least("training.shard_rows", self.shard_rows, 0)
         _at_least("training.rank_timeout_seconds", self.rank_timeout_seconds, 1)
         _at_least("training.threads", self.threads, 0)
 

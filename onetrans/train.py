@@ -38,7 +38,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from onetrans import storage
+from onetrans import sharding, storage
 from onetrans.artifact import load_model, save_model
 from onetrans.batch import RequestBatch
 from onetrans.checkpoint import Checkpoint
@@ -50,7 +50,7 @@ from onetrans.models import RankingModel, Scores, build_model
 from onetrans.models.batch_norm import share_batches
 from onetrans.models.compute import Compute, Precision
 from onetrans.models.config import CONFIGS
-from onetrans.optim import GradientNorms, build_optimizers
+from onetrans.optim import GradientNorms, Optimizers, build_optimizers
 from onetrans.plan import FINISHED_FILE, Plan, Recipe, add_day_arguments, plan_of
 from onetrans.progress import Progress
 from onetrans.settings import Settings, TrainingSettings, load_settings
@@ -68,6 +68,10 @@ BEST_FOLDER, PASSES_FILE = "best", "passes.json"
 
 CURVE_POINTS = 100
 """Points of a loss curve sent to a tracker; ``losses.csv`` holds every step."""
+
+WINDOW_BYTES, WINDOW_SAMPLES = 256 << 20, 2048
+"""Bytes of a window of the loader for so many impressions of a batch.  Processes that share a large batch hold a part
+of the window each; how many they are must not change the order of rows."""
 
 EXAMPLES = """examples:
   onetrans train --plan var/runs/ds=2022-05-06/0123456789ab --model onetrans
@@ -223,8 +227,11 @@ class Training:
         self.folder = plan.model_path(model_name)
         self.device = self.ranks.device(choose_device(settings.training.device))
         self.data = self._open_data()
+        sharded = sharding.tables_to_shard(plan.schema, settings.training.shard_rows, self.ranks)
         torch.manual_seed(plan.recipe.seed)
-        self.model: RankingModel = build_model(self.model_plan.config, plan.schema).to(self.device)
+        model = build_model(self.model_plan.config, plan.schema)
+        # Tables that are to be divided may be too large for the device.
+        self.model: RankingModel = model if sharded else model.to(self.device)
         self.model.use(choose_compute(settings.training, self.device))
         share_batches(self.model, self.ranks.count)
         self.optimizers = build_optimizers(self.model, self.model_plan.optimizer)
@@ -233,6 +240,9 @@ class Training:
         self.losses: list[Step] = []
         if not self._resume():
             self._warm_start()
+        self.tables: sharding.ShardedTables | None = None
+        if sharded:
+            self.optimizers, self.tables = sharding.shard(self.model, self.optimizers, sharded, self.ranks, self.device)
 
     # What a training reads; onetrans/next_batch.py reads something else.
 
@@ -241,7 +251,10 @@ class Training:
 
     @property
     def _loader_config(self) -> LoaderConfig:
-        return LoaderConfig(self.plan.recipe.batch_size, self.model_plan.config.max_seq_len)
+        batch_size = self.plan.recipe.batch_size
+        return LoaderConfig(
+            batch_size, self.model_plan.config.max_seq_len, window_bytes=WINDOW_BYTES * -(-batch_size // WINDOW_SAMPLES)
+        )
 
     @property
     def passes(self) -> int:
@@ -388,15 +401,22 @@ class Training:
         """Measure the model on held-out rows after a pass; a pass that is done again replaces its own entry."""
         figures = validate(self.model.eval())
         self.model.train()
-        if not self.ranks.leads:
+        state = self._whole()
+        if state is None:
             return
         passes = [*self._passes()[: self.cursor.epoch - 1], figures.to_dict()]
         tracker.log_metrics({f"val_{name}": value for name, value in figures.figures().items()}, self.step)
         shown = ", ".join(f"{name} {value:.4f}" for name, value in figures.figures().items() if "auc" in name)
         logger.info("%s: pass %d of %d, held out: %s", self.model_name, len(passes), self.plan.recipe.epochs, shown)
         if _best(passes) == len(passes):
-            save_model(self._best_folder, self.model, self.plan.schema, self.model_plan.config, {"pass": len(passes)})
+            save_model(self._best_folder, state[0], self.plan.schema, self.model_plan.config, {"pass": len(passes)})
         storage.write_json(storage.join(self.folder, PASSES_FILE), passes)
+
+    def _whole(self) -> tuple[RankingModel, Optimizers] | None:
+        """Return the model and its optimizers with whole tables where the process leads; all must ask together."""
+        if self.tables is not None:
+            return sharding.whole(self.model, self.optimizers, self.tables)
+        return (self.model, self.optimizers) if self.ranks.leads else None
 
     def _passes(self) -> list[dict[str, Any]]:
         path = storage.join(self.folder, PASSES_FILE)
@@ -430,15 +450,16 @@ class Training:
         """Write ``losses.csv`` and the checkpoint, once all processes were found to hold the same weights."""
         self.peak_bytes = max(self.peak_bytes, peak_memory(self.device))
         self.ranks.check_same(self.model.state_dict())
-        if not self.ranks.leads:
+        state = self._whole()
+        if state is None:
             return
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(f.name for f in fields(Step))
         writer.writerows(astuple(row) for row in self.losses)
         storage.write_bytes(self._losses_file, text.getvalue().encode())
-        state = Checkpoint.capture(self.model, self.optimizers, self.step, self.cursor, self._progress())
-        state.save(self.checkpoint_folder)
+        checkpoint = Checkpoint.capture(*state, self.step, self.cursor, self._progress())
+        checkpoint.save(self.checkpoint_folder)
 
     @property
     def _losses_file(self) -> str:
@@ -453,14 +474,16 @@ class Training:
     def finish(self, tracker: Tracker) -> dict[str, Any]:
         """Save the model and return the record of the training; only where the process leads, else an empty one."""
         self.peak_bytes = int(self.ranks.largest(self.peak_bytes))
-        if not self.ranks.leads:
+        state = self._whole()
+        if state is None:
             return {}
+        model, _ = state
         model_folder = storage.join(self.folder, MODEL_FOLDER)
         passes = self._passes()
         if passes:
-            self.model.load_state_dict(load_model(self._best_folder)[0].state_dict())
+            model.load_state_dict(load_model(self._best_folder)[0].state_dict())
         trained_on = {"ds": str(self.plan.ds), "plan_id": self.plan.plan_id, "git_revision": self.plan.git_revision}
-        save_model(model_folder, self.model, self.plan.schema, self.model_plan.config, trained_on)
+        save_model(model_folder, model, self.plan.schema, self.model_plan.config, trained_on)
         tail = self.losses[-max(1, len(self.losses) // 10) :]
         record: dict[str, Any] = {
             "model": self.model_name,
@@ -480,9 +503,10 @@ class Training:
             "peak_memory_bytes": self.peak_bytes,
             "device": str(self.device),
             "processes": self.ranks.count,
-            "compute": asdict(self.model.compute),
-            "dense_parameters": sum(p.numel() for p in self.model.dense_parameters().values()),
-            "embedding_parameters": sum(p.numel() for p in self.model.embedding_parameters().values()),
+            **({"sharded_tables": self.tables.names} if self.tables else {}),
+            "compute": asdict(model.compute),
+            "dense_parameters": sum(p.numel() for p in model.dense_parameters().values()),
+            "embedding_parameters": sum(p.numel() for p in model.embedding_parameters().values()),
             "final_loss": _mean(tail, 0.0)["loss"],
             **({"passes": passes, "best_pass": _best(passes)} if passes else {}),
             "git_revision": self.plan.git_revision,
@@ -497,7 +521,7 @@ class Training:
             self.step,
         )
         tracker.log_artifact(self._losses_file)
-        tracker.log_model(self.model.eval(), model_folder)
+        tracker.log_model(model.eval(), model_folder)
         return record
 
 

@@ -9,12 +9,14 @@ Shape suffixes: those of :mod:`onetrans.batch`, and
 
     M  rows looked up (requests, candidates or events)     F  features of one side
     D  embedding width                                     Q  F * D
+    Y  distinct rows of a table
     X  numbers of all vector features of the side
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +36,15 @@ TABLE, MAP = "table_", "map_"
 """What the parameters' names begin with: a table may bear any name, also one that nn.Module uses itself."""
 
 
+class Fetched(NamedTuple):
+    """The rows of a table that a batch needs, where the table itself is elsewhere (:mod:`onetrans.sharding`)."""
+
+    row_Y: Tensor
+    """Their numbers, ascending."""
+    values_YD: Tensor
+    """The rows."""
+
+
 class Embeddings(nn.Module):
     """All embedding tables of a model; row 0 of each stands for "missing" and is learned too."""
 
@@ -41,6 +52,7 @@ class Embeddings(nn.Module):
         super().__init__()
         self.schema = schema
         self.width = width
+        self.fetched: dict[str, Fetched] = {}
         for name, rows in schema.embedding_tables().items():
             self.register_parameter(TABLE + name, nn.Parameter(torch.randn(rows, width) * INITIAL_STD))
         for feature in schema.features:
@@ -70,9 +82,9 @@ class Embeddings(nn.Module):
         if rows_MF.shape[1] != len(features):
             raise ValueError(f"{side} rows have {rows_MF.shape[1]} columns, the schema has {len(features)} features")
         if not features:
-            return next(self.parameters()).new_zeros((rows_MF.shape[0], 0))
+            return rows_MF.new_zeros((rows_MF.shape[0], 0), dtype=torch.get_default_dtype())
         rows_FM = rows_MF.t().contiguous()
-        slots = [self._look_up(rows_M, self.table(f.embedding)) for rows_M, f in zip(rows_FM, features, strict=True)]
+        slots = [self._of_table(f.embedding, rows_M) for rows_M, f in zip(rows_FM, features, strict=True)]
         dims = [f.dim for f in features if f.kind == "vector"]
         given = 0 if vectors_MX is None else vectors_MX.shape[1]
         if given != sum(dims):
@@ -84,6 +96,13 @@ class Embeddings(nn.Module):
                 for slot, f in zip(slots, features, strict=True)
             ]
         return torch.cat(slots, dim=1)
+
+    def _of_table(self, name: str, rows_M: Tensor) -> Tensor:
+        if name not in self.fetched:
+            return self._look_up(rows_M, self.table(name))
+        row_Y, values_YD = self.fetched[name]
+        place_M = torch.searchsorted(row_Y, rows_M)
+        return lookup(place_M, values_YD) if written_out(values_YD) else F.embedding(place_M, values_YD)
 
     @staticmethod
     def _look_up(rows_M: Tensor, table: nn.Parameter) -> Tensor:

@@ -5,13 +5,8 @@ The processes are real ones, started by ``torchrun`` or through the settings, an
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
-import threading
 import time
 from dataclasses import replace
 
@@ -19,7 +14,6 @@ import numpy as np
 import psutil
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 from onetrans import plain_files, storage
 from onetrans.artifact import load_model
@@ -27,19 +21,27 @@ from onetrans.errors import EXIT_BAD_DATA, EXIT_FAILED, EXIT_OK
 from onetrans.evaluate import compute_metrics, evaluate, score_files
 from onetrans.lake import Lake
 from onetrans.models.embeddings import SPARSE_FROM_NUMBERS
-from onetrans.plan import Plan, make_plan
-from onetrans.settings import as_environment
+from onetrans.plan import make_plan
 from onetrans.train import InterruptedTrainingError, train
 from tests.plain_logs import SCHEMA as PLAIN_SCHEMA
 from tests.plain_logs import rows, write
+from tests.ranks import (
+    BOUND_S,
+    assert_trained_alike,
+    copied,
+    ended,
+    losses_of,
+    ranks_under,
+    started,
+    stopping,
+    torchrun,
+    wait_for_step,
+)  # fmt: skip
 from tests.worlds import World, publish_days, settings_in, small_schema
 
 # Two tables large enough for sparse gradients, and small ones.
 SCHEMA = small_schema(hash_size=SPARSE_FROM_NUMBERS // 8 + 1)
 MODELS = ("onetrans", "dcnv2_din")
-DEADLINE_S = 280
-BOUND_S = 60
-"""Within so many seconds of a death nothing of a training runs any more: 30 of ``torchrun``, 30 spare."""
 
 
 @pytest.fixture(scope="module")
@@ -59,39 +61,6 @@ def alone(lake):
     return plan, evaluate(plan, settings)
 
 
-def copied(plan, folder):
-    folder.mkdir(parents=True)
-    shutil.copy(storage.local_path(plan.path) / "plan.json", folder / "plan.json")
-    return Plan.load(str(folder))
-
-
-def torchrun(processes, arguments, settings):
-    return started(
-        ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", "onetrans.train", *arguments],
-        settings,
-    )
-
-
-def started(module_and_arguments, settings, **options):
-    return subprocess.Popen(
-        [sys.executable, "-m", *module_and_arguments],
-        env={**os.environ, **as_environment(settings), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
-    )
-
-
-def ended(process):
-    """Wait for a process; return its exit code, stdout and stderr."""
-    try:
-        out, err = process.communicate(timeout=DEADLINE_S)
-    finally:
-        process.kill()
-    return process.returncode, out, err
-
-
 def plain_log(folder):
     log = folder / "log"
     log.mkdir()
@@ -101,37 +70,15 @@ def plain_log(folder):
     return log
 
 
-def losses_of(plan, model_name):
-    text = storage.read_bytes(storage.join(plan.model_path(model_name), "losses.csv")).decode()
-    return np.loadtxt(text.splitlines(), delimiter=",", skiprows=1, ndmin=2)
-
-
-def assert_trained_alike(mine, theirs, model_name):
-    """Compare losses, norms and weights of two trainings, up to the rounding of another order of addition."""
-    np.testing.assert_allclose(losses_of(mine, model_name), losses_of(theirs, model_name), rtol=2e-4, atol=1e-6)
-    weights, expected = (
-        load_model(storage.join(plan.model_path(model_name), "model"))[0].state_dict() for plan in (mine, theirs)
-    )
-    assert weights.keys() == expected.keys()
-    for name, tensor in expected.items():
-        # A batch norm takes the mean away, so the gradient of a shift before it is rounding alone, which AdamW takes
-        # for a direction.
-        if ".norm.running_mean" in name or (name.startswith("mlp.") and name.endswith(".bias") and "norm" not in name):
-            continue
-        torch.testing.assert_close(weights[name], tensor, rtol=1e-3, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
-
-
 @pytest.mark.parametrize(("model_name", "steps_alone"), [("onetrans", 0), ("dcnv2_din", 3)])
 def test_two_processes_take_the_steps_of_one_and_measure_the_same(lake, alone, model_name, steps_alone, tmp_path):
     """From the beginning, or from where one process was asked to stop."""
     settings, _ = lake
     plan, figures = alone
     together = copied(plan, tmp_path / "together")
-    stop = threading.Event()
-    stop.set()
     for _ in range(steps_alone):
         with pytest.raises(InterruptedTrainingError):
-            train(together, model_name, settings, stop)
+            train(together, model_name, settings, stopping())
     code, out, err = ended(torchrun(2, ["--plan", together.path, "--model", model_name], settings))
     assert code == EXIT_OK, err
     assert out.strip() == together.model_path(model_name), "one process reports"
@@ -170,42 +117,32 @@ def test_through_the_settings_and_measured_over_all_rows_of_both_processes(tmp_p
     assert compute_metrics(scores, ["dcnv2_din"])["dcnv2_din"].to_dict() == pytest.approx(figures, rel=1e-6)
 
 
-def ranks_under(launcher):
-    """Return the processes that train, by number, once all are there."""
-    found = {}
-    for child in psutil.Process(launcher.pid).children():
-        number = child.environ().get("RANK")
-        if number is not None:
-            found[int(number)] = child
-    return found
+@pytest.fixture(scope="module")
+def long(lake):
+    """A plan of so many passes that a training can be killed on the way, with one model trained by one process."""
+    settings, days = lake
+    settings = replace(settings, training=replace(settings.training, epochs=4))
+    plan = make_plan(settings, days[-1], SCHEMA, track=False)
+    train(plan, "onetrans", settings)
+    return settings, plan
 
 
-def wait_for_step(plan, model_name, step, launcher):
-    path = storage.local_path(plan.model_path(model_name)) / "checkpoint" / "checkpoint.json"
-    deadline = time.monotonic() + DEADLINE_S
-    while not (path.exists() and json.loads(path.read_bytes())["step"] >= step):
-        assert launcher.poll() is None, launcher.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    return json.loads(path.read_bytes())["step"]
-
-
-def test_whoever_is_killed_all_end_and_the_next_try_goes_on_with_another_number_of_processes(lake, alone, tmp_path):
-    settings, _ = lake
-    plan, _ = alone
+def test_whoever_is_killed_all_end_and_the_next_try_goes_on_with_another_number_of_processes(long, tmp_path):
+    settings, plan = long
     again = copied(plan, tmp_path / "again")
     busy = replace(settings, training=replace(settings.training, checkpoint_seconds=0.0, processes=2))
     command = ["onetrans.train", "--plan", again.path, "--model", "onetrans"]
 
     # The process that started them, as Airflow kills it: they have a session of their own, and end by themselves.
     launcher = started(command, busy)
-    step = wait_for_step(again, "onetrans", 1, launcher)
+    wait_for_step(again, "onetrans", 1, launcher)
     ranks = ranks_under(launcher)
     assert sorted(ranks) == [0, 1]
     launcher.kill()
     _, left = psutil.wait_procs(ranks.values(), timeout=BOUND_S)
     assert not left
     ended(launcher)
+    step = storage.read_json(storage.join(again.model_path("onetrans"), "checkpoint", "checkpoint.json"))["step"]
 
     # One of them, as the system kills it when memory runs out.
     launcher = started(command, busy)
@@ -226,9 +163,9 @@ def test_whoever_is_killed_all_end_and_the_next_try_goes_on_with_another_number_
 
 
 @pytest.mark.nightly
-def test_one_that_hangs_ends_the_training_after_the_timeout(lake, alone, tmp_path):
-    settings, _ = lake
-    again = copied(alone[0], tmp_path / "again")
+def test_one_that_hangs_ends_the_training_after_the_timeout(long, tmp_path):
+    settings, plan = long
+    again = copied(plan, tmp_path / "again")
     training = replace(settings.training, checkpoint_seconds=0.0, processes=2, rank_timeout_seconds=5.0)
     launcher = started(
         ["onetrans.train", "--plan", again.path, "--model", "onetrans"], replace(settings, training=training)

@@ -85,15 +85,15 @@ def run_failed(context: Mapping[str, Any]) -> None:
     dag_id, run_id, day = context["dag"].dag_id, str(context["run_id"]), _day(context)
     reasons = {
         "task_failure": "a task has failed; its own message and log say why",
-        "timed_out": "it took longer than dagrun_timeout allows, and what had not begun was skipped",
+        "timed_out": "it took longer than dagrun_timeout allows, and what was not done was skipped",
         "all_tasks_deadlocked": "its tasks wait for each other",
     }
     reason = reasons.get(str(context.get("reason")), str(context.get("reason")))
     send(
         Message(
             title=f"{dag_id} {day}: the run failed",
-            text=f"The run of {day or 'no day'} is over: {reason}. Clear what failed once its cause is gone; what "
-            "follows it runs too.",
+            text=f"The run of {day or 'no day'} is over: {reason}. Clear what failed or was skipped once its cause is "
+            "gone; what follows it runs too.",
             dag_id=dag_id,
             run_id=run_id,
             task_id="",

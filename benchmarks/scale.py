@@ -2,9 +2,10 @@
 
     python -m benchmarks.scale [--quick] [--json FILE]
 
-None of it is a time on the clock, so a busy machine does not disturb it.  Reading is processor time of the loader
+None of it but the last is a time on the clock, so a busy machine does not disturb it.  Reading is processor time of the loader
 (a share of every batch against all of it); arithmetic is counted (``benchmarks/flops.py``); what is exchanged and
-held is counted in bytes.  ``docs/scale.md`` makes hours of it.
+held is counted in bytes.  The last lines train ``small`` on a small log in one process and in two, for which the machine
+should have two free cores.  ``docs/scale.md`` makes hours of it.
 
 A request has 16 candidates and, for ``base``, up to 1190 events: skewed, a quarter of that on average, and all full as
 the other extreme.
@@ -12,6 +13,9 @@ the other extreme.
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -28,7 +32,10 @@ from benchmarks.model import SCHEMA_FILE, Shape, random_batch
 from onetrans.loader import LoaderConfig, RequestData, Share
 from onetrans.models import OneTransConfig, build_model, preset
 from onetrans.optim_config import optimizer_preset
+from onetrans.plan import FINISHED_FILE
 from onetrans.schema import FeatureSchema
+from tests.plain_logs import SCHEMA as PLAIN_SCHEMA
+from tests.plain_logs import rows, write
 
 CANDIDATES = 16
 PER_PROCESS = 2048
@@ -49,6 +56,8 @@ def main(argv: list[str] | None = None) -> int:
     _exchange(report, config, schema)
     with tempfile.TemporaryDirectory() as folder:
         _reading(report, schema, Path(folder), requests=2_000 if arguments.quick else 20_000)
+        if not arguments.quick:
+            _together(report, Path(folder))
     return report.finish()
 
 
@@ -79,11 +88,10 @@ def _exchange(report: Report, config: OneTransConfig, schema: FeatureSchema) -> 
 
 
 def _reading(report: Report, schema: FeatureSchema, folder: Path, requests: int) -> None:
-    rows = _rows(schema, requests, events=298)
-    size = pa.Table.from_batches([rows]).nbytes
-    group = max(1, int(requests * ROW_GROUP_BYTES / size))
+    table = pa.Table.from_batches([_rows(schema, requests, events=298)])
+    group = max(1, int(requests * ROW_GROUP_BYTES / table.nbytes))
     file = folder / "requests.parquet"
-    pq.write_table(pa.Table.from_batches([rows]), file, row_group_size=group)
+    pq.write_table(table, file, row_group_size=group)
     groups = -(-requests // group)
     report.add("file", "row groups", groups)
     config = LoaderConfig(batch_size=requests * CANDIDATES // 8, max_seq_len=1190, window_bytes=16 << 30)
@@ -93,6 +101,27 @@ def _reading(report: Report, schema: FeatureSchema, folder: Path, requests: int)
     for processes in PROCESSES:
         slowest = max(_read(data, Share(n, processes)) for n in range(processes))
         report.add(f"loader, {processes} processes", "time of the slowest / of one alone", slowest / alone)
+
+
+def _together(report: Report, folder: Path) -> None:
+    """Train on the same rows in one process of one thread and in two; the faster of two runs each, in turns."""
+    log = folder / "log"
+    log.mkdir()
+    (log / "schema.toml").write_text(PLAIN_SCHEMA)
+    write(log / "train.csv", rows(6_000, 1))
+    rates: dict[int, list[float]] = {1: [], 2: []}
+    for number in range(2):
+        for processes, found in rates.items():
+            chosen = {"processes": processes, "threads": 1, "preset": "small", "runs": folder / f"{number}-{processes}"}
+            variables = {f"ONETRANS_TRAINING_{name}".upper(): str(value) for name, value in chosen.items()}
+            command = [sys.executable, "-m", "onetrans.train", "--model", "onetrans", "--data-dir", str(log)]
+            environment = {**os.environ, **variables, "OMP_NUM_THREADS": "1"}
+            done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+            record = json.loads((Path(done.stdout.strip().removeprefix("file://")).parent / FINISHED_FILE).read_text())
+            found.append(record["samples_per_second"])
+    for processes, found in rates.items():
+        report.add(f"training, processes: {processes}", "samples in a second on the clock", max(found), "1/s")
+    report.add("training, processes: 2", "rate / rate of 1", max(rates[2]) / max(rates[1]))
 
 
 def _read(data: RequestData, share: Share) -> float:

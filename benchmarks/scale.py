@@ -2,10 +2,10 @@
 
     python -m benchmarks.scale [--quick] [--json FILE]
 
-None of it but the last is a time on the clock, so a busy machine does not disturb it.  Reading is processor time of the loader
-(a share of every batch against all of it); arithmetic is counted (``benchmarks/flops.py``); what is exchanged and
-held is counted in bytes.  The last lines train ``small`` on a small log in one process and in two, for which the machine
-should have two free cores.  ``docs/scale.md`` makes hours of it.
+Reading is processor time of the loader (a share of every batch against all of it); arithmetic is counted
+(``benchmarks/flops.py``); what is exchanged and held is counted in bytes.  So a busy machine disturbs none of it but
+the last lines, which train ``small`` on a small log in one process and in two: these want two free cores.
+``docs/scale.md`` makes hours of it.
 
 A request has 16 candidates and, for ``base``, up to 1190 events: skewed, a quarter of that on average, and all full as
 the other extreme.

@@ -77,13 +77,13 @@ class ShardedTables:
             BadConfigError: if TorchRec is not installed, or cannot hold rows of this width.
         """
         width = model.embeddings.width
-        if importlib.util.find_spec("torchrec") is None:
-            raise BadConfigError("training.shard_rows needs TorchRec, which is not installed: run `make torchrec`")
         if width % _WIDTH_MULTIPLE:
             raise BadConfigError(
                 f"training.shard_rows: TorchRec divides tables whose width is a multiple of {_WIDTH_MULTIPLE}, "
                 f"the model's is {width}"
             )
+        if importlib.util.find_spec("torchrec") is None:
+            raise BadConfigError("training.shard_rows needs TorchRec, which is not installed: run `make torchrec`")
         self.names, self.ranks, self.device, self.width = names, ranks, device, width
         self._embeddings = model.embeddings
         self._rows = {name: model.embeddings.table(name).shape[0] for name in names}

@@ -281,6 +281,24 @@ def test_a_task_marked_as_failed_leaves_no_process_behind(deployment: Deployment
     assert not _runs(pid)
 
 
+@pytest.mark.nightly
+def test_a_reason_in_the_form_promotes_what_the_gate_declined(deployment: Deployment, day: Any) -> None:
+    import mlflow
+
+    reason = "the day's conversions were lost; its ranking was checked by hand"
+    run = deployment.airflow.api.trigger("ranking_model", {"ds": str(TODAY), "force_reason": reason})
+    (ended,) = deployment.wait((run.dag_id, run.run_id), seconds=600)
+    assert ended.state == "success"
+    plan = Path(deployment.airflow.api.xcom(deployment.task(run.dag_id, run.run_id, "plan")).removeprefix("file://"))
+    gate, promotion = (json.loads((plan / name).read_text()) for name in ("gate.json", "promotion.json"))
+    assert (gate["verdict"], gate["force_reason"]) == ("declined", reason)
+    assert (promotion["verdict"], promotion["decision"], promotion["forced"]) == ("declined", "promoted", reason)
+    client = mlflow.MlflowClient(deployment.settings.mlflow.tracking_uri)
+    champion = client.get_model_version_by_alias(deployment.settings.mlflow.registered_model, "champion")
+    assert str(champion.version) == promotion["version"]
+    assert champion.tags["forced_promotion"].endswith(reason)
+
+
 def test_every_dag_was_executed(deployment: Deployment, day: Any) -> None:
     for path in (REPOSITORY / "dags").glob("*.py"):
         if "with DAG(" in path.read_text(encoding="utf-8"):

@@ -16,6 +16,7 @@ other  anything else       failure, retried: a lost executor or connection
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import re
@@ -74,6 +75,7 @@ UNHARMED = "Published data is as it was."
 _GRACE_S = 3.0
 """Seconds between asking a step to end and killing it; Airflow kills the task itself after five."""
 _READ = 1 << 16
+_PR_SET_PDEATHSIG = 1
 _ERROR_LINE = re.compile(r"^(?:[\w$]+\.)*\w*(?:Error|Exception): ")
 _JAVA_FRAME = re.compile(r"\s*(?:at [\w.$]|\.\.\. \d+ more)")
 _SEE_LINE = re.compile(r"see: (\S.*)$")
@@ -174,6 +176,7 @@ class Step(BaseOperator):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,
+            preexec_fn=_ends_with(os.getpid()),
         )
         self._group = process.pid
         try:
@@ -435,6 +438,24 @@ def _severity(line: str) -> int:
     if _ERROR_LINE.match(line):
         return logging.ERROR
     return next((level for pattern, level in _SEVERITY if pattern.search(line)), logging.INFO)
+
+
+def _ends_with(parent: int) -> Callable[[], None] | None:
+    """Return what a child does first, so that it ends with this process even if that is killed.
+
+    Airflow starts the next try of a task whose worker was killed; the process of the first must not go on beside it.
+    Linux alone knows this.
+    """
+    if sys.platform != "linux":
+        return None
+    prctl = ctypes.CDLL(None).prctl
+
+    def begin() -> None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # It was killed before the line above.
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return begin
 
 
 def _has_ended(pid: int) -> bool:

@@ -504,6 +504,34 @@ def test_what_a_step_started_ends_with_it(script, tmp_path):
     assert not _runs(int((tmp_path / "pid").read_text()))
 
 
+def test_a_step_ends_with_its_worker_when_that_is_killed(script, tmp_path):
+    """Airflow starts the next try elsewhere, and the first would go on beside it."""
+    script(
+        f"""
+        import os, time
+        open({str(tmp_path / "pid")!r}, "w").write(str(os.getpid()))
+        time.sleep(600)
+        """
+    )
+    worker = subprocess.Popen(
+        [sys.executable, "-c", "from dags.steps import Step; Step(task_id='x', module='program').run_process()"],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{tmp_path}"},
+        stdout=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    pid = int((tmp_path / "pid").read_text())
+    worker.kill()
+    worker.wait()
+    left_behind = _runs(pid)
+    if left_behind:
+        os.kill(pid, signal.SIGKILL)
+    assert not left_behind
+
+
 def test_killing_a_task_kills_its_process_group(script, tmp_path):
     step = script(
         f"""

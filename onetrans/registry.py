@@ -39,12 +39,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from onetrans import storage
 from onetrans.errors import BadConfigError, BadDataError, NotReadyError, PipelineError
 from onetrans.forced import add_force_argument, forced_reason
-from onetrans.plan import GATE_FILE, PROMOTION_FILE, SCORES_FILE, Plan
+from onetrans.plan import GATE_FILE, PAGE_FILE, PROMOTION_FILE, SCORES_FILE, Plan
 from onetrans.scores import CANDIDATE
 from onetrans.settings import MlflowSettings, Settings, load_settings
 from onetrans.tracking import (
     MODEL_FOLDER,
     TAG_DAY,
+    TAG_DECISION,
     TAG_FORCED,
     TAG_MODEL_DIGEST,
     TAG_MODEL_ID,
@@ -58,6 +59,7 @@ from onetrans.tracking import (
     one_at_a_time,
     see_run,
 )
+from onetrans.verdict_outcome import with_outcome
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -288,7 +290,7 @@ def _promote_once(settings: Settings, plan: Plan, force: str) -> dict[str, Any] 
     registry = Registry(settings.mlflow)
     done = _done_before(registry, plan, verdict, tags[TAG_MODEL_ID])
     if done is not None and not (force and done["decision"] in ("held", "declined")):
-        return done
+        return _as_of_now(registry, done)
     _check_same_model(settings, plan, tags[TAG_MODEL_ID], tags[TAG_MODEL_DIGEST])
     with one_at_a_time(settings.mlflow.tracking_uri):
         if _moved(registry.by_alias(CHAMPION), plan, verdict, bool(force)):
@@ -320,9 +322,43 @@ def _promote_once(settings: Settings, plan: Plan, force: str) -> dict[str, Any] 
         "gate_decided_at": verdict["decided_at"],
         "finished_at": _now(),
     }
+    registry.client.set_model_version_tag(registry.name, version.version, TAG_DECISION, move.decision)
     storage.write_json(storage.join(plan.path, PROMOTION_FILE), promotion)
-    log_promotion(settings, plan, promotion)
+    log_promotion(settings, plan, promotion, _amend_page(plan, promotion))
     return promotion
+
+
+def _amend_page(plan: Plan, promotion: Mapping[str, Any]) -> str | None:
+    """Have the verdict's page say what became of it, where that is not what the gate decided."""
+    path = storage.join(plan.path, PAGE_FILE)
+    if promotion["decision"] == promotion["verdict"] or not storage.exists(path):
+        return None
+    page = with_outcome(storage.read_bytes(path).decode(), promotion["decision"], promotion["reason"])
+    storage.write_bytes(path, page.encode())
+    return page
+
+
+def _as_of_now(registry: Registry, done: dict[str, Any]) -> dict[str, Any]:
+    """Return what an earlier run of the step did, with what has become of its version since."""
+    champion = registry.by_alias(CHAMPION)
+    number = str(champion.version) if champion is not None else None
+    if done["decision"] != "promoted" or number == done["version"]:
+        return done
+    since = {
+        "aliases": sorted(alias for alias, named in registry.aliases().items() if named == done["version"]),
+        "champion_after": number,
+    }
+    rolled_back = registry.version(done["version"]).tags.get(TAG_ROLLED_BACK)
+    if rolled_back is None:
+        return done | since | {"reason": f"promoted at {done['finished_at']}; another has taken its place since"}
+    return done | since | {"decision": "held", "reason": _rolled_back(done["version"], rolled_back), "forced": None}
+
+
+def _rolled_back(number: str, why: str) -> str:
+    return (
+        f"a person rolled this version back ({why}); to undo that: onetrans registry promote --version {number} "
+        "--reason TEXT"
+    )
 
 
 def _moved(champion: ModelVersion | None, plan: Plan, verdict: Mapping[str, Any], forced: bool) -> bool:
@@ -435,8 +471,7 @@ def _move_champion(
     if declined and not force:
         return _Move(before, "declined", verdict["reason"])
     if TAG_ROLLED_BACK in tags:
-        again = f"; to undo that: onetrans registry promote --version {version.version} --reason TEXT" if force else ""
-        return _Move(before, "held", f"a person rolled this version back ({tags[TAG_ROLLED_BACK]}){again}")
+        return _Move(before, "held", _rolled_back(str(version.version), tags[TAG_ROLLED_BACK]))
     held = ""
     if champion is not None and TAG_DAY not in champion.tags:
         held = f"champion {before} has no tag {TAG_DAY!r}, so nothing says that it is older"

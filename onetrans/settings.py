@@ -11,6 +11,7 @@ or from an Airflow connection.
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import tomllib
 import types
@@ -236,10 +237,13 @@ class GateSettings:
         _one_of("gate.mode", self.mode, get_args(GateMode))
         if not 0.5 <= self.confidence < 1.0:
             raise BadConfigError(f"gate.confidence = {self.confidence} must be at least 0.5 and below 1")
-        for name in ("replicates", "window_days", "agreeing_days", "min_rows", "min_positives", "min_users"):
+        _at_least("gate.replicates", self.replicates, 100)  # fewer have no interval to speak of
+        for name in ("window_days", "agreeing_days", "min_rows", "min_positives", "min_users"):
             _at_least(f"gate.{name}", getattr(self, name), 1)
         for name in ("max_loss_to_champion", "max_uauc_loss", "max_log_loss_increase", "max_calibration_error"):
             _at_least(f"gate.{name}", getattr(self, name), 0)
+        for name in ("min_lift_ctr_auc", "min_lift_cvr_auc"):
+            _within(f"gate.{name}", getattr(self, name), -1.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -534,8 +538,10 @@ def _within(name: str, value: float, low: float, high: float) -> None:
 
 
 def _at_least(name: str, value: float, low: float) -> None:
-    if value < low:
+    if not value >= low:  # nor is NaN
         raise BadConfigError(f"{name} = {value} must be at least {low}")
+    if value == math.inf:
+        raise BadConfigError(f"{name} = {value} must be finite")
 
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:

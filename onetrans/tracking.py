@@ -477,10 +477,24 @@ def log_gate(settings: Settings, plan: Plan, verdict: Mapping[str, Any], page: s
     _again(lambda: client.set_terminated(parent, "FINISHED"))
 
 
-def log_promotion(settings: Settings, plan: Plan, promotion: Mapping[str, Any]) -> None:
-    """Record what was done in the registry (the content of ``promotion.json``) on the parent run."""
+def log_promotion(settings: Settings, plan: Plan, promotion: Mapping[str, Any], page: str | None) -> None:
+    """Record what was done in the registry (the content of ``promotion.json``) on the parent run.
+
+    Args:
+        settings: where MLflow is.
+        plan: the day's plan.
+        promotion: what was done.
+        page: the verdict's page, if what was done is not what the gate decided.
+    """
     client, parent = connect(settings.mlflow), start_day(settings, plan)
-    tags = {"registered_version": promotion["version"], "aliases": ", ".join(promotion["aliases"])}
+    tags = {
+        "registered_version": promotion["version"],
+        "aliases": ", ".join(promotion["aliases"]),
+        TAG_DECISION: promotion["decision"],
+    }
+    if page is not None:
+        tags["mlflow.note.content"] = f"**{plan.ds}**: {promotion['decision']}: {promotion['reason']}"
+        _again(lambda: client.log_text(parent, page, PAGE_FILE))
     _set_tags(client, parent, tags | ({TAG_FORCED: promotion["forced"]} if promotion["forced"] else {}))
     _again(lambda: client.log_dict(parent, dict(promotion), PROMOTION_FILE))
 

@@ -21,6 +21,7 @@ from onetrans.plan import Plan
 from onetrans.scores import BASELINE, CANDIDATE, CHAMPION, POPULARITY, TASKS, Scores
 from onetrans.slices import Slice
 from onetrans.svg import Chart, ticks
+from onetrans.verdict_outcome import headline
 
 COLOURS = {CANDIDATE: "#1f5fbf", BASELINE: "#c2571a", CHAMPION: "#2b8a3e", POPULARITY: "#7b8794"}
 ROLES = {CANDIDATE: "candidate", BASELINE: "baseline", CHAMPION: "champion", POPULARITY: "popularity ranker"}
@@ -234,10 +235,10 @@ def _header(verdict: Mapping[str, Any]) -> str:
         warnings += f'<p class="warn">A person forces the promotion, whatever the verdict: {reason}</p>'
     left_out = "".join(f'<p class="warn">Left out of the window: {escape(w)}</p>' for w in verdict["left_out"])
     days = verdict["days"]
+    top = headline(_heading(verdict), colour, f"{CANDIDATE}, {escape(verdict['ds'])}")
     window = days[-1] if len(days) == 1 else f"{days[0]} to {days[-1]} ({len(days)} days pooled)"
     return (
-        f'<header><h1><span class="pill" style="background:{colour}">{_heading(verdict).upper()}</span>'
-        f"{CANDIDATE}, {escape(verdict['ds'])}</h1><p>{escape(verdict['reason'])}</p>{warnings}{left_out}"
+        f"<header>{top}<p>{escape(verdict['reason'])}</p>{warnings}{left_out}"
         f'<p class="quiet">{verdict["rows"]:,} impressions of {verdict["users"]:,} users, '
         f"{verdict['clicks']:,} clicks, "
         f"{verdict['conversions']:,} conversions; {escape(window)}. Plan <code>{escape(verdict['plan_id'])}</code>, "

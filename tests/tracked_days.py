@@ -22,7 +22,7 @@ from onetrans.plan import SCORES_FILE, Plan, make_plan
 from onetrans.settings import GateSettings, Settings
 from onetrans.tracking import log_evaluation, start_model
 
-GATE = GateSettings(replicates=50, min_rows=50, min_positives=5, min_users=10, max_uauc_loss=1.0,
+GATE = GateSettings(replicates=100, min_rows=50, min_positives=5, min_users=10, max_uauc_loss=1.0,
                     max_log_loss_increase=9.0, max_calibration_error=9.0)  # fmt: skip
 
 SCHEMA = small_schema(vectors=True)

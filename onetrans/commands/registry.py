@@ -18,6 +18,7 @@ from onetrans.tracking import (
     CHECK_SCORES,
     SCORE_TOLERANCE,
     TAG_DAY,
+    TAG_DECISION,
     TAG_PLAN,
     answering,
 )
@@ -221,13 +222,13 @@ def verify(registry: Registry, version: ModelVersion) -> tuple[float, int]:
 
 def versions_table(versions: list[dict[str, Any]]) -> str:
     """Return the versions as text, a line each."""
-    lines = [f"{'version':>7}  {'day':<10}  {'plan':<12}  {'gate':<9}  {'created':<25}  aliases"]
+    lines = [f"{'version':>7}  {'day':<10}  {'plan':<12}  {'decision':<9}  {'created':<25}  aliases"]
     for version in versions:
         tags = version["tags"]
         notes = [*version["aliases"], *(["rolled back"] if TAG_ROLLED_BACK in tags else [])]
         lines.append(
             f"{version['version']:>7}  {tags.get(TAG_DAY, '-'):<10}  {tags.get(TAG_PLAN, '-'):<12}  "
-            f"{tags.get(TAG_VERDICT, '-'):<9}  {version['created_at']:<25}  {', '.join(notes)}"
+            f"{tags.get(TAG_DECISION, tags.get(TAG_VERDICT, '-')):<9}  {version['created_at']:<25}  {', '.join(notes)}"
         )
     return "\n".join(lines)
 

@@ -17,7 +17,7 @@ import pytest
 from tracked_days import Shop
 
 from onetrans import cli, storage
-from onetrans.commands.registry import describe, verify
+from onetrans.commands.registry import describe, verify, versions_table
 from onetrans.errors import EXIT_BAD_DATA, BadConfigError, BadDataError, NotReadyError
 from onetrans.gate import run_gate
 from onetrans.registry import CHALLENGER, CHAMPION, PREVIOUS, TAG_ROLLED_BACK, Registry, promote
@@ -138,7 +138,10 @@ def test_a_repeated_step_registers_nothing_twice(shop, registry, better):
     settings = dataclasses.replace(shop.settings, mlflow=registry.settings)
     first = _promote(shop, registry, better[2])
     _promote(shop, registry, better[3])
-    assert promote(settings, better[2]) == promote(settings, better[2])
+    repeated = promote(settings, better[2])
+    assert repeated == promote(settings, better[2])
+    assert (repeated["decision"], repeated["champion_after"]) == ("promoted", "2")
+    assert "another has taken its place since" in repeated["reason"]
     _file(better[2], "promotion.json").unlink()  # as after a crash between the registry and the file
     assert promote(settings, better[2])["version"] == first["version"]
     assert [str(v.version) for v in registry.versions()] == ["2", "1"]
@@ -159,6 +162,15 @@ def test_an_older_day_never_replaces_a_later_champion(shop, registry, better):
     assert (backfilled["verdict"], backfilled["decision"]) == ("promoted", "held")
     assert backfilled["reason"].startswith(f"champion 1 was trained for a later day, {better[4].ds}; to replace it")
     assert registry.aliases() == {CHAMPION: "1", CHALLENGER: "1"}
+    # Whatever a person looks at says so: the page, the run, the list of versions.
+    page = _file(better[2], "gate.html").read_text()
+    assert ">PASSED, NOT PROMOTED</span>" in page
+    assert ">PROMOTED</span>" not in page
+    assert page.count("Passed, not promoted: champion 1 was trained for a later day") == 1
+    run = registry.client.get_run(better[2].mlflow_run_id)
+    assert run.data.tags["decision"] == "held"
+    assert "held: champion 1 was trained for a later day" in run.data.tags["mlflow.note.content"]
+    assert "held" in versions_table([describe(registry, registry.version("2"))])
 
 
 def test_the_champion_is_read_right_before_the_swap(shop, registry, better):
@@ -184,10 +196,22 @@ def test_rolling_back_walks_back_and_the_pipeline_does_not_undo_it(shop, registr
     assert left.tags[TAG_ROLLED_BACK].endswith(": conversions fell")
     assert registry.aliases() == {CHAMPION: "2", CHALLENGER: "3", PREVIOUS: "1"}
 
-    again = _promote(shop, registry, better[4])
-    assert again["decision"] == "held"
-    assert "a person rolled this version back" in again["reason"]
+    settings = dataclasses.replace(shop.settings, mlflow=registry.settings)
+    for again in (
+        promote(settings, better[4]),
+        promote(settings, better[4], "I know better"),
+        _promote(shop, registry, better[4]),
+    ):
+        assert (again["decision"], again["champion_after"], again["forced"]) == ("held", "2", None)
+        assert "a person rolled this version back" in again["reason"]
+        assert "onetrans registry promote --version 3" in again["reason"]
     assert _champion(registry) == "2"
+
+    registry.promote_by_hand("3", "it was the campaign")
+    assert TAG_ROLLED_BACK not in registry.by_alias(CHAMPION).tags
+    assert _promote(shop, registry, better[4])["decision"] == "promoted"
+    registry.roll_back("it was not")
+    registry.client.set_registered_model_alias(registry.name, PREVIOUS, "1")
 
     registry.roll_back("this one too")
     assert registry.aliases() == {CHAMPION: "1", CHALLENGER: "3"}

@@ -263,7 +263,7 @@ def make_plan(
         track: open the day's parent run in MLflow.
 
     Raises:
-        NotReadyError: if ``ds``, or one of the days to train on, is not published.
+        NotReadyError: if ``ds``, or one of the days to train on, is not published, or MLflow does not answer.
         BadConfigError: if the settings say that ``ds``, or every day to train on, is absent.
     """
     lake = Lake(settings.lake)
@@ -313,9 +313,10 @@ def make_plan(
             created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         ).save()
     if track and not plan.mlflow_run_id:
-        from onetrans.tracking import start_day
+        from onetrans.tracking import answering, start_day
 
-        plan = replace(plan, mlflow_run_id=start_day(settings, plan)).save()
+        with answering(settings.mlflow):
+            plan = replace(plan, mlflow_run_id=start_day(settings, plan)).save()
     # Whoever asks for no tracking gets none, also where an earlier command opened a run for this plan.
     return plan if track else replace(plan, mlflow_run_id="")
 

@@ -27,7 +27,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, astuple, dataclass, fields
 from datetime import UTC, datetime
 from types import FrameType
@@ -126,13 +126,20 @@ class SilentTracker:
         """Keep nothing."""
 
 
-def open_tracker(settings: Settings, plan: Plan, model_name: str) -> AbstractContextManager[Tracker]:
-    """Return the model's child run in MLflow, or a silent tracker if the plan has no parent run."""
-    if not plan.mlflow_run_id:
-        return nullcontext(SilentTracker())
-    from onetrans.tracking import start_model
+@contextmanager
+def open_tracker(settings: Settings, plan: Plan, model_name: str) -> Iterator[Tracker]:
+    """Open the model's child run in MLflow, or a silent tracker if the plan has no parent run.
 
-    return start_model(settings, plan, model_name)
+    Raises:
+        NotReadyError: if MLflow does not answer; the training goes on from its checkpoint in the next try.
+    """
+    if not plan.mlflow_run_id:
+        yield SilentTracker()
+        return
+    from onetrans.tracking import answering, start_model
+
+    with answering(settings.mlflow), start_model(settings, plan, model_name) as run:
+        yield run
 
 
 class Losses(NamedTuple):
@@ -542,6 +549,7 @@ def train(
     Raises:
         BadConfigError: if the plan has no such model, or a checkpoint does not fit.
         BadDataError: if the data cannot be read.
+        NotReadyError: if MLflow does not answer.
         DivergedError: if the training leaves the numbers.
         InterruptedTrainingError: if ``stop`` was set on the way.
     """

@@ -52,10 +52,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(what: str, config: Path | None, home: Path | None) -> None:
-    """Start the servers and keep them until interrupted, or until one ends by itself.
+    """Start the servers and keep them until interrupted; one of Airflow's that ends is started again.
 
     Raises:
-        PipelineError: if a server cannot start, or ends.
+        PipelineError: if a server cannot start, ends again and again, or shows another page and ends.
     """
     path, home = chosen_config(config), home and home.resolve()
     os.chdir(REPOSITORY)
@@ -83,7 +83,8 @@ def run(what: str, config: Path | None, home: Path | None) -> None:
         print("Ctrl-C stops them.", flush=True)
         while True:
             time.sleep(1)
-            airflow.check()
+            for name in airflow.revive():
+                print(f"{name} had ended and was started again; its log is in {airflow.home / 'logs'}", flush=True)
             for server in servers:
                 server.check()
     finally:

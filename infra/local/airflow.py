@@ -26,7 +26,17 @@ from types import TracebackType
 
 from infra.airflow.pools import pools
 from infra.local.airflow_api import AirflowApi
-from infra.local.processes import Server, ServerError, free_port, listens, remember, stop, stop_remembered, wait_until
+from infra.local.processes import (
+    Server,
+    ServerError,
+    free_port,
+    listens,
+    remember,
+    stop,
+    stop_processes,
+    stop_remembered,
+    wait_until,
+)
 from onetrans.errors import BadConfigError
 from onetrans.settings import load_settings
 
@@ -35,6 +45,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 _ON_SQLITE = Path(__file__).parent / "on_sqlite"
 _ON_POSTGRES = REPOSITORY / "infra" / "airflow" / "on_scheduler"
 _PREFERRED_PORT = 8080
+_REVIVALS, _REVIVALS_WITHIN_S = 5, 600.0
+"""A server that ends more often than this within so many seconds is not started again."""
 _POSTGRES = re.compile(r"postgresql(?:\+psycopg)?://(?P<rest>.*)")
 
 
@@ -106,6 +118,8 @@ def configuration(
         },
         "scheduler": {
             "use_job_schedule": str(schedule),
+            # How soon a scheduler that was started again takes up the tasks of the one that died.
+            "orphaned_tasks_check_interval": "15",
             # How soon the next task starts after one has ended, against CPU while nothing happens.
             "scheduler_idle_sleep_time": "0.25",
         },
@@ -177,6 +191,7 @@ class LocalAirflow:
         # Another Airflow's settings in the caller's shell must not leak in: they may name its database.
         self.environment.pop("AIRFLOW_CONFIG", None)
         self.servers: list[Server] = []
+        self._revived: dict[str, list[float]] = {}
         self.api = AirflowApi(self.address)
 
     @property
@@ -234,6 +249,28 @@ class LocalAirflow:
         """
         for server in self.servers:
             server.check()
+
+    def revive(self) -> list[str]:
+        """Start servers that have ended again, as a service manager does in production; return their names.
+
+        What a dead server left running is stopped first: Airflow gives its tasks another try.
+
+        Raises:
+            ServerError: if one ends again and again, with the end of its log.
+        """
+        ended = [server for server in self.servers if server.pid is None]
+        for server in ended:
+            assert server.process is not None
+            now = time.monotonic()
+            times = [at for at in self._revived.get(server.name, []) if now - at < _REVIVALS_WITHIN_S]
+            if len(times) >= _REVIVALS:
+                server.check()
+            self._revived[server.name] = [*times, now]
+            stop_processes([], grace=3.0, sessions=[server.process.pid])
+            server.start(again=True)
+        if ended:
+            remember(self._processes_file, self.servers, self.address)
+        return [server.name for server in ended]
 
     @property
     def _processes_file(self) -> Path:

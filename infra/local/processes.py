@@ -44,10 +44,10 @@ class Server:
     """Working directory."""
     process: subprocess.Popen[bytes] | None = field(default=None, init=False)
 
-    def start(self) -> None:
-        """Start the process in a group of its own, away from the terminal's Ctrl-C."""
+    def start(self, again: bool = False) -> None:
+        """Start the process in a group of its own, away from the terminal's Ctrl-C; ``again`` keeps its log."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("wb") as output:
+        with self.log.open("ab" if again else "wb") as output:
             self.process = subprocess.Popen(
                 list(self.command),
                 env=dict(self.environment),

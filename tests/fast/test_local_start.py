@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from infra.local.__main__ import DEMO_CONFIG, _links, airflow_home, chosen_config
 from infra.local.airflow import REPOSITORY, LocalAirflow, configuration
 from infra.local.pages import Page
+from infra.local.processes import Server, ServerError, wait_until
 from onetrans.errors import BadConfigError
 from onetrans.settings import AuditSettings, MlflowSettings, Settings, load_settings
 
@@ -93,3 +95,28 @@ def test_the_laptop_default_is_a_file_and_no_clock(tmp_path: Path) -> None:
 def test_a_database_that_airflow_cannot_use_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadConfigError, match=r"airflow.database begins with 'mysql'; write postgresql://"):
         LocalAirflow(tmp_path, {}, database="mysql://root@localhost/airflow")
+
+
+def test_a_server_that_ended_is_started_again_but_not_for_ever(tmp_path: Path) -> None:
+    airflow = LocalAirflow(tmp_path, {})
+    command = ["sh", "-c", "echo began; exec sleep 60"]
+    lasting, lost = (Server(name, command, os.environ, tmp_path / f"{name}.log", tmp_path) for name in ("api", "dag"))
+    airflow.servers = [lasting, lost]
+    try:
+        for server in airflow.servers:
+            server.start()
+        first = lasting.pid
+        for number in range(1, 6):
+            wait_until(lambda n=number: lost.log.read_text().count("began") == n, [lost], "the log", 10)
+            os.kill(lost.process.pid, signal.SIGKILL)
+            lost.process.wait()
+            assert airflow.revive() == ["dag"]
+            assert lost.pid is not None
+            assert airflow.revive() == []
+        assert lasting.pid == first
+        os.kill(lost.process.pid, signal.SIGKILL)
+        lost.process.wait()
+        with pytest.raises(ServerError, match="dag ended with exit code -9"):
+            airflow.revive()
+    finally:
+        airflow.stop()

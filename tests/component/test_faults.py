@@ -1,8 +1,7 @@
-"""Faults in single steps, each a process of its own as in a task: killed, doubled, without MLflow, without disk.
+"""Faults in single steps, each a process of its own as in a task: a trainer killed or doubled, promotions at once.
 
-After each, what is published and promoted is what an undisturbed run gives, and the same command, run again, is all
-that is needed.  Faults of Airflow itself are in ``tests/day/test_faults.py``; a publisher that is killed is in
-``test_lake.py``.
+After each, what is promoted is what an undisturbed run gives, and the same command, run again, is all that is needed.
+A publisher that is killed is in ``test_lake.py``.
 """
 
 from __future__ import annotations

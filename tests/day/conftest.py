@@ -40,7 +40,7 @@ from dags.steps import DAY, DEFAULTS, Step, WaitStep
 
 QUICK = {**DEFAULTS, "retries": 2, "retry_delay": timedelta(seconds=1), "retry_exponential_backoff": 0}
 COMMON = {"schedule": DAILY, "start_date": START, "catchup": False, "default_args": QUICK}
-for name in ("transient", "lasting", "killed"):
+for name in ("transient", "lasting", "killed", "quick"):
     with DAG(name, params={"ds": day_param()}, on_failure_callback=run_failed, **COMMON):
         Step(task_id="step", module="probe", arguments=[name, DAY])
 soon, when = timedelta(seconds=4), DeadlineReference.DAGRUN_LOGICAL_DATE
@@ -69,6 +69,11 @@ if name == "transient":  # A lost connection: fails twice, then works.
         print("ConnectionError: the catalog does not answer", file=sys.stderr)
         sys.exit(1)
     print("works now")
+elif name == "quick":  # Tells that it ran, and fails on the day a file names.
+    with (here / "quick").open("a") as told:
+        print(day, file=told)
+    broken = here / "broken"
+    sys.exit(65 if broken.exists() and broken.read_text() == day else 0)
 elif name == "late":
     time.sleep(6)
 elif name == "killed":  # As by the system for want of memory: the whole worker of the task goes.

@@ -1,0 +1,109 @@
+"""Airflow's web page in a headless Chromium: what a person clicks, for tests and for the pictures in ``docs/``.
+
+Needs the development environment (Playwright drives the browser) and a Chromium
+of the system, found on the search path or named by ``CHROMIUM``.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from datetime import date
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self
+
+from playwright.sync_api import Locator, Page, Response, expect, sync_playwright
+
+from infra.local.airflow_api import AirflowApiError
+
+Reprocess = Literal["Missing Runs", "Missing and Errored Runs", "All Runs"]
+"""Choices of the form under *Reprocess Behavior*, as the page writes them."""
+
+_PATIENCE_MS = 60_000
+"""How long the page may take: a busy machine draws slowly."""
+
+
+def chromium() -> str:
+    """Return the path of a Chromium; empty if there is none."""
+    named = os.environ.get("CHROMIUM", "")
+    return named or next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")
+
+
+class AirflowPage:
+    """A browser on one Airflow, signed in as everybody on loopback is; use as a context manager."""
+
+    def __init__(self, address: str, width: int = 1280, height: int = 800) -> None:
+        """Describe a browser; nothing starts yet.
+
+        Args:
+            address: address of the API server.
+            width: width of the window in pixels.
+            height: its height.
+        """
+        self.address = address.rstrip("/")
+        self.size = (width, height)
+
+    def __enter__(self) -> Self:
+        self._driver = sync_playwright().start()
+        # Without its sandbox: Chromium refuses to start as root with it, and only loopback is shown.
+        self._browser = self._driver.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
+        self.page: Page = self._browser.new_page(
+            viewport={"width": self.size[0], "height": self.size[1]}, locale="en-US", timezone_id="UTC"
+        )
+        self.page.set_default_timeout(_PATIENCE_MS)
+        expect.set_options(timeout=_PATIENCE_MS)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._browser.close()
+        self._driver.stop()
+
+    def open(self, path: str) -> Page:
+        """Open a page, for example ``/dags/feature_tables``, and wait until it has drawn itself."""
+        self.page.goto(f"{self.address}{path}")
+        expect(self.page.get_by_test_id("nav-home-link")).to_be_visible()
+        return self.page
+
+    def backfill_form(self, dag_id: str, first: date, last: date, reprocess: Reprocess) -> Locator:
+        """Open the form of a backfill and fill it in; return the dialog."""
+        page = self.open(f"/dags/{dag_id}")
+        page.get_by_test_id("trigger-dag-button").first.click()
+        dialog = page.get_by_role("dialog").filter(has_text=dag_id)
+        dialog.get_by_text("Backfill", exact=True).click()
+        for number, day in enumerate((first, last)):
+            dialog.get_by_test_id("datetime-input").nth(number).click()
+            entry = page.get_by_placeholder("YYYY/MM/DD").filter(visible=True)
+            entry.fill(f"{day:%Y/%m/%d}")
+            page.keyboard.press("Escape")
+            expect(entry).to_have_count(0)
+        dialog.get_by_text(reprocess, exact=True).click()
+        return dialog
+
+    def backfill(self, dag_id: str, first: date, last: date, reprocess: Reprocess) -> int:
+        """Backfill a range of days as a person does; return how many runs the form announces.
+
+        Raises:
+            AirflowApiError: if Airflow refuses; the text is its answer.
+        """
+        dialog = self.backfill_form(dag_id, first, last, reprocess)
+        told = dialog.get_by_text("will be triggered")
+        announced = int(told.inner_text().split()[0])
+        with self.page.expect_response(_creates_a_backfill) as answer:
+            dialog.get_by_role("button", name="Run Backfill").click()
+        if not answer.value.ok:
+            raise AirflowApiError(
+                f"the page's backfill of {dag_id} was answered {answer.value.status}: {answer.value.text()}"
+            )
+        expect(dialog).to_be_hidden()
+        return announced
+
+    def picture(self, path: Path) -> None:
+        """Write what the window shows as a PNG."""
+        self.page.screenshot(path=path, animations="disabled")
+
+
+def _creates_a_backfill(answer: Response) -> bool:
+    return answer.request.method == "POST" and answer.url.endswith("/backfills")

@@ -18,11 +18,12 @@ for what was known before each request. Days are therefore run one after another
 **The log may be late:** a day is due when it has ended in the log's time zone and its files are there. They may come
 `source.wait_hours` after that; then the day fails as `BAD DATA`.
 
-**Run one day by hand:** *Trigger*, fill in *Day*. **Run a range:** *Trigger* -> *Backfill*. Choose under *Reprocess
-Behavior* what happens to days that were run before: *Missing Runs*, where the form begins, runs none of them again;
-*Missing and Errored Runs* runs the failed ones, *All Runs* every day. A day that is run again replaces its rows and
-gives the same ones. Days run in order, whatever *Max Active Runs* says: each waits for the day before, and if that
-fails, those after it do not start. *Run Backwards* cannot work: a day does not start while the one before is queued.
+**Run one day by hand:** *Trigger*, fill in *Day*. **Run a range:** *Trigger* -> *Backfill*, with a range of days D.
+Choose under *Reprocess Behavior* what happens to days that were run before: *Missing Runs*, where the form begins,
+runs none of them again; *Missing and Errored Runs* runs the failed ones, *All Runs* every day. A day that is run
+again replaces its rows and gives the same ones. Days run in order, whatever *Max Active Runs* says: each waits for
+the day before, and if that fails, those after it do not start. *Run Backwards* cannot work: a day does not start
+while the one before is queued.
 
 **Which run is which day:** a run is named after the moment it can start. That of 4 May is called `...__2022-05-05` and
 stands at 5 May in the grid; one triggered by hand is named after the moment of the click. The log of its first task

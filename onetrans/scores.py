@@ -41,6 +41,7 @@ POPULARITY = "popularity"
 TASKS = ("ctr", "cvr")
 
 KEYS = ("request_id", "item_id")
+LABELS = ("click", "conversion")
 CONTEXT_PREFIX = "context."
 """Columns of the scores that hold a context feature, for the report's slices."""
 
@@ -102,12 +103,12 @@ class Scores:
         """
         scorers = [CANDIDATE, BASELINE, *(s for s in (CHAMPION, POPULARITY) if _has(table, s))]
         names = [f"{scorer}_{task}" for scorer in scorers for task in TASKS]
-        _require_columns(table, [*KEYS, "user_id", "click", "conversion", *names], where)
+        _require_columns(table, [*KEYS, "user_id", *LABELS, *names], where)
         if table.num_rows == 0:
             raise BadDataError(f"{where}: there are no rows")
         _refuse_repeated_keys(table, where)
         _refuse_where(table, "user_id", pc.is_null(table["user_id"]), "no user", where)
-        for column in ("click", "conversion"):
+        for column in LABELS:
             sound = pc.fill_null(pc.is_in(table[column], pa.array([0, 1], type=table[column].type)), False)
             _refuse_where(table, column, pc.invert(sound), "a label other than 0 or 1", where)
         unearned = pc.and_(pc.equal(table["conversion"], 1), pc.equal(table["click"], 0))
@@ -200,7 +201,8 @@ def read_scores(plan: Plan) -> tuple[pa.Table, str]:
 
     Raises:
         NotReadyError: if there is no such file.
-        BadDataError: if it is damaged, or is not exactly one row for each impression the plan evaluates on.
+        BadDataError: if it is damaged, is not exactly one row for each impression the plan evaluates on, or has
+            other labels than those.
     """
     path = storage.join(plan.path, SCORES_FILE)
     if not storage.exists(path):
@@ -210,19 +212,20 @@ def read_scores(plan: Plan) -> tuple[pa.Table, str]:
         table = pq.read_table(pa.BufferReader(content))
     except (OSError, pa.ArrowInvalid) as error:
         raise BadDataError(f"{path} cannot be read as Parquet ({error}); delete it and evaluate again") from error
-    _require_columns(table, list(KEYS), path)
+    _require_columns(table, [*KEYS, *LABELS], path)
     _refuse_other_rows(table, plan, path)
     return table, hashlib.sha256(content).hexdigest()
 
 
-def impression_keys(file: str) -> pa.Table:
-    """Return ``request_id, item_id`` of every impression in a file of ``training_requests``, in stored order."""
-    rows = read_leaves(file, ["request_id", "candidates.item_id"])
+def _impressions(file: str) -> pa.Table:
+    """Return keys and labels of every impression in a file of ``training_requests``, in stored order."""
+    rows = read_leaves(file, ["request_id", *(f"candidates.{name}" for name in ("item_id", *LABELS))])
     lists = rows["candidates"].combine_chunks()
+    candidates = pc.list_flatten(lists)
     return pa.table(
         {
             "request_id": rows["request_id"].combine_chunks().take(pc.list_parent_indices(lists)),
-            "item_id": pc.struct_field(pc.list_flatten(lists), "item_id"),
+            **{name: pc.struct_field(candidates, name) for name in ("item_id", *LABELS)},
         }
     )
 
@@ -241,22 +244,25 @@ def read_leaves(file: str, names: Sequence[str]) -> pa.Table:
 
 
 def _refuse_other_rows(table: pa.Table, plan: Plan, path: str) -> None:
-    expected = pa.concat_tables([impression_keys(file) for file in plan.evaluation_files])
-    given = table.select(list(KEYS))
-    if table.num_rows != expected.num_rows:
+    columns = [*KEYS, *LABELS]
+    given = table.select(columns)
+    day = pa.concat_tables([_impressions(file) for file in plan.evaluation_files])
+    if table.num_rows != day.num_rows:
         raise BadDataError(
-            f"{path} has {table.num_rows:,} rows, but {plan.ds} has {expected.num_rows:,} impressions in the "
+            f"{path} has {table.num_rows:,} rows, but {plan.ds} has {day.num_rows:,} impressions in the "
             f"{len(plan.evaluation_files)} files of the plan; delete it and evaluate again"
         )
-    if all(given[key].equals(expected[key].cast(given[key].type)) for key in KEYS):
+    expected = day.select(columns).cast(given.schema)
+    if given.equals(expected):
         return  # the usual case: evaluation keeps the stored order
-    strangers = given.join(expected.cast(given.schema), keys=list(KEYS), join_type="left anti")
-    if strangers.num_rows:
-        example = strangers.slice(0, 1).to_pylist()[0]
-        raise BadDataError(
-            f"{path}: {strangers.num_rows:,} rows are no impressions of {plan.ds}, for example request "
-            f"{example['request_id']!r}, item {example['item_id']!r}; delete it and evaluate again"
-        )
+    for compared, are in ((list(KEYS), f"no impressions of {plan.ds}"), (columns, f"not labelled as on {plan.ds}")):
+        strangers = given.join(expected.select(compared), keys=compared, join_type="left anti")
+        if strangers.num_rows:
+            example = strangers.slice(0, 1).to_pylist()[0]
+            raise BadDataError(
+                f"{path}: {strangers.num_rows:,} rows are {are}, for example request {example['request_id']!r}, item "
+                f"{example['item_id']!r}; delete it and evaluate again"
+            )
 
 
 def _has(table: pa.Table, scorer: str) -> bool:

@@ -76,6 +76,21 @@ def test_missing_rows_are_an_error_that_counts_them(shop, plan, keep):
         run_gate(shop.settings, plan)
 
 
+@pytest.mark.parametrize("order", ["stored", "another"])
+def test_labels_other_than_the_days_are_an_error_that_counts_them(shop, plan, order):
+    scores = shop.write_scores(plan, better=True)
+    flipped = scores["click"].to_numpy().copy()
+    unconverted = np.flatnonzero(scores["conversion"].to_numpy() == 0)[:5]
+    flipped[unconverted] = 1 - flipped[unconverted]
+    broken = scores.set_column(scores.column_names.index("click"), "click", pa.array(flipped))
+    rows = np.arange(scores.num_rows) if order == "stored" else np.random.default_rng(1).permutation(scores.num_rows)
+    pq.write_table(broken.take(rows), _file(plan, "scores.parquet"))
+    with pytest.raises(BadDataError, match=rf"5 rows are not labelled as on {plan.ds}, for example request "):
+        run_gate(shop.settings, plan)
+    pq.write_table(scores.take(rows), _file(plan, "scores.parquet"))
+    assert run_gate(shop.settings, plan)["verdict"] == "promoted"
+
+
 def test_an_error_leaves_no_verdict_of_earlier_scores_behind(shop, plan):
     scores = shop.write_scores(plan, better=True)
     assert run_gate(shop.settings, plan)["verdict"] == "promoted"

@@ -358,7 +358,9 @@ def _bounds(value: float, value_B: Floats, confidence: float, wider: float) -> t
     """Return the widened percentile bounds, the standard error and the number of draws without a value."""
     defined = value_B[np.isfinite(value_B)]
     tail = (1.0 - confidence) / 2.0
-    low, high = np.quantile(defined, [tail, 1.0 - tail]) if defined.size else (np.nan, np.nan)
+    # Of B draws the k-th smallest has k / (B + 1) of the distribution below it on average (Weibull): NumPy's default
+    # lies further in, and with 200 draws each side would err in 5.4 % of cases where 5 % are stated.
+    low, high = np.quantile(defined, [tail, 1.0 - tail], method="weibull") if defined.size else (np.nan, np.nan)
     error = float(defined.std(ddof=1)) if defined.size > 1 else float("nan")
     if low < high:  # Equal scores have an interval of one point, however few the users.
         low, high = value - wider * (value - low), value + wider * (high - value)

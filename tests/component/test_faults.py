@@ -1,30 +1,38 @@
-"""Faults in single steps, each a process of its own as in a task: a trainer killed or doubled, promotions at once.
+"""Faults in single steps, each a process of its own as in a task: killed, doubled, without MLflow, without disk.
 
-After each, what is promoted is what an undisturbed run gives, and the same command, run again, is all that is needed.
-A publisher that is killed is in ``test_lake.py``.
+After each, what is published and promoted is what an undisturbed run gives, and the same command, run again, is all
+that is needed.  A publisher that is killed is in ``test_lake.py``.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import replace
+import urllib.request
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 
 import pytest
 import torch
 
+from infra.local.processes import Server, free_port, stop, wait_until
+from jobs.sources.simulated.world import WorldConfig
+from jobs.sources.simulated.write import write_days
 from onetrans import storage
 from onetrans.artifact import load_model
+from onetrans.errors import EXIT_FAILED, EXIT_NOT_READY
+from onetrans.lake import Lake
 from onetrans.plan import Plan
 from onetrans.registry import CHAMPION, Registry
-from onetrans.settings import Settings, as_environment
+from onetrans.settings import LakeSettings, Settings, SourceSettings, as_environment
 from onetrans.tracking import TAG_MODEL_ID, find_model_run
 from onetrans.train import train
 from tests.tracked_days import Shop
@@ -163,3 +171,174 @@ def test_an_old_day_and_tonights_are_promoted_at_once(shop: Shop) -> None:
     assert champion.tags["plan_id"] == tonight.plan_id
     _end(_begin(shop.settings, "onetrans.cli", "promote", "--plan", old.path))
     assert registry.by_alias(CHAMPION).version == champion.version
+
+
+# MLflow's server
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    """A real server on loopback, started; a test stops it and starts it again on the same port and data."""
+    port = free_port()
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{tmp_path}/server.db"]
+    command += ["--artifacts-destination", str(tmp_path / "artifacts")]
+    environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    server = Server(f"http://127.0.0.1:{port}", command, environment, tmp_path / "server.log", tmp_path)
+    _start(server)
+    try:
+        yield server
+    finally:
+        stop([server])
+
+
+def _start(server: Server) -> None:
+    def answers() -> bool:
+        try:
+            with urllib.request.urlopen(f"{server.name}/health", timeout=2) as answer:
+                return bool(answer.status == 200)
+        except OSError:
+            return False
+
+    server.start()
+    wait_until(answers, [server], "MLflow", 60)
+
+
+IMPATIENT = {**os.environ, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+"""MLflow's client asks again for two minutes by itself; without that a step meets the outage at once."""
+
+
+@pytest.mark.nightly
+def test_mlflow_that_is_away_for_long_costs_tries_and_nothing_else(
+    shop: Shop, server: Server, undisturbed: dict[str, torch.Tensor]
+) -> None:
+    settings = replace(shop.settings, mlflow=replace(shop.settings.mlflow, tracking_uri=server.name))
+    here = Shop(settings, shop.days)
+    plan = here.plan(shop.days[4], seed=19)
+    training = ("onetrans.train", "--plan", plan.path, "--model", MODEL)
+    begun = _begin(_unchecked(settings), *training, environment=IMPATIENT)
+    _wait_for_step(plan, 2, begun)
+    stop([server], grace=0)  # in mid-epoch
+    told = _end(begun, EXIT_NOT_READY)
+    assert f"MLflow at {server.name} does not answer" in told
+    _end(_begin(settings, *training, environment=IMPATIENT), EXIT_NOT_READY)
+    _start(server)
+    assert "goes on after step" in _end(_begin(settings, *training))
+    _recorded_once(here, plan)
+
+    judged = here.candidate(shop.days[3])
+    stop([server], grace=0)
+    told = _end(
+        _begin(settings, "onetrans.cli", "promote", "--plan", judged.path, environment=IMPATIENT), EXIT_NOT_READY
+    )
+    assert "nothing was promoted" in told
+    waiting = _begin(settings, "onetrans.cli", "promote", "--plan", judged.path)  # with the patience of every day
+    time.sleep(2.0)
+    assert waiting.poll() is None
+    _start(server)
+    _end(waiting)
+    registry = Registry(settings.mlflow)
+    assert [version.tags["plan_id"] for version in registry.versions()] == [judged.plan_id]
+    assert registry.by_alias(CHAMPION).version == "1"
+
+
+# Spark's jobs
+
+
+@dataclass(frozen=True)
+class Logged:
+    """A day's log, and the lake in which one table of it is published, undisturbed."""
+
+    settings: Settings
+    ds: date
+    rows: list[str]
+
+    @property
+    def lake(self) -> Lake:
+        """The lake, read anew."""
+        return Lake(self.settings.lake)
+
+    @property
+    def job(self) -> tuple[str, ...]:
+        """The command that builds, audits and publishes the day."""
+        return (f"jobs.{TABLE}", "--ds", str(self.ds), "--publish")
+
+    def published(self) -> list[str]:
+        """Return the rows that readers see, as sorted text."""
+        read = self.lake.read(TABLE).to_pylist()
+        return sorted(json.dumps(row, default=str, sort_keys=True) for row in read)
+
+
+TABLE = "impressions"
+
+
+@pytest.fixture(scope="module")
+def logged(tmp_path_factory: pytest.TempPathFactory) -> Logged:
+    """A published day that the faults below build again."""
+    folder, ds = tmp_path_factory.mktemp("jobs"), date(2026, 1, 1)
+    write_days(WorldConfig(users=2000, items=120, history_days=1, epoch=ds), str(folder / "raw"), ds, 1)
+    settings = Settings(
+        source=SourceSettings(path=str(folder / "raw")), lake=LakeSettings(warehouse=str(folder / "lake"))
+    )
+    found = Logged(settings, ds, [])
+    _end(_begin(settings, *found.job))
+    return replace(found, rows=found.published())
+
+
+@pytest.mark.nightly
+def test_a_spark_driver_killed_while_it_stages(logged: Logged) -> None:
+    snapshot, staged = logged.lake.snapshot_id(TABLE), logged.lake.staged(TABLE, logged.ds)
+    attempts = storage.local_path(staged.path).parent
+    before = set(attempts.iterdir())
+    step = _begin(logged.settings, *logged.job)
+    deadline = time.monotonic() + 120
+    while not any(list(path.rglob("*.parquet")) for path in set(attempts.iterdir()) - before):
+        assert step.poll() is None, step.communicate()[1][-4000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    _kill(step)
+    (left,) = set(attempts.iterdir()) - before
+    assert logged.lake.built(str(left)) is None, "it was killed too late"
+    assert logged.lake.staged(TABLE, logged.ds) == staged
+    # What follows in a day takes the last whole attempt, not what the killed one left.
+    logged.lake.publish(TABLE, logged.ds)
+    assert (logged.lake.snapshot_id(TABLE), logged.published()) == (snapshot, logged.rows)
+
+    _end(_begin(logged.settings, *logged.job))
+    assert logged.lake.snapshot_id(TABLE) != snapshot
+    assert logged.published() == logged.rows
+
+
+@pytest.mark.nightly
+def test_the_disk_is_full_while_a_day_is_staged(logged: Logged) -> None:
+    snapshot, staged = logged.lake.snapshot_id(TABLE), logged.lake.staged(TABLE, logged.ds)
+    data = storage.local_path(staged.path).parent
+    full = f"mount -t tmpfs -o size=16k tmpfs {shlex.quote(str(data))}"
+    if subprocess.run(["unshare", "--mount", "sh", "-c", full], capture_output=True).returncode:
+        pytest.skip("a small file system cannot be mounted here (it needs root)")
+    # A mount of its own for the job alone: 16 KiB where its files go, and this process's own view stays as it is.
+    job = shlex.join([sys.executable, "-m", *logged.job])
+    step = subprocess.Popen(
+        ["unshare", "--mount", "sh", "-c", f"{full} && exec {job}"],
+        env={**os.environ, **as_environment(logged.settings)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    told = _end(step, EXIT_FAILED)  # the code of what is tried again
+    assert "No space left on device" in told
+    assert "Published data is as it was" in told
+    assert (logged.lake.snapshot_id(TABLE), logged.published()) == (snapshot, logged.rows)
+    assert logged.lake.staged(TABLE, logged.ds) == staged
+
+    _end(_begin(logged.settings, *logged.job))
+    assert logged.published() == logged.rows
+
+
+@pytest.mark.nightly
+def test_two_runs_of_one_day_at_once_publish_it_once(logged: Logged) -> None:
+    for step in [_begin(logged.settings, *logged.job) for _ in range(2)]:
+        _end(step)
+    assert logged.published() == logged.rows
+    assert logged.lake.days(TABLE) == [logged.ds]

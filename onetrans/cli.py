@@ -17,7 +17,10 @@ from onetrans.errors import EXIT_BAD_CONFIG
 from onetrans.process import Parser, exit_code_of
 
 COMMANDS: dict[str, tuple[str, str]] = {
-    "simulate": ("jobs.sources.simulated.write", "write the raw log of a small simulated world"),
+    "simulate": (
+        "jobs.sources.simulated.write",
+        "write the raw log of a simulated shop, of any size, with faults if wanted",
+    ),
     "lake": ("onetrans.commands.lake", "list tables, days, snapshots and row counts"),
     "publish": ("onetrans.commands.publish", "publish the staged, audited day of a table"),
     "quarantine": ("jobs.quarantine", "list and show refused rows; replay those that were repaired"),

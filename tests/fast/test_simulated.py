@@ -1,13 +1,16 @@
 """The simulated shop: reproducible days, a log that obeys the input contract, and a truth that explains the labels."""
 
+from dataclasses import replace
 from datetime import date, timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from jobs.sources.simulated.defects import DEFECTS, Faults, parse_rates
 from jobs.sources.simulated.truth import OFFERS, SURFACES
 from jobs.sources.simulated.world import DEVICES, SEGMENTS, Day, WorldConfig, build_catalog, play
 from jobs.sources.simulated.write import SCHEMA_FILE, write_days
@@ -155,6 +158,78 @@ def test_the_schema_reads_columns_that_are_written_and_no_small_vocabulary_colli
     }
     for name, texts in small.items():
         assert len({hash64(text) % schema.feature(name).hash_size for text in texts}) == len(texts), name
+
+
+def test_blocks_of_shoppers_are_one_world_with_shoppers_of_their_own() -> None:
+    config = replace(CONFIG, block_requests=100)
+    assert [config.block_range(block) for block in range(config.blocks)] == [
+        range(first, min(first + 117, 400)) for first in range(0, 400, 117)
+    ]
+    catalogs = [build_catalog(config, block) for block in range(config.blocks)]
+    whole = build_catalog(CONFIG)
+    for block, catalog in enumerate(catalogs):
+        assert catalog.first_user == 117 * block
+        for shared in ("category_M", "brand_M", "price_M", "offer_M", "click_appeal_M", "popularity_M"):
+            assert (getattr(catalog, shared) == getattr(whole, shared)).all()
+    first, second = (next(iter(play(config, FIRST, block))) for block in (0, 1))
+    assert len(first.ts_R) != len(second.ts_R) or (first.ts_R != second.ts_R).any(), "a block has streams of its own"
+
+
+def test_visits_follow_the_hour_and_the_week() -> None:
+    requests = [day.ts_R for day in play(replace(CONFIG, users=1500, history_days=0), FIRST + timedelta(days=13))]
+    hours = np.bincount(np.concatenate(requests) // 3_600_000_000 % 24, minlength=24)
+    assert hours[18:22].mean() > 4 * hours[1:5].mean()
+    weekend = [(FIRST + timedelta(days=n)).weekday() >= 5 for n in range(len(requests))]
+    sizes = np.array([len(ts) for ts in requests])
+    assert sizes[weekend].mean() > 1.05 * sizes[~np.array(weekend)].mean()
+
+
+def test_faults_are_as_frequent_as_asked_and_do_not_move_each_other() -> None:
+    one = Faults(7, parse_rates(["late=0.05"]))
+    all_kinds = Faults(7, parse_rates(["0.01", "late=0.05"]))
+    assert set(all_kinds.rates) == set(DEFECTS)
+    alone = one.chosen("behaviors", 20_000, FIRST, 0)["behaviors.late"]
+    beside = all_kinds.chosen("behaviors", 20_000, FIRST, 0)
+    assert abs(alone.mean() - 0.05) < 0.01
+    assert not (beside["behaviors.late"] & ~alone).any()
+    assert np.sum(list(beside.values()), axis=0).max() == 1, "no row has two faults"
+    assert (one.chosen("behaviors", 20_000, FIRST, 1)["behaviors.late"] != alone).any()
+
+
+def test_late_events_stand_in_later_files_and_those_that_become_known_at_a_request_say_so(tmp_path: Path) -> None:
+    write_days(CONFIG, str(tmp_path), FIRST, 3, parse_rates(["late=0.2", "at_request=0.2", "repeat_next_day=0.2"]))
+    rows = [_read(tmp_path, "behaviors", f"ds={FIRST + timedelta(days=n)}").to_pandas() for n in range(3)]
+    known = [(FIRST + timedelta(days=n) - row.available_at.dt.date).map(lambda d: d.days) for n, row in enumerate(rows)]
+    assert all(set(days) == {0, 1, 2, 3} for days in known)
+    assert set(rows[0].event_id) & set(rows[1].event_id), "some are delivered twice"
+    asked = {(r.user_id, r.ts) for n in range(3) for r in _requests(tmp_path, n)}
+    assert sum((r.user_id, r.available_at) in asked for row in rows for r in row.itertuples()) > 50
+
+
+def _requests(log: Path, day: int) -> list[Any]:
+    rows = _read(log, "impressions", f"ds={FIRST + timedelta(days=day)}").to_pandas()
+    return list(rows.drop_duplicates("request_id").itertuples())
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["lat=0.1"], "there is no fault 'lat'; did you mean late"),
+        (["late=often"], "'often' is no share"),
+        (["1.5"], r"1.5 must be in 0..1"),
+    ],
+)
+def test_a_fault_that_cannot_be_is_refused(texts: list[str], message: str) -> None:
+    with pytest.raises(BadConfigError, match=message):
+        parse_rates(texts)
+
+
+def test_a_smaller_world_is_not_written_over_a_larger_one(tmp_path: Path) -> None:
+    for block in range(3):
+        (tmp_path / "users").mkdir(exist_ok=True)
+        (tmp_path / "users" / f"part-{block}.parquet").write_bytes(b"")
+    with pytest.raises(BadConfigError, match="holds a larger world"):
+        write_days(CONFIG, str(tmp_path), FIRST, 1)
 
 
 def test_days_before_the_world_are_refused(tmp_path: Path) -> None:

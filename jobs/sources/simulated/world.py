@@ -7,6 +7,11 @@ the days before it: :func:`play` always starts at the first day of the world and
 yields from there.  Every subject (arrivals, candidates, outcomes, ...) draws from
 its own random stream per day, so no day depends on how many days are asked for.
 
+A large world is divided into *blocks* of shoppers.  A block draws what its shoppers
+do from streams of its own and shares items, tastes of segments and demand with the
+others, so blocks can be played apart, in any order, and memory is that of one block.
+A world of one block is what it is without blocks.
+
 Shape suffixes: U shoppers, M items, C categories, S surfaces, R requests (of a
 round or a day, as said), K places of a request's list.
 """
@@ -66,6 +71,8 @@ class WorldConfig:
     """Mean requests of a shopper per day."""
     activity_spread: float = 1.0
     """Standard deviation of the logarithm of a shopper's activity."""
+    block_requests: int = 40_000
+    """Mean requests of a day that are played together: so many shoppers make a block.  Another value, another world."""
     truth: Truth = field(default_factory=Truth)
     """What shoppers want."""
 
@@ -79,16 +86,36 @@ class WorldConfig:
             )
         if not 0 < self.requests_per_user <= 50:
             raise BadConfigError(f"simulated world: requests_per_user = {self.requests_per_user} must be in 0..50")
+        if self.block_requests < 1:
+            raise BadConfigError(f"simulated world: block_requests = {self.block_requests} must be at least 1")
 
     @property
     def first_day(self) -> date:
         """First day that is played."""
         return self.epoch - timedelta(days=self.history_days)
 
+    @property
+    def blocks(self) -> int:
+        """Number of blocks."""
+        return -(-self.users // self._block_users)
+
+    def block_range(self, block: int) -> range:
+        """Return the numbers of a block's shoppers."""
+        return range(self.users)[block * self._block_users : (block + 1) * self._block_users]
+
+    @property
+    def _block_users(self) -> int:
+        return max(int(self.block_requests / self.requests_per_user), 1)
+
 
 @dataclass(frozen=True)
 class Catalog:
-    """Items and shoppers: all that does not change."""
+    """All items, and the shoppers of one block: all that does not change."""
+
+    block: int
+    """Number of the block."""
+    first_user: int
+    """Number of its first shopper."""
 
     category_M: Integers
     """Category of each item."""
@@ -100,6 +127,8 @@ class Catalog:
     """Price in the shop's currency."""
     popularity_M: Floats
     """Probability of an item within its category (Zipf)."""
+    cumulated_C: tuple[Floats, ...]
+    """The same, per category, each item's together with those of the items before it."""
     click_appeal_M: Floats
     """What an item itself adds to the click logit."""
     purchase_appeal_M: Floats
@@ -129,7 +158,7 @@ class Day:
     request_R: Integers
     """Number of each request within the day."""
     user_R: Integers
-    """Shopper of each request."""
+    """Shopper of each request, counted from the first of the block."""
     ts_R: Integers
     """Time of each request, microseconds since 1970-01-01 UTC."""
     surface_R: Integers
@@ -158,9 +187,10 @@ class Day:
     """When it became known: a purchase waits for its payment."""
 
 
-def stream(seed: int, subject: str, day: date | None = None) -> np.random.Generator:
-    """Return the random stream of a subject, for the world or for one day of it."""
-    return np.random.default_rng([seed, zlib.crc32(subject.encode()), day.toordinal() if day else 0])
+def stream(seed: int, subject: str, day: date | None = None, block: int = 0) -> np.random.Generator:
+    """Return the random stream of a subject, for the world or for one day of it, for a block of shoppers."""
+    entropy = [seed, zlib.crc32(subject.encode()), day.toordinal() if day else 0]
+    return np.random.default_rng([*entropy, block] if block else entropy)
 
 
 def microseconds(day: date) -> int:
@@ -168,9 +198,10 @@ def microseconds(day: date) -> int:
     return int(datetime(day.year, day.month, day.day, tzinfo=UTC).timestamp()) * SECOND
 
 
-def build_catalog(config: WorldConfig) -> Catalog:
-    """Return the items and shoppers of a world."""
-    M, U, C = config.items, config.users, config.categories
+def build_catalog(config: WorldConfig, block: int = 0) -> Catalog:
+    """Return the items of a world and the shoppers of one of its blocks."""
+    users = config.block_range(block)
+    M, U, C = config.items, len(users), config.categories
     items = stream(config.seed, "items")
     category_M = np.arange(M) % C
     # Within a category the first item is the most popular: Zipf over its rank there.
@@ -178,18 +209,24 @@ def build_catalog(config: WorldConfig) -> Catalog:
     totals_C = np.bincount(category_M, weights=weight_M, minlength=C)
     price_tier_M = items.integers(0, PRICE_TIERS, M)
     level_C = np.exp(items.normal(3.2, 0.7, C))
-    shoppers = stream(config.seed, "users")
+    shoppers = stream(config.seed, "users", block=block)
     segment_U = shoppers.integers(0, SEGMENTS, U)
     age_band_U = shoppers.integers(0, 6, U)
     activity_U = np.exp(config.activity_spread * shoppers.normal(size=U) - config.activity_spread**2 / 2)
     tastes = stream(config.seed, "tastes")
     taste_of_segment = tastes.normal(0.0, 0.45, (SEGMENTS, C))
+    if block:
+        tastes = stream(config.seed, "tastes", block=block)
+    popularity_M = weight_M / totals_C[category_M]
     return Catalog(
+        block=block,
+        first_user=users.start,
         category_M=category_M,
         brand_M=(category_M * 3 + items.integers(0, max(config.brands // 3, 1), M)) % config.brands,
         price_tier_M=price_tier_M,
         price_M=np.round(level_C[category_M] * 1.45 ** (price_tier_M + items.uniform(-0.4, 0.4, M)), 2),
-        popularity_M=weight_M / totals_C[category_M],
+        popularity_M=popularity_M,
+        cumulated_C=tuple(np.cumsum(popularity_M[c::C]) for c in range(C)),
         click_appeal_M=items.normal(0.0, 0.4, M),
         purchase_appeal_M=items.normal(0.0, 0.3, M),
         offer_M=items.choice(len(OFFERS), M, p=(0.1, 0.3, 0.3, 0.3)),
@@ -216,27 +253,27 @@ class Memory:
     """Time of the last purchase in each category, or ``NEVER``."""
 
     @classmethod
-    def empty(cls, config: WorldConfig) -> Memory:
+    def empty(cls, users: int, categories: int) -> Memory:
         """Return the memory of shoppers who never did anything."""
-        categories = (config.users, config.categories)
+        shape = (users, categories)
         return cls(
-            last_type_U=np.full(config.users, NOTHING, dtype=np.int64),
-            last_category_U=np.zeros(config.users, dtype=np.int64),
-            carted_UC=np.full(categories, NEVER),
-            bought_UC=np.full(categories, NEVER),
+            last_type_U=np.full(users, NOTHING, dtype=np.int64),
+            last_category_U=np.zeros(users, dtype=np.int64),
+            carted_UC=np.full(shape, NEVER),
+            bought_UC=np.full(shape, NEVER),
         )
 
 
-def play(config: WorldConfig, last: date) -> Iterator[Day]:
-    """Yield every day from the world's first to ``last``.
+def play(config: WorldConfig, last: date, block: int = 0) -> Iterator[Day]:
+    """Yield every day of one block from the world's first to ``last``.
 
     Raises:
         BadConfigError: if ``last`` is before the first day.
     """
     if last < config.first_day:
         raise BadConfigError(f"simulated world: it begins on {config.first_day}, so there is no {last}")
-    catalog = build_catalog(config)
-    memory = Memory.empty(config)
+    catalog = build_catalog(config, block)
+    memory = Memory.empty(len(catalog.segment_U), config.categories)
     trend_C = np.zeros(config.categories)
     for offset in range((last - config.first_day).days + 1):
         ds = config.first_day + timedelta(days=offset)
@@ -249,16 +286,16 @@ def _play_day(config: WorldConfig, catalog: Catalog, memory: Memory, trend_C: Fl
     """Play one day; ``memory`` is brought up to its end."""
     user_R, ts_R = _arrivals(config, catalog, ds)
     R = len(user_R)
-    context = stream(config.seed, "context", ds)
+    context = stream(config.seed, "context", ds, catalog.block)
     hour_R = (ts_R - microseconds(ds)) // HOUR
     surface_R = _surfaces(context, user_R, ts_R, hour_R)
     device_R = context.choice(len(DEVICES), R, p=(0.7, 0.1, 0.2))
     length_R = context.integers(8, _PLACES + 1, R)
-    candidates = stream(config.seed, "candidates", ds)
+    candidates = stream(config.seed, "candidates", ds, catalog.block)
     source_RK, category_RK, item_RK = (candidates.random((R, _DRAWN_PER_REQUEST)) for _ in range(3))
-    outcomes = stream(config.seed, "outcomes", ds)
+    outcomes = stream(config.seed, "outcomes", ds, catalog.block)
     click_draw_RK, purchase_draw_RK, cart_draw_RK = (outcomes.random((R, _PLACES)) for _ in range(3))
-    timing = stream(config.seed, "timing", ds)
+    timing = stream(config.seed, "timing", ds, catalog.block)
     moment_RK3 = timing.random((R, _PLACES, 3))
     latency_RK3 = timing.exponential(2 * SECOND, (R, _PLACES, 3))
     latency_RK3[:, :, 2] += 90 * SECOND * np.exp(1.2 * timing.normal(size=(R, _PLACES)))
@@ -327,11 +364,11 @@ def _play_day(config: WorldConfig, catalog: Catalog, memory: Memory, trend_C: Fl
 
 def _arrivals(config: WorldConfig, catalog: Catalog, ds: date) -> tuple[Integers, Integers]:
     """Return user and time of the day's requests, ordered by both; sessions of a few requests, busy evenings."""
-    draw = stream(config.seed, "arrivals", ds)
+    draw = stream(config.seed, "arrivals", ds, catalog.block)
     per_session = 2.0
     weekend = 1.15 if ds.weekday() >= 5 else 1.0
     sessions_U = draw.poisson(catalog.activity_U * weekend / per_session)
-    user_Q = np.repeat(np.arange(config.users), sessions_U)
+    user_Q = np.repeat(np.arange(len(sessions_U)), sessions_U)
     shares = np.asarray(_HOURLY_VISITS, dtype=np.float64)
     hour_Q = draw.choice(24, len(user_Q), p=shares / shares.sum()) + draw.random(len(user_Q))
     start_Q = ((hour_Q + catalog.evening_U[user_Q]) % 24 * HOUR).astype(np.int64)
@@ -380,7 +417,7 @@ def _candidates(
     category = np.where(source_RK < 0.8, by_taste, by_trend)
     category = np.where((source_RK < 0.3) & known, recent, category)
     # Items of category c are c, c + C, c + 2C, ...; within a category the Zipf weights decide.
-    ranks_C = [np.cumsum(catalog.popularity_M[c::C]) for c in range(C)]
+    ranks_C = catalog.cumulated_C
     item = np.empty((R, K), dtype=np.int64)
     for c in range(C):
         chosen = category == c

@@ -1,0 +1,248 @@
+"""Faults that a real log has, put into the simulated one at a given rate: what must be refused, dropped or borne.
+
+A fault is named ``<raw table>.<fault>``.  Each is drawn from a stream of its own, so asking for one more moves none of
+the others, and no row gets two.  What becomes of such rows is in ``docs/input.md``.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from jobs.sources.simulated.world import DAY, Integers, stream
+from onetrans.errors import BadConfigError
+
+Mask = npt.NDArray[np.bool_]
+Change = Callable[[pa.Table], pa.Table]
+
+LATEST_DAYS = 3
+"""A late event is delivered at most so many days after the day on which it became known."""
+
+
+@dataclass(frozen=True)
+class Defect:
+    """One kind of fault."""
+
+    about: str
+    """What is wrong with such a row."""
+    reason: str
+    """Beginning of the reason in the quarantine; empty where the row is good, or is only dropped as a repeat."""
+    change: Change
+    """Makes rows of it; of rows that are said twice, the second."""
+    twice: bool = False
+    """Whether the row stays as it is, and a changed copy comes beside it."""
+
+
+def _set(column: str, value: object) -> Change:
+    def change(rows: pa.Table) -> pa.Table:
+        kind = rows.schema.field(column).type
+        return _with(rows, column, pa.array([value] * rows.num_rows, kind))
+
+    return change
+
+
+def _with(rows: pa.Table, column: str, values: pa.Array) -> pa.Table:
+    return rows.set_column(rows.schema.get_field_index(column), column, values)
+
+
+def _moved(column: str, days: int) -> Change:
+    def change(rows: pa.Table) -> pa.Table:
+        moved = pc.add(rows[column].cast(pa.int64()), days * DAY)
+        return _with(rows, column, moved.cast(rows.schema.field(column).type))
+
+    return change
+
+
+def _all(*changes: Change) -> Change:
+    def change(rows: pa.Table) -> pa.Table:
+        for one in changes:
+            rows = one(rows)
+        return rows
+
+    return change
+
+
+def _other_user(rows: pa.Table) -> pa.Table:
+    return _with(rows, "user_id", pc.binary_join_element_wise(rows["user_id"], "other", "-"))
+
+
+def _same(rows: pa.Table) -> pa.Table:
+    return rows
+
+
+DEFECTS: Mapping[str, Defect] = {
+    "impressions.missing_key": Defect("item_id is empty", "item_id: missing", _set("item_id", None)),
+    "impressions.missing_time": Defect("ts is empty", "ts: missing", _set("ts", None)),
+    "impressions.missing_label": Defect("click is empty", "click: missing", _set("click", None)),
+    "impressions.wrong_label": Defect("click is 7", "click: not 0 or 1", _set("click", 7)),
+    "impressions.conversion_without_click": Defect(
+        "conversion is 1 and click 0",
+        "conversion: 1 without a click",
+        _all(_set("click", 0), _set("conversion", 1)),
+    ),
+    "impressions.outside_day": Defect("ts lies a day later", "ts: outside the day", _moved("ts", 1)),
+    "impressions.conversion_before_request": Defect(
+        "conversion_at lies a day before the request; every impression gets this column",
+        "conversion_at: before the request",
+        _all(
+            _set("click", 1),
+            _set("conversion", 1),
+            lambda rows: _with(rows, "conversion_at", rows["ts"]),
+            _moved("conversion_at", -1),
+        ),
+    ),
+    "impressions.negative_position": Defect("position is -1", "position: negative", _set("position", -1)),
+    "impressions.several_users": Defect(
+        "a row of a request has another user; the whole request is refused",
+        "user_id: several users in one request",
+        _other_user,
+    ),
+    "impressions.contradiction": Defect(
+        "a second row of the same request and item has another position; both are refused",
+        "request_id, item_id: several rows of one key disagree",
+        _set("position", 99),
+        twice=True,
+    ),
+    "impressions.repeat": Defect("the row stands there twice; one is dropped", "", _same, twice=True),
+    "behaviors.missing_key": Defect("user_id is empty", "user_id: missing", _set("user_id", None)),
+    "behaviors.missing_time": Defect("ts is empty", "ts: missing", _set("ts", None)),
+    "behaviors.in_future": Defect("ts lies a week later", "ts: after the day", _moved("ts", 7)),
+    "behaviors.contradiction": Defect(
+        "a second row of the same event has another price; both are refused",
+        "event_id: several rows of one key disagree",
+        _set("price", -1.0),
+        twice=True,
+    ),
+    "behaviors.repeat": Defect("the row stands there twice; one is dropped", "", _same, twice=True),
+    "behaviors.repeat_next_day": Defect("the event is delivered again on the next day", "", _same, twice=True),
+    "behaviors.late": Defect(f"the event is delivered 1 to {LATEST_DAYS} days late", "", _same),
+    "behaviors.tie": Defect("ts is cut to its minute, so that events and requests tie", "", lambda rows: _minute(rows)),
+    "behaviors.at_request": Defect(
+        "the event becomes known at the very instant of the shopper's next request, which may not see it", "", _same
+    ),
+    "users.missing_key": Defect("user_id is empty", "user_id: missing", _set("user_id", None), twice=True),
+    "users.repeat": Defect("the row stands there twice; one is dropped", "", _same, twice=True),
+    "users.contradiction": Defect(
+        "a second row of the user has another segment; both are refused",
+        "user_id: several rows of one key disagree",
+        _set("segment", "segment-x"),
+        twice=True,
+    ),
+    "users.unknown": Defect("the user is not in the table", "", lambda rows: rows.slice(0, 0)),
+    "items.missing_key": Defect("item_id is empty", "item_id: missing", _set("item_id", None), twice=True),
+    "items.infinite_number": Defect("price is infinite", "price: not finite", _set("price", float("inf"))),
+    "items.repeat": Defect("the row stands there twice; one is dropped", "", _same, twice=True),
+    "items.contradiction": Defect(
+        "a second row of the item has another price; both are refused",
+        "item_id: several rows of one key disagree",
+        _set("price", -1.0),
+        twice=True,
+    ),
+    "items.unknown": Defect("the item is not in the table", "", lambda rows: rows.slice(0, 0)),
+}
+"""Every fault by its name."""
+
+
+def _minute(rows: pa.Table) -> pa.Table:
+    return _with(rows, "ts", pc.floor_temporal(rows["ts"], unit="minute"))
+
+
+@dataclass(frozen=True)
+class Faults:
+    """Which faults a log gets, and how often: a share of the rows of their table."""
+
+    seed: int
+    """Seed of the world."""
+    rates: Mapping[str, float]
+    """Name of a fault -> share of rows; faults that are not here do not happen."""
+
+    @property
+    def conversion_times(self) -> bool:
+        """Whether impressions say when their conversion came."""
+        return self.rates.get("impressions.conversion_before_request", 0.0) > 0
+
+    def chosen(self, table: str, rows: int, ds: date | None, block: int) -> dict[str, Mask]:
+        """Return per fault of a raw table which rows get it; no row gets two."""
+        free = np.ones(rows, dtype=bool)
+        found = {}
+        for name, rate in self.rates.items():
+            if name.split(".")[0] == table and rate > 0:
+                found[name] = free & (stream(self.seed, f"defect {name}", ds, block).random(rows) < rate)
+                free &= ~found[name]
+        return found
+
+    def spoiled(self, table: str, rows: pa.Table, ds: date | None, block: int) -> pa.Table:
+        """Return rows of a raw table with the faults that can be seen in a row by itself."""
+        chosen = self.chosen(table, rows.num_rows, ds, block)
+        changed = {name: DEFECTS[name].change(rows.filter(pa.array(mask))) for name, mask in chosen.items()}
+        replaced = [mask for name, mask in chosen.items() if not DEFECTS[name].twice]
+        kept = rows.filter(pa.array(~np.any(replaced, axis=0))) if replaced else rows
+        return pa.concat_tables([kept, *changed.values()])
+
+    def delivered(
+        self, rows: pa.Table, due: Integers, next_request: Integers, ds: date, block: int
+    ) -> tuple[pa.Table, Integers]:
+        """Return the events of a day with their faults, and when each is delivered, in microseconds since 1970.
+
+        ``due`` is when each would be without faults; ``next_request`` the time of its shopper's next request of the
+        day, 0 if there is none.
+        """
+        chosen = self.chosen("behaviors", rows.num_rows, ds, block)
+        kept = np.ones(rows.num_rows, dtype=bool)
+        tables, times = [rows], [due]
+        for name, mask in chosen.items():
+            defect = DEFECTS[name]
+            if name == "behaviors.at_request":
+                mask = mask & (next_request > 0)
+            some, when = defect.change(rows.filter(pa.array(mask))), due[mask]
+            if name == "behaviors.late":
+                draw = stream(self.seed, "days late", ds, block).integers(1, LATEST_DAYS + 1, rows.num_rows)
+                when = when + draw[mask] * DAY
+            elif name == "behaviors.repeat_next_day":
+                when = when + DAY
+            elif name == "behaviors.at_request":
+                when = next_request[mask]
+                some = _with(some, "available_at", pa.array(when).cast(rows.schema.field("available_at").type))
+            if not defect.twice:
+                kept &= ~mask
+            tables.append(some)
+            times.append(when)
+        tables[0], times[0] = rows.filter(pa.array(kept)), due[kept]
+        return pa.concat_tables(tables), np.concatenate(times)
+
+
+def parse_rates(texts: Sequence[str]) -> dict[str, float]:
+    """Return name -> share of ``0.01``, ``late=0.01`` or ``impressions.repeat=0.01``; a share alone is for every fault.
+
+    Raises:
+        BadConfigError: for an unknown name, or a share outside 0..1.
+    """
+    rates: dict[str, float] = {}
+    for text in texts:
+        name, equals, value = text.rpartition("=")
+        names = [full for full in DEFECTS if not equals or name in (full, full.split(".")[1])]
+        if not names:
+            near = difflib.get_close_matches(name, {part for full in DEFECTS for part in (full, full.split(".")[1])})
+            meant = f"; did you mean {near[0]}?" if near else ""
+            raise BadConfigError(f"--defects {text}: there is no fault {name!r}{meant} `--defects list` names them")
+        try:
+            rate = float(value)
+        except ValueError:
+            raise BadConfigError(f"--defects {text}: {value!r} is no share; write 0.01 or NAME=0.01") from None
+        if not 0.0 <= rate <= 1.0:
+            raise BadConfigError(f"--defects {text}: {rate:g} must be in 0..1")
+        rates |= dict.fromkeys(names, rate)
+    # In the order of the table above, whatever the order of the arguments: a row gets the first that is drawn.
+    return {name: rates[name] for name in DEFECTS if name in rates}
+
+
+def described() -> str:
+    """Return a line per fault."""
+    return "\n".join(f"{name:<38} {defect.about}" for name, defect in DEFECTS.items())

@@ -181,6 +181,15 @@ class Ranks:
             raise SystemExit(told[1])
         return told[0]
 
+    def tell(self, text: str) -> list[str]:
+        """Return the texts of all ranks, in their order, on every rank."""
+        if self.count == 1:
+            return [text]
+        told: list[Any] = [""] * self.count
+        with exchanging():
+            dist.all_gather_object(told, text)
+        return told
+
     def gather(self, parts: Sequence[pa.Table]) -> pa.Table | None:
         """Return the rows of all ranks' shares on the leading rank, None on the others.
 

@@ -168,13 +168,14 @@ class NextBatchTraining(Training):
         if keys is None:
             raise AssertionError("a stream of days is read with keys")
         self.model.eval()
+        batch = loaded.batch.to(self.device)
         with torch.no_grad(), self.model.autocast():
-            scores = self.model(loaded.batch.to(self.device))
+            scores = self.model(batch)
         self.model.train()
         for task, logit_N in (("ctr", scores.ctr_logit_N), ("cvr", scores.cvr_logit_N)):
             probability_N = torch.sigmoid(logit_N.double()).cpu()
             if not probability_N.isfinite().all():
-                raise self._diverged(f"a {task.upper()} score is not finite", loaded.cursor)
+                raise self._diverged(f"a {task.upper()} score is not finite", loaded.cursor, batch, scores)
             keys = keys.append_column(f"{self.model_name}_{task}", pa.array(probability_N.numpy()))
         self._waiting.append(keys)
 

@@ -5,6 +5,7 @@ Their settings are in :mod:`onetrans.optim_config`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import Any, NamedTuple, Protocol, overload
@@ -134,13 +135,16 @@ class Optimizers:
     def step(self) -> GradientNorms:
         """Clip both sets of gradients by their own global norm, update, and return the norms before the clip.
 
-        A gradient that is not finite makes its norm so too: the caller decides what to do about it.
+        A gradient that is not finite makes its norm so too; then nothing is clipped or updated, so that the caller
+        finds weights and gradients as they were.
         """
+        dense, tables = _gradient_values(self._dense), _gradient_values(self._tables)
         elsewhere = self.sharded.norm_bound() if self.sharded else 0.0
-        norms = GradientNorms(
-            dense=_clip(self._dense, self.config.dense_clip),
-            embedding=_clip(self._tables, self.config.embedding_clip, elsewhere),
-        )
+        norms = GradientNorms(dense=_norm(dense), embedding=_norm(tables, elsewhere))
+        if not math.isfinite(sum(norms)):
+            return norms
+        _clip(dense, norms.dense, self.config.dense_clip)
+        _clip(tables, norms.embedding, self.config.embedding_clip)
         self.steps += 1
         warm = min(1.0, self.steps / self.config.warmup_steps) if self.config.warmup_steps else 1.0
         for group in self.dense.param_groups:
@@ -185,12 +189,8 @@ def build_optimizers(model: RankingModel, config: OptimizerConfig) -> Optimizers
     return Optimizers(model, config)
 
 
-@torch.no_grad()
-def _clip(parameters: list[nn.Parameter], limit: float, elsewhere: float = 0.0) -> float:
-    """Scale all gradients together so that their global norm is at most ``limit``; return the norm before.
-
-    ``elsewhere`` is the norm of gradients that are not here, and belong to them.
-    """
+def _gradient_values(parameters: list[nn.Parameter]) -> list[Tensor]:
+    """Return the gradients that there are, of a sparse one its values, a row once."""
     values: list[Tensor] = []
     for parameter in parameters:
         if parameter.grad is None:
@@ -201,13 +201,22 @@ def _clip(parameters: list[nn.Parameter], limit: float, elsewhere: float = 0.0) 
             values.append(parameter.grad.values())
         else:
             values.append(parameter.grad)
+    return values
+
+
+@torch.no_grad()
+def _norm(values: list[Tensor], elsewhere: float = 0.0) -> float:
+    """Return the global norm of some gradients; ``elsewhere`` is that of others, which belong to them."""
     if not values:
         return elsewhere
     norms = list(torch._foreach_norm(values))
     if elsewhere:
         norms.append(norms[0].new_tensor(elsewhere))
-    norm = torch.linalg.vector_norm(torch.stack(norms))
-    found = float(norm)
-    if not found + _CLIP_EPS <= limit:  # so also where it is not a number
+    return float(torch.linalg.vector_norm(torch.stack(norms)))
+
+
+@torch.no_grad()
+def _clip(values: list[Tensor], norm: float, limit: float) -> None:
+    """Scale gradients together so that their global norm is at most ``limit``, given what it is."""
+    if norm + _CLIP_EPS > limit:
         torch._foreach_mul_(values, limit / (norm + _CLIP_EPS))
-    return found

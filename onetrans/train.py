@@ -36,7 +36,7 @@ from typing import IO, Any, NamedTuple, Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from onetrans import sharding, storage
 from onetrans.artifact import load_model, save_model
@@ -44,6 +44,7 @@ from onetrans.batch import RequestBatch
 from onetrans.checkpoint import Checkpoint
 from onetrans.distributed import Ranks, is_rank, launch, open_ranks
 from onetrans.errors import EXIT_BAD_CONFIG, BadConfigError, PipelineError
+from onetrans.guards import UnmovedWeights, blame, largest_embedding
 from onetrans.loader import Cursor, Loaded, LoaderConfig, RequestData, Share, prefetch
 from onetrans.metrics import Metrics
 from onetrans.models import RankingModel, Scores, build_model
@@ -331,7 +332,7 @@ class Training:
         """
         stop = stop or threading.Event()
         self.model.train()
-        unmoved = _copies(self.model)
+        self.unmoved = UnmovedWeights(self.model)
         began, before = time.monotonic(), self.seconds
         saved, steps_before = began, self.step
         report_every = max(1, round(self.total_samples / self.plan.recipe.batch_size / CURVE_POINTS))
@@ -353,8 +354,6 @@ class Training:
                 progress.advance(int(counts[0]), loss=row.loss)
                 if self.step % report_every == 0:
                     tracker.log_metrics(_mean(self.losses[-report_every:], progress.rate), self.step)
-                if unmoved:
-                    _forget_moved(unmoved, self.model)
                 self.seconds = before + time.monotonic() - began
                 if self.cursor.epoch > loaded.cursor.epoch:
                     self._after_pass(tracker)
@@ -368,7 +367,7 @@ class Training:
                     self.save()
                     saved = time.monotonic()
         if self.step > steps_before:
-            self._check_moved(unmoved)
+            self._check_moved()
         self.save()
 
     def _before_step(self, loaded: Loaded) -> None:
@@ -392,14 +391,15 @@ class Training:
         losses = compute_losses(scores, batch, self.plan.recipe, counts)
         total, click, conversion = self.ranks.total(*(float(loss.detach()) for loss in losses))
         if not _finite(total):
-            raise self._diverged(f"the loss is {total}", cursor)
+            raise self._diverged(f"the loss is {total}", cursor, batch, scores)
         losses.total.backward()
         self.ranks.add_up_gradients(list(self.model.parameters()))
+        self.unmoved.before_step()
         norms: GradientNorms = self.optimizers.step()
         if not _finite(sum(norms)):
-            raise self._diverged(
-                f"the gradients have norms {norms.dense} (dense) and {norms.embedding} (tables)", cursor
-            )
+            told = f"the gradients have norms {norms.dense} (dense) and {norms.embedding} (tables)"
+            raise self._diverged(told, cursor, batch)
+        self.unmoved.after_step()
         self.step += 1
         self.samples += int(counts[0])
         return Step(self.step, self.samples, total, click, conversion, norms.dense, norms.embedding)
@@ -433,23 +433,26 @@ class Training:
     def _best_folder(self) -> str:
         return storage.join(self.folder, BEST_FOLDER)
 
-    def _diverged(self, what: str, cursor: Cursor) -> DivergedError:
+    def _diverged(self, what: str, cursor: Cursor, batch: RequestBatch, scores: Scores | None = None) -> DivergedError:
+        """Return the error of a step that left the numbers, with what is to blame; every process must ask."""
         recent = ", ".join(f"{row.loss:.4g}" for row in self.losses[-5:]) or "none"
+        found = [told for told in self.ranks.tell(blame(self.model, batch, scores)) if told]
+        cause = found[0] if found else f"weights and input are finite; {largest_embedding(self.model, batch)}"
         return DivergedError(
-            f"{self.model_name}, step {self.step + 1}: {what}; the batch is {cursor}; "
+            f"{self.model_name}, step {self.step + 1}: {what}; {cause}; the batch is {cursor}; "
             f"losses of the steps before: {recent}. The checkpoint on disk is the last sound one"
         )
 
-    def _check_moved(self, unmoved: dict[str, Tensor]) -> None:
-        total = len(list(self.model.parameters()))
-        if 2 * len(unmoved) > total:
+    def _check_moved(self) -> None:
+        names, total = self.unmoved.names, self.unmoved.total
+        if 2 * len(names) > total:
             raise DivergedError(
-                f"{self.model_name}: {len(unmoved)} of {total} weight tensors never changed, for example "
-                f"{min(unmoved)}; a learning rate is too small, or no gradient reaches them"
+                f"{self.model_name}: {len(names)} of {total} weight tensors never changed, for example "
+                f"{names[0]}; a learning rate is too small, or no gradient reaches them"
             )
-        if unmoved:
+        if names:
             # Possible without a defect: a behaviour sequence that has no event in the data trains nothing.
-            logger.warning("%s: weights that never changed: %s", self.model_name, ", ".join(sorted(unmoved)))
+            logger.warning("%s: weights that never changed: %s", self.model_name, ", ".join(names))
 
     # Files
 
@@ -670,16 +673,6 @@ def _parameters(plan: Plan, model_name: str) -> dict[str, Any]:
         "schema_fingerprint": plan.schema.fingerprint,
         "warm_start_ds": str(plan.warm_start_ds or "none"),
     }
-
-
-def _copies(model: nn.Module) -> dict[str, Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-
-
-def _forget_moved(unmoved: dict[str, Tensor], model: nn.Module) -> None:
-    now = dict(model.named_parameters())
-    for name in [name for name, start in unmoved.items() if not torch.equal(start, now[name])]:
-        del unmoved[name]
 
 
 @contextmanager

@@ -84,7 +84,7 @@ class Embeddings(nn.Module):
         if not features:
             return rows_MF.new_zeros((rows_MF.shape[0], 0), dtype=torch.get_default_dtype())
         rows_FM = rows_MF.t().contiguous()
-        slots = [self._of_table(f.embedding, rows_M) for rows_M, f in zip(rows_FM, features, strict=True)]
+        slots = [self.rows(f.embedding, rows_M) for rows_M, f in zip(rows_FM, features, strict=True)]
         dims = [f.dim for f in features if f.kind == "vector"]
         given = 0 if vectors_MX is None else vectors_MX.shape[1]
         if given != sum(dims):
@@ -97,7 +97,8 @@ class Embeddings(nn.Module):
             ]
         return torch.cat(slots, dim=1)
 
-    def _of_table(self, name: str, rows_M: Tensor) -> Tensor:
+    def rows(self, name: str, rows_M: Tensor) -> Tensor:
+        """Return some rows of a table by the schema's name for it, wherever the table is: (M, D)."""
         if name not in self.fetched:
             return self._look_up(rows_M, self.table(name))
         row_Y, values_YD = self.fetched[name]

@@ -5,6 +5,7 @@ The processes are real ones, started by ``torchrun`` or through the settings, an
 
 from __future__ import annotations
 
+import re
 import shutil
 import signal
 import time
@@ -17,7 +18,7 @@ import pytest
 
 from onetrans import plain_files, storage
 from onetrans.artifact import load_model
-from onetrans.errors import EXIT_BAD_DATA, EXIT_FAILED, EXIT_OK
+from onetrans.errors import EXIT_BAD_CONFIG, EXIT_BAD_DATA, EXIT_FAILED, EXIT_OK
 from onetrans.evaluate import compute_metrics, evaluate, score_files
 from onetrans.lake import Lake
 from onetrans.models.embeddings import SPARSE_FROM_NUMBERS
@@ -186,3 +187,13 @@ def test_what_one_process_finds_wrong_is_told_in_its_own_words_and_by_its_exit_c
     code, _, err = ended(started(["onetrans.train", "--model", "dcnv2_din", "--data-dir", str(log)], settings))
     assert code == EXIT_BAD_DATA, err
     assert "RankFailedError: process 0 of 2: BadDataError: 12 requests stand both in train and in val" in err
+
+
+@pytest.mark.nightly
+def test_the_feature_that_one_process_met_is_named_by_all(tmp_path):
+    log = plain_log(tmp_path)
+    settings = settings_in(tmp_path, processes=2, embedding_lr=3e38)
+    arguments = ["--model", "dcnv2_din", "--batch-size", "8", "--data-dir", str(log)]
+    code, _, err = ended(started(["onetrans.train", *arguments], settings))
+    assert code == EXIT_BAD_CONFIG, err
+    assert re.search(r"process [01] of 2: DivergedError: dcnv2_din, step \d+: .* feature \w+.*; the batch is pass", err)

@@ -29,7 +29,7 @@ from onetrans.lake import Lake
 from onetrans.loader import LoaderConfig, RequestData
 from onetrans.plan import Plan, make_plan, preset_models
 from onetrans.settings import SourceSettings, as_environment
-from onetrans.train import DivergedError, InterruptedTrainingError, Training, train
+from onetrans.train import DivergedError, InterruptedTrainingError, SilentTracker, Training, train
 from tests.worlds import FIRST_DAY, World, publish_day, publish_days, settings_in, small_schema, write_schema
 
 SCHEMA = small_schema()
@@ -242,16 +242,31 @@ def test_another_configuration_goes_back_to_the_look_back_window(lake, first_day
     assert "dcnv2_din config: cross_layers = 2, now 3" in plan.decision
 
 
-def test_a_learning_rate_that_explodes_stops_with_step_and_place(lake, tmp_path):
+def test_a_learning_rate_that_explodes_stops_with_step_cause_and_place(lake, tmp_path):
     settings, days = lake
     settings = replace(settings, training=replace(settings.training, runs=str(tmp_path / "runs")))
     models = preset_models("tiny")
     exploding = replace(models["onetrans"].optimizer, dense_lr=1e36, warmup_steps=0)
     models["onetrans"] = replace(models["onetrans"], optimizer=exploding)
     plan = make_plan(settings, days[1], SCHEMA, models=models, track=False)
-    with pytest.raises(DivergedError, match=r"onetrans, step \d+: .* window 0, which starts at .*part-0\.parquet"):
+    where = r"the batch is pass 0, batch \d of window 0, which starts at .*part-0\.parquet, row group 0, row 0; "
+    cause = r"weights and input are finite, \d+ CTR scores are not, .* is of feature \w+"
+    with pytest.raises(DivergedError, match=f"onetrans, step 2: the loss is nan; {cause}; {where}"):
         train(plan, "onetrans", settings)
     assert not storage.exists(storage.join(plan.model_path("onetrans"), "finished.json"))
+
+
+def test_a_row_that_is_not_finite_stops_with_its_feature_and_changes_nothing(lake, tmp_path):
+    settings, days = lake
+    settings = replace(settings, training=replace(settings.training, runs=str(tmp_path / "runs")))
+    training = Training(make_plan(settings, days[1], SCHEMA, track=False), "onetrans", settings)
+    with torch.no_grad():
+        training.model.embeddings.table("user").fill_(float("nan"))
+    before = {name: weight.clone() for name, weight in training.model.state_dict().items() if "table" not in name}
+    told = r"step 1: the loss is nan; row \d+ of table user, which feature user looks up \d+ times in the batch, is not"
+    with pytest.raises(DivergedError, match=told):
+        training.run(SilentTracker())
+    assert all(torch.equal(training.model.state_dict()[name], weight) for name, weight in before.items())
 
 
 def test_a_training_that_changes_nothing_is_refused(lake, tmp_path):

@@ -30,6 +30,7 @@ def test_one_process_alone_exchanges_nothing():
     weight.grad = torch.tensor([1.0, 2.0])
     alone.add_up_gradients([weight])
     assert weight.grad.tolist() == [1.0, 2.0]
+    assert alone.tell("word") == ["word"]
     alone.check_same({"weight": weight})
 
 

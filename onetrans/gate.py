@@ -342,7 +342,7 @@ def _enough_data(measured: _Measured, settings: GateSettings) -> list[Criterion]
 
 def _varies(scores: Scores, model: str, task: str) -> Criterion:
     distinct = int(np.unique(scores.score_N[model, task][scores.counted(task)]).shape[0])
-    text = f"{model} gives {distinct:,} different {task.upper()} scores"
+    text = f"{model} gives {distinct:,} different {task.upper()} score{'' if distinct == 1 else 's'}"
     return Criterion(f"{model}_{task}_varies", distinct >= 2, distinct, ">=", 2, text)
 
 

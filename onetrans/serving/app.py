@@ -48,6 +48,7 @@ from onetrans.serving.watch import ServedModel
 logger = logging.getLogger(__name__)
 
 DEADLINE_HEADER = "x-deadline-ms"
+DEADLINE_DIGITS = 9
 
 
 class CallError(Exception):
@@ -168,7 +169,7 @@ class RankingService:
         given = request.headers.get(DEADLINE_HEADER)
         if given is None:
             return self.settings.deadline_ms / 1000
-        if not (given.isascii() and given.isdigit() and 0 < len(given) < 10 and int(given) > 0):
+        if not (given.isascii() and given.isdigit() and 0 < len(given) <= DEADLINE_DIGITS and int(given) > 0):
             raise CallError(
                 400, "header", f"{DEADLINE_HEADER} is {given[:50]!r}, needed are whole milliseconds, at least 1"
             )
@@ -286,13 +287,21 @@ class RankingService:
                 "in": "header",
                 "required": False,
                 "description": f"milliseconds within which the answer is of use; at most {self.settings.deadline_ms}",
-                "schema": {"type": "integer", "minimum": 1},
+                "schema": {"type": "integer", "minimum": 1, "maximum": 10**DEADLINE_DIGITS - 1},
             }
         ]
         operation["responses"] = {
             "200": {"description": "scores", "content": {"application/json": {"schema": answer_schema()}}},
             **{str(status): {"description": text, "content": error} for status, text in says.items()},
         }
+        page = schema["paths"]["/metrics"]["get"]
+        page["responses"] = {
+            "200": {"description": "figures", "content": {CONTENT_TYPE: {"schema": {"type": "string"}}}},
+            "401": operation["responses"]["401"],
+        }
+        if self.token:
+            schema["components"] = {"securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}}
+            operation["security"] = page["security"] = [{"token": []}]
         return schema
 
 

@@ -9,12 +9,26 @@ fail() { printf 'setup: %s\n' "$*" >&2; exit 1; }
 stamp=.venv/.ready
 wanted=$(cat pyproject.toml constraints.txt | cksum)
 
-java_bin=${JAVA_HOME:+$JAVA_HOME/bin/}java
-command -v "$java_bin" >/dev/null 2>&1 ||
-  fail "Java 17 or newer is missing (Spark needs it). Debian/Ubuntu: sudo apt-get install openjdk-17-jre-headless; macOS: brew install openjdk@17"
-java_major=$("$java_bin" -version 2>&1 | sed -n 's/.*version "\([0-9]*\).*/\1/p' | head -1)
-[ "${java_major:-0}" -ge 17 ] ||
-  fail "Java ${java_major:-of unknown version} is too old, Spark 4.1 needs 17 or newer. Debian/Ubuntu: sudo apt-get install openjdk-17-jre-headless, then set JAVA_HOME"
+java_hint='Debian/Ubuntu: sudo apt-get install openjdk-17-jre-headless (openjdk-21-jre-headless where there is no 17); macOS: brew install openjdk@17; then set JAVA_HOME if another Java stands before it on PATH'
+python_hint='Debian/Ubuntu: sudo apt-get install python3.11 python3.11-venv (python3.12 python3.12-venv where there is no 3.11); macOS: brew install python@3.11; where there is neither: uv python install 3.11, and PYTHON=$(uv python find 3.11). PYTHON=/path/to/python3.11 chooses one'
+
+java_version() { # of a program, empty if it is no working Java
+  "$1" -version 2>&1 | sed -n 's/.*version "\([^"]*\)".*/\1/p' | head -1 || true
+}
+java=java found="java is not on PATH"
+if [ -n "${JAVA_HOME:-}" ]; then
+  java=$JAVA_HOME/bin/java
+  if ! command -v "$java" >/dev/null 2>&1; then
+    on_path=$(java_version java)
+    fail "JAVA_HOME=$JAVA_HOME has no bin/java; unset JAVA_HOME or set it to the folder of a Java; java on PATH is ${on_path:-not there}. $java_hint"
+  fi
+fi
+if command -v "$java" >/dev/null 2>&1; then
+  version=$(java_version "$java")
+  found="$java is ${version:-no working Java}"
+fi
+major=${version:-0} major=${major%%[!0-9]*}
+[ "${major:-0}" -ge 17 ] || fail "Java 17 or newer is needed (Spark 4.1 runs on it); found: $found. $java_hint"
 
 [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ] && exit 0
 
@@ -22,10 +36,21 @@ fits() { # whether a program is a Python of a supported version
   command -v "$1" >/dev/null 2>&1 &&
     "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null
 }
+python_version() { # what a program says it is, for a message
+  if ! command -v "$1" >/dev/null 2>&1; then
+    printf 'not there'
+  else
+    local said
+    said=$("$1" --version 2>&1 | head -1) || true
+    printf '%s' "${said#Python }"
+  fi
+}
 python=${PYTHON:-}
 if [ -n "$python" ]; then
-  fits "$python" || fail "PYTHON=$python is not Python 3.11 or 3.12 ($("$python" --version 2>&1 | head -1))"
+  found="PYTHON=$python is $(python_version "$python")"
+  fits "$python" || python=
 else
+  found="python3 is $(python_version python3)"
   for candidate in python3.11 python3.12 python3; do
     if fits "$candidate"; then
       python=$candidate
@@ -33,10 +58,9 @@ else
     fi
   done
 fi
-[ -n "$python" ] ||
-  fail "Python 3.11 or 3.12 is missing. Debian/Ubuntu: sudo apt-get install python3.11 python3.11-venv; macOS: brew install python@3.11; or set PYTHON=/path/to/python3.11"
+[ -n "$python" ] || fail "Python 3.11 or 3.12 is needed; found: $found. $python_hint"
 "$python" -c 'import ensurepip, venv' 2>/dev/null ||
-  fail "$python cannot make a virtual environment. Debian/Ubuntu: sudo apt-get install python3.11-venv"
+  fail "$python cannot make a virtual environment. Debian/Ubuntu: sudo apt-get install $("$python" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')"
 
 log=.venv/setup.log
 install() { # pip, with a line now and then instead of its hundreds

@@ -30,25 +30,81 @@ def test_a_users_own_configuration_goes_before_the_demos(tmp_path: Path) -> None
     assert chosen_config(demo, {"ONETRANS_CONFIG": str(named)}, tmp_path) == demo
 
 
-@pytest.mark.parametrize("version", ["3.10.2", "3.13.0"])
-def test_a_python_of_another_version_is_refused_by_name(tmp_path: Path, version: str) -> None:
-    """`PYTHON=` chooses the interpreter of the environment; the wrong one failed minutes later, in a package."""
+PYTHON_HINT = "sudo apt-get install python3.11 python3.11-venv (python3.12 python3.12-venv where there is no 3.11)"
+JAVA_HINT = "sudo apt-get install openjdk-17-jre-headless (openjdk-21-jre-headless where there is no 17)"
+TOOLS = ("cat", "cksum", "dirname", "head", "sed")
+
+
+@pytest.mark.parametrize(
+    ("installed", "variables", "said", "hint"),
+    [
+        ({"java": "17.0.9"}, {}, "Python 3.11 or 3.12 is needed; found: python3 is not there.", PYTHON_HINT),
+        (
+            {"java": "17.0.9", "python3": "3.9.2"}, {},
+            "Python 3.11 or 3.12 is needed; found: python3 is 3.9.2.", PYTHON_HINT,
+        ),
+        (
+            {"java": "21", "python3": "3.13.1"}, {},
+            "Python 3.11 or 3.12 is needed; found: python3 is 3.13.1.", PYTHON_HINT,
+        ),
+        (
+            {"java": "17.0.9", "python3.9": "3.9.2"}, {"PYTHON": "python3.9"},
+            "Python 3.11 or 3.12 is needed; found: PYTHON=python3.9 is 3.9.2.", PYTHON_HINT,
+        ),
+        (
+            {"java": "17.0.9"}, {"PYTHON": "/none/python"},
+            "Python 3.11 or 3.12 is needed; found: PYTHON=/none/python is not there.", PYTHON_HINT,
+        ),
+        ({}, {}, "Java 17 or newer is needed (Spark 4.1 runs on it); found: java is not on PATH.", JAVA_HINT),
+        (
+            {"java": "1.8.0_392"}, {},
+            "Java 17 or newer is needed (Spark 4.1 runs on it); found: java is 1.8.0_392.", JAVA_HINT,
+        ),
+        (
+            {"java": ""}, {},  # macOS has a /usr/bin/java that only says where to get one
+            "Java 17 or newer is needed (Spark 4.1 runs on it); found: java is no working Java.", JAVA_HINT,
+        ),
+        (
+            {"java": "17.0.9"}, {"JAVA_HOME": "/none"},
+            "JAVA_HOME=/none has no bin/java; unset JAVA_HOME or set it to the folder of a Java; "
+            "java on PATH is 17.0.9.", JAVA_HINT,
+        ),
+        (
+            {}, {"JAVA_HOME": "/none"},
+            "JAVA_HOME=/none has no bin/java; unset JAVA_HOME or set it to the folder of a Java; "
+            "java on PATH is not there.", JAVA_HINT,
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_missing_or_too_old_is_named_with_the_command_that_installs_it(
+    tmp_path: Path, installed: dict[str, str], variables: dict[str, str], said: str, hint: str
+) -> None:
+    """The wrong one failed minutes later, in a package."""
     (tmp_path / "infra").mkdir()
     shutil.copy(REPOSITORY / "infra" / "setup.sh", tmp_path / "infra")
     for name in ("pyproject.toml", "constraints.txt"):
         shutil.copy(REPOSITORY / name, tmp_path)
-    other = tmp_path / "other-python"
-    other.write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo "Python {version}" && exit 0\nexit 1\n')
-    other.chmod(0o755)
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in TOOLS:
+        (programs / name).symlink_to(shutil.which(name) or name)
+    for name, version in installed.items():
+        if name == "java":
+            told = f"echo 'openjdk version \"{version}\" 2023-10-17' >&2" if version else "exit 1"
+        else:
+            told = f'[ "$1" = --version ] && echo "Python {version}" && exit 0\nexit 1'
+        (programs / name).write_text(f"#!/bin/sh\n{told}\n")
+        (programs / name).chmod(0o755)
     done = subprocess.run(
-        ["bash", str(tmp_path / "infra" / "setup.sh")],
-        env={**os.environ, "PYTHON": str(other)},
+        [shutil.which("bash") or "bash", str(tmp_path / "infra" / "setup.sh")],
+        env={"PATH": str(programs), **variables},
         capture_output=True,
         text=True,
         timeout=60,
     )
     assert done.returncode == 1
-    assert done.stderr.strip() == f"setup: PYTHON={other} is not Python 3.11 or 3.12 (Python {version})"
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"setup: {said} Debian/Ubuntu: {hint}; macOS: brew install "), line
     assert not (tmp_path / ".venv").exists()
 
 

@@ -3,6 +3,7 @@
 
 PY := .venv/bin/python
 DATA ?=
+BENCHMARKS := $(patsubst benchmarks/%.py,%,$(shell grep -l "^def main" benchmarks/*.py))
 
 .DEFAULT_GOAL := help
 .PHONY: help env demo ui test test-fast torchrec lint format bench clean
@@ -41,9 +42,14 @@ format: env ## rewrite files in the project's style
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
+define quick_benchmark
+@echo "== benchmarks.$(1) --quick"
+@$(PY) -m benchmarks.$(1) --quick
+
+endef
+
 bench: env ## run the quick benchmarks
-	@set -e; for name in $$(ls benchmarks/*.py | xargs -n1 basename | sed 's/\.py//' | grep -vE '^(__init__|common|fitting)$$'); do \
-		echo "== benchmarks.$$name --quick"; $(PY) -m benchmarks.$$name --quick; done
+	$(foreach name,$(BENCHMARKS),$(call quick_benchmark,$(name)))
 
 clean: ## remove everything a run wrote (var/) and the environment
 	rm -rf var .venv build dist *.egg-info spark-warehouse

@@ -1,7 +1,11 @@
 """The convention of benchmarks: expectations, the table and the JSON."""
 
 import argparse
+import ast
 import json
+import re
+import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -71,3 +75,26 @@ def test_a_line_per_case_has_a_column_per_figure(capsys) -> None:
     report.add("slow", "times as fast", 1.0, expected=">= 8")
     assert report.finish() == 1
     assert "1 (>= 8 MISSED)" in capsys.readouterr().out
+
+
+def test_make_bench_runs_every_module_that_measures_by_the_convention() -> None:
+    """A module without a ``main`` would run, print nothing and pass."""
+    root = Path(__file__).parents[2]
+    planned = subprocess.run(["make", "-n", "bench"], cwd=root, capture_output=True, text=True, check=True, timeout=60)
+    names = re.findall(r"-m benchmarks\.(\w+) --quick$", planned.stdout, re.MULTILINE)
+    assert {"day", "gate", "model", "serving"} <= set(names)
+    for name in names:
+        tree = ast.parse((root / "benchmarks" / f"{name}.py").read_text(encoding="utf-8"))
+        functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+        shared = {
+            alias.name
+            for node in tree.body
+            if isinstance(node, ast.ImportFrom) and node.module == "benchmarks.common"
+            for alias in node.names
+        }
+        called = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and hasattr(node.func, "id")}
+        assert "main" in functions & called, f"benchmarks.{name} does nothing when it is run"
+        # parser() declares --quick and --json, Report.finish() answers them.
+        assert {"parser", "Report"} <= shared & called, f"benchmarks.{name} does not follow benchmarks/common.py"
+    measuring = {path.stem for path in (root / "benchmarks").glob("*.py") if "finish()" in path.read_text("utf-8")}
+    assert measuring - {"common"} == set(names)

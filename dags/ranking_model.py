@@ -28,7 +28,7 @@ Choose under *Reprocess Behavior* what happens to days that were run before: *Mi
 runs none of them again; *Missing and Errored Runs* runs the failed ones, *All Runs* every day. Where the tables are
 run again too, start their backfill first: a day waits for its tables while they are under way. Each day's training
 goes on from the one before, so days run in order, whatever *Max Active Runs* says; after a day that failed, training
-goes on from an earlier one.
+goes on from an earlier one. Begin one day after the first day of the tables: a model needs a day before to train on.
 
 **Which run is which day:** a run is named after the moment it can start. That of 4 May is called `...__2022-05-05` and
 stands at 5 May in the grid; one triggered by hand is named after the moment of the click. The log of its first task

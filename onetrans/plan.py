@@ -27,7 +27,7 @@ import logging
 import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any, get_args
 
@@ -345,6 +345,12 @@ def _decide(
             text = f"goes on from the training of {found.ds} and reads {describe_days(days)}"
             return _Start(days, text, found.ds, found.folder)
     earlier = [day for day in published if day < ds]
+    if ds in published and not earlier:
+        # Tables are built in order, so no day before the first is still to come: waiting would not help.
+        raise BadConfigError(
+            f"{ds} is the first published day of table {TABLE}; there is nothing to train on: begin with "
+            f"{ds + timedelta(days=1)}"
+        )
     days = [day for day in window if day not in absent and (not earlier or day >= earlier[0])]
     if not days:
         raise BadConfigError(

@@ -239,7 +239,7 @@ def test_from_scratch_leaves_earlier_trainings_aside(settings, days):
         ([0, 1, 2, 3], 4, "2024-03-01"),  # the day to evaluate on
         ([0, 1, 2, 4], 4, "2024-02-29"),  # the day before it
         ([0, 1, 3, 4], 4, "2024-02-28"),  # a hole in the window
-        ([4], 4, "2024-02-29"),  # nothing earlier at all
+        ([5], 4, "2024-02-29..2024-03-01"),  # nothing earlier, and not the day itself
     ],
 )
 def test_a_day_that_is_not_published_is_named(own, published, wanted, missing):
@@ -247,6 +247,16 @@ def test_a_day_that_is_not_published_is_named(own, published, wanted, missing):
         publish_day(Lake(own.lake), FIRST_DAY + timedelta(days=offset), SCHEMA, WORLD)
     with pytest.raises(NotReadyError, match=f"has no published {missing}, needed to train for 2024-03-01"):
         plan_for(own, FIRST_DAY + timedelta(days=wanted))
+
+
+def test_the_first_day_of_a_log_is_refused_at_once_with_the_day_to_begin_with(own):
+    """Waiting brings no earlier day, and source.absent_days no rows to train on."""
+    publish_day(Lake(own.lake), FIRST_DAY, SCHEMA, WORLD)
+    told = f"{FIRST_DAY} is the first published day .*; there is nothing to train on: begin with 2024-02-27$"
+    with pytest.raises(BadConfigError, match=told):
+        plan_for(own, FIRST_DAY)
+    with pytest.raises(BadConfigError, match=told):
+        plan_for(own, FIRST_DAY, from_scratch=True)
 
 
 def test_an_empty_lake_is_not_ready(own):

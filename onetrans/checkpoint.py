@@ -1,31 +1,36 @@
 """Checkpoints: everything that decides the rest of a training, in two files, whole or not at all.
 
-``step-<n>.safetensors`` holds every tensor (weights, optimizer state, generator
-state), ``checkpoint.json`` the rest and the name of the tensor file.  The JSON
-file is replaced last and at once, so a reader finds the earlier checkpoint or
-the new one; tensor files it does not name are leftovers and are removed.
-No pickle is read or written.
+``step-<n>-<random>.safetensors`` holds every tensor (weights, optimizer state,
+generator state), ``checkpoint.json`` the rest, the name of the tensor file, its
+size and its hash.  The JSON file is replaced last and at once, so a reader finds
+the earlier checkpoint or the new one; tensor files it does not name are leftovers
+and are removed.  Tensors are written from where they lie (:mod:`onetrans.tensors`):
+a checkpoint takes no memory of its own.  No pickle is read or written.
 """
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from onetrans import storage
-from onetrans.errors import BadConfigError
+from onetrans.errors import BadConfigError, BadDataError
 from onetrans.loader import Cursor
 from onetrans.optim import Optimizers
+from onetrans.tensors import check_tensors, read_tensors, write_tensors
 
 _INDEX = "checkpoint.json"
 _FORMAT = 1
 _MODEL, _OPTIMIZERS, _GENERATORS = "model", "optimizers", "generators"
+
+
+class DamagedCheckpointError(BadConfigError):
+    """A checkpoint cannot be read as it was written."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class Checkpoint:
     def capture(
         cls, model: nn.Module, optimizers: Optimizers, step: int, cursor: Cursor, progress: Mapping[str, Any]
     ) -> Checkpoint:
-        """Take the state of a training; tensors are copied to the CPU."""
+        """Take the state of a training, its own tensors and no copies of them: save it before the next step."""
         generators: dict[str, Tensor] = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
             generators.update({f"cuda:{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())})
@@ -86,22 +91,23 @@ class Checkpoint:
 
     def save(self, folder: str) -> None:
         """Write the checkpoint into ``folder``, replacing the one that is there."""
-        name = f"step-{self.step}.safetensors"
-        data = save(dict(self.tensors))
-        storage.write_bytes(storage.join(folder, name), data)
+        # A name of its own also where the step is the same: nothing that the index names is ever written to.
+        name = f"step-{self.step}-{uuid.uuid4().hex[:8]}.safetensors"
+        written = write_tensors(storage.join(folder, name), self.tensors)
         storage.write_json(
             storage.join(folder, _INDEX),
             {
                 "format": _FORMAT,
                 "step": self.step,
                 "tensors": name,
-                "tensor_bytes": len(data),
+                "written": written,
                 "cursor": self.cursor.to_dict(),
                 "progress": self.progress,
                 "trees": self.trees,
             },
         )
-        for file in storage.list_files(folder, ".safetensors"):
+        # Earlier ones, and what a process that was killed while it wrote has left.
+        for file in (*storage.list_files(folder, ".safetensors"), *storage.list_files(folder, ".tmp")):
             if not file.endswith(f"/{name}"):
                 storage.delete_file(file)
 
@@ -110,21 +116,50 @@ class Checkpoint:
         """Read the checkpoint in ``folder``; None if there is none.
 
         Raises:
-            BadConfigError: if it is damaged or of another format; the text says what to delete.
+            DamagedCheckpointError: if it is damaged or of another format.
         """
-        index = storage.join(folder, _INDEX)
-        if not storage.exists(index):
+        data = _read_index(folder)
+        if data is None:
             return None
-        data = storage.read_json(index)
-        if data.get("format") != _FORMAT:
-            raise BadConfigError(f"{index} has format {data.get('format')}, expected {_FORMAT}; delete {folder}")
         path = storage.join(folder, data["tensors"])
         try:
-            content = storage.read_bytes(path)
-            tensors = load(content)
-        except (FileNotFoundError, SafetensorError) as error:
-            raise BadConfigError(f"checkpoint {path} is missing or damaged ({error}); delete {folder}") from error
+            tensors = read_tensors(path, data.get("written"))
+        except (FileNotFoundError, BadDataError) as error:
+            raise DamagedCheckpointError(f"checkpoint {path} is missing or damaged ({error})") from error
         return cls(data["step"], Cursor.from_dict(data["cursor"]), data["progress"], tensors, data["trees"])
+
+    @staticmethod
+    def check(folder: str) -> None:
+        """Refuse a checkpoint that :meth:`load` would refuse, without holding it in memory.
+
+        Raises:
+            DamagedCheckpointError: if it is damaged, of another format, or not there.
+        """
+        data = _read_index(folder)
+        if data is None:
+            raise DamagedCheckpointError(f"there is no checkpoint in {folder}")
+        path = storage.join(folder, data["tensors"])
+        try:
+            if "written" in data:
+                check_tensors(path, data["written"])
+            else:
+                read_tensors(path)
+        except (FileNotFoundError, BadDataError) as error:
+            raise DamagedCheckpointError(f"checkpoint {path} is missing or damaged ({error})") from error
+
+
+def _read_index(folder: str) -> dict[str, Any] | None:
+    index = storage.join(folder, _INDEX)
+    if not storage.exists(index):
+        return None
+    try:
+        data = storage.read_json(index)
+    except (BadConfigError, UnicodeDecodeError) as error:
+        raise DamagedCheckpointError(f"{index} is damaged ({error})") from error
+    found = data.get("format") if isinstance(data, dict) else None
+    if found != _FORMAT:
+        raise DamagedCheckpointError(f"{index} has format {found}, expected {_FORMAT}")
+    return data
 
 
 # Nested state as JSON: a tensor becomes {"tensor": path}, a mapping {"map": [[key, value], ...]} so that the
@@ -133,8 +168,7 @@ class Checkpoint:
 
 def _take_out(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
-        # A copy: safetensors refuses views, and training must not change what was captured.
-        tensors[path] = value.detach().to("cpu", copy=True).contiguous()
+        tensors[path] = value.detach()
         return {"tensor": path}
     if isinstance(value, Mapping):
         return {"map": [[key, _take_out(item, f"{path}.{key}", tensors)] for key, item in value.items()]}

@@ -6,7 +6,8 @@ Both models of a day read the same rows and start from the same earlier day:
   both models finished with the same configuration, feature schema and model code
   (:data:`~onetrans.models.config.ARCHITECTURES`) as now.
   They go on from its checkpoints and read the days from that day to D-1 (its own
-  training ended the day before it);
+  training ended the day before it).  A checkpoint that cannot be read as it was
+  written is left aside, with its day, and named in the decision;
 * *look-back*: without such a day both start from fresh weights and read the
   ``lookback_days`` before D, or as many as were ever published.
 
@@ -32,6 +33,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from onetrans import storage
+from onetrans.checkpoint import Checkpoint, DamagedCheckpointError
 from onetrans.days import day_range, days_before, describe_days, parse_day
 from onetrans.errors import BadConfigError, NotReadyError
 from onetrans.forced import add_force_argument, forced_reason
@@ -342,7 +344,7 @@ def _decide(
         if found is not None:
             days = [day for day in day_range(found.ds, window[-1]) if day not in absent]
             _require_published(published, [*days, ds])
-            text = f"goes on from the training of {found.ds} and reads {describe_days(days)}"
+            text = f"goes on from the training of {found.ds}{reason} and reads {describe_days(days)}"
             return _Start(days, text, found.ds, found.folder)
     earlier = [day for day in published if day < ds]
     if ds in published and not earlier:
@@ -382,8 +384,9 @@ class _Finished:
 def _newest_finished(
     settings: Settings, window: list[date], schema: FeatureSchema, models: Mapping[str, ModelPlan]
 ) -> tuple[_Finished | None, str]:
-    """Return the newest training in ``window`` that all of ``models`` can go on from, else None and why."""
-    why_not = f"fresh weights, as no training of the last {len(window)} days is finished"
+    """Return the newest training in ``window`` that all of ``models`` can go on from, or None, and why it is that."""
+    left_aside: list[str] = []
+    damaged = ""
     for day in reversed(window):
         folder = storage.join(storage.resolve(settings.training.runs), f"ds={day}")
         records: dict[str, dict[str, dict[str, Any]]] = {}
@@ -401,11 +404,28 @@ def _newest_finished(
             if not all(storage.exists(storage.join(path, name, CHECKPOINT_FOLDER, CHECKPOINT_FILE)) for name in models):
                 continue  # Retention has removed it: there is nothing to go on from.
             difference = _difference(records[path], schema, models)
-            if difference is None:
-                return _Finished(day, path), ""
-            if why_not.endswith("is finished"):
-                why_not = f"fresh weights for every model, as the training of {day} had {difference}"
-    return None, why_not
+            if difference is not None:
+                left_aside.append(f"the training of {day} had {difference}")
+                continue
+            unreadable = _damage(path, models)
+            if unreadable is None:
+                return _Finished(day, path), damaged
+            logger.warning("plan: the training of %s is left aside: %s", day, unreadable)
+            left_aside.append(f"the training of {day} has a damaged checkpoint")
+            damaged = f", as that of {day} has a damaged checkpoint,"
+    if left_aside:
+        return None, f"fresh weights for every model, as {left_aside[0]}"
+    return None, f"fresh weights, as no training of the last {len(window)} days is finished"
+
+
+def _damage(path: str, models: Mapping[str, ModelPlan]) -> str | None:
+    """Say what is wrong with the checkpoints of a finished training; None if they are as they were written."""
+    for name in models:
+        try:
+            Checkpoint.check(storage.join(path, name, CHECKPOINT_FOLDER))
+        except DamagedCheckpointError as error:
+            return str(error)
+    return None
 
 
 def _difference(

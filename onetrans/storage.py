@@ -10,8 +10,10 @@ from __future__ import annotations
 import json
 import os
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pyarrow import fs
 
@@ -105,22 +107,35 @@ def read_bytes(path: str) -> bytes:
         return stream.readall()
 
 
-def write_bytes(path: str, data: bytes) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part."""
+@contextmanager
+def writing(path: str) -> Iterator[IO[bytes]]:
+    """Open a file to write: a reader sees the old content until the block ends, then the new, never a part.
+
+    On an error nothing is replaced; in an object store, which shows an object when its stream is closed, the part
+    that was written replaces the old one, so a file that is written in pieces has a name of its own there.
+    """
     filesystem, inner = open_filesystem(path)
-    parent = inner.rsplit("/", 1)[0]
     if not isinstance(filesystem, fs.LocalFileSystem):
         # An object store makes the object visible when the stream is closed.
         with filesystem.open_output_stream(inner) as stream:
-            stream.write(data)
+            yield stream
         return
-    filesystem.create_dir(parent, recursive=True)
+    filesystem.create_dir(inner.rsplit("/", 1)[0], recursive=True)
     temporary = f"{inner}.{uuid.uuid4().hex}.tmp"
-    with open(temporary, "wb") as file:
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, inner)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def write_bytes(path: str, data: bytes) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part."""
+    with writing(path) as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, inner)
 
 
 def read_json(path: str) -> Any:

@@ -389,6 +389,10 @@ class ModelRun:
             del self._waiting[: len(batch)]
         self._sent_at = time.monotonic()
 
+    def log_tags(self, tags: Mapping[str, str]) -> None:
+        """Set tags of the run."""
+        _set_tags(self._client, self.run_id, {name: value[:500] for name, value in tags.items()})
+
     def log_artifact(self, path: str, folder: str | None = None) -> None:
         """Keep a file beside the run; ``path`` may lie on the local disk or in an object store."""
         with _on_disk(path) as local:

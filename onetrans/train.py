@@ -41,7 +41,7 @@ from torch import Tensor
 from onetrans import sharding, storage
 from onetrans.artifact import load_model, save_model
 from onetrans.batch import RequestBatch
-from onetrans.checkpoint import Checkpoint
+from onetrans.checkpoint import Checkpoint, DamagedCheckpointError
 from onetrans.distributed import Ranks, is_rank, launch, open_ranks
 from onetrans.errors import EXIT_BAD_CONFIG, BadConfigError, PipelineError
 from onetrans.guards import UnmovedWeights, blame, largest_embedding
@@ -104,6 +104,9 @@ class Tracker(Protocol):
     def log_metrics(self, metrics: dict[str, float], step: int) -> None:
         """Record figures of one step."""
 
+    def log_tags(self, tags: dict[str, str]) -> None:
+        """Record remarks."""
+
     def log_artifact(self, path: str) -> None:
         """Keep a file."""
 
@@ -118,6 +121,9 @@ class SilentTracker:
         """Keep nothing."""
 
     def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+        """Keep nothing."""
+
+    def log_tags(self, tags: dict[str, str]) -> None:
         """Keep nothing."""
 
     def log_artifact(self, path: str) -> None:
@@ -246,6 +252,7 @@ class Training:
         self.step, self.samples, self.seconds, self.peak_bytes = 0, 0, 0.0, 0
         self.cursor = Cursor()
         self.losses: list[Step] = []
+        self.restarted = ""
         if not self._resume():
             self._warm_start()
         self.tables: sharding.ShardedTables | None = None
@@ -290,7 +297,13 @@ class Training:
         return self.data.impressions * self.plan.recipe.epochs
 
     def _resume(self) -> bool:
-        checkpoint = Checkpoint.load(self.checkpoint_folder)
+        try:
+            checkpoint = Checkpoint.load(self.checkpoint_folder)
+        except DamagedCheckpointError as error:
+            # The next checkpoint replaces it; what is lost is time.
+            self.restarted = str(error)
+            logger.warning("%s: %s; the training begins again at its start", self.model_name, error)
+            return False
         if checkpoint is None:
             return False
         checkpoint.restore(self.model, self.optimizers, generators=True)
@@ -312,7 +325,10 @@ class Training:
         if self.model_plan.warm_start is None:
             return
         folder = storage.join(self.model_plan.warm_start, "checkpoint")
-        checkpoint = Checkpoint.load(folder)
+        try:
+            checkpoint = Checkpoint.load(folder)
+        except DamagedCheckpointError as error:
+            raise BadConfigError(f"{error}: plan again, and an earlier training is gone on from") from error
         if checkpoint is None:
             raise BadConfigError(
                 f"the plan goes on from {folder}, where there is no checkpoint; plan again with --from-scratch"
@@ -331,6 +347,8 @@ class Training:
             InterruptedTrainingError: if ``stop`` was set; the checkpoint is saved first.
         """
         stop = stop or threading.Event()
+        if self.restarted:
+            tracker.log_tags({"restarted": self.restarted})
         self.model.train()
         self.unmoved = UnmovedWeights(self.model)
         began, before = time.monotonic(), self.seconds
@@ -519,6 +537,7 @@ class Training:
             "embedding_parameters": sum(p.numel() for p in model.embedding_parameters().values()),
             "final_loss": _mean(tail, 0.0)["loss"],
             **({"passes": passes, "best_pass": _best(passes)} if passes else {}),
+            **({"restarted": self.restarted} if self.restarted else {}),
             "git_revision": self.plan.git_revision,
             "finished_at": datetime.now(UTC).isoformat(timespec="microseconds"),
         }

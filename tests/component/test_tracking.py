@@ -141,12 +141,14 @@ def test_a_training_that_fails_says_so_and_the_next_attempt_goes_on_in_the_same_
         day = _client(shop).get_run(plan.mlflow_run_id)
         assert (day.info.status, "error.onetrans" in day.data.tags) == ("RUNNING", False)
         again.log_params({"config": {"hidden_dim": 32}})
+        again.log_tags({"restarted": "the checkpoint is damaged"})
         for step in range(1200):
             again.log_metrics({"loss": 1.0 / (step + 1)}, step=step)
     done = _client(shop).get_run(run.run_id)
     assert done.info.status == "FINISHED"
     assert "error" not in done.data.tags
     assert done.data.params["config.hidden_dim"] == "32"
+    assert done.data.tags["restarted"] == "the checkpoint is damaged"
     curve = _client(shop).get_metric_history(run.run_id, "loss")
     assert [m.step for m in curve if m.value < 1.0] == list(range(1, 1200))
 

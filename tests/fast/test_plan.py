@@ -5,11 +5,14 @@ from dataclasses import replace
 from datetime import timedelta
 
 import pytest
+import torch
 
 from onetrans import storage
+from onetrans.checkpoint import Checkpoint
 from onetrans.cli import main as cli
 from onetrans.errors import EXIT_NOT_READY, BadConfigError, NotReadyError
 from onetrans.lake import Lake
+from onetrans.loader import Cursor
 from onetrans.models.config import ARCHITECTURES
 from onetrans.plan import (
     CHECKPOINT_FILE,
@@ -66,8 +69,12 @@ def finish(plan, names=("onetrans", "dcnv2_din"), at="2024-03-10T00:00:00"):
             "finished_at": at,
         }
         storage.write_json(storage.join(plan.model_path(name), FINISHED_FILE), record)
-        storage.write_json(storage.join(plan.model_path(name), CHECKPOINT_FOLDER, CHECKPOINT_FILE), {})
+        _leave_checkpoint(storage.join(plan.model_path(name), CHECKPOINT_FOLDER))
     return plan
+
+
+def _leave_checkpoint(folder):
+    Checkpoint(1, Cursor(), {}, {"model.weight": torch.zeros(3)}, {}).save(folder)
 
 
 def test_a_training_without_its_checkpoint_is_not_gone_on_from(own):
@@ -78,6 +85,29 @@ def test_a_training_without_its_checkpoint_is_not_gone_on_from(own):
     assert plan_for(own, days[4]).warm_start_ds == days[3]
     storage.delete_tree(storage.join(newest.model_path("onetrans"), CHECKPOINT_FOLDER))
     assert plan_for(own, days[4]).warm_start_ds == days[2]
+
+
+def test_a_damaged_checkpoint_is_left_aside_and_named(settings, days, caplog):
+    finish(plan_for(settings, days[2]))
+    newest = finish(plan_for(settings, days[3]))
+    (tensors,) = storage.list_files(newest.model_path("dcnv2_din"), ".safetensors")
+    content = storage.read_bytes(tensors)
+    storage.write_bytes(tensors, content[:-1] + bytes([content[-1] ^ 1]))
+    plan = plan_for(settings, days[4])
+    assert plan.warm_start_ds == days[2]
+    assert list(plan.train_days) == days[2:4]
+    assert plan.decision == (
+        f"goes on from the training of {days[2]}, as that of {days[3]} has a damaged checkpoint, "
+        "and reads 2024-02-28..2024-02-29"
+    )
+    assert "its content is not what was written" in caplog.text
+    storage.write_bytes(storage.join(newest.model_path("onetrans"), CHECKPOINT_FOLDER, CHECKPOINT_FILE), b"{")
+    assert plan_for(settings, days[4]) == plan
+    assert "checkpoint.json is damaged" in caplog.text
+    storage.delete_tree(plan_for(settings, days[2]).path)
+    last = plan_for(settings, days[4])
+    assert last.warm_start_ds is None
+    assert last.decision.startswith(f"fresh weights for every model, as the training of {days[3]} has a damaged ")
 
 
 def test_without_an_earlier_training_the_look_back_window_is_read(settings, days):

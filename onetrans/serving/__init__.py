@@ -1,6 +1,7 @@
 """Scoring with a promoted model: the engine for a Python process, and the HTTP service around it.
 
 ``engine``    raw values in, CTR, CVR and CTCVR out; the user's side is encoded once
+``packed``    OneTrans packed for a CPU: the same scores in fewer passes
 ``prefix``    which keys and values of a user may be reused, and how events are appended
 ``cache``     the users that are kept, bounded in bytes
 ``source``    where a model comes from, and the check of its fixed batch

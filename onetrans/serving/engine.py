@@ -9,6 +9,7 @@ Shape suffixes: those of :mod:`onetrans.batch`.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -18,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
+from torch import Tensor
 
 from onetrans.artifact import load_model
 from onetrans.batch import RequestBatch
@@ -25,10 +27,11 @@ from onetrans.errors import BadConfigError, BadDataError
 from onetrans.loader import batch_of
 from onetrans.models import OneTrans, RankingModel
 from onetrans.models.compute import Compute
-from onetrans.models.onetrans import RequestState
 from onetrans.models.ragged import latest_events
+from onetrans.models.ranking import Scores
 from onetrans.requests import to_rows
 from onetrans.serving.cache import UserCache
+from onetrans.serving.packed import PackedOneTrans, packable
 from onetrans.serving.prefix import UserState, appendable, event_table, extend, join, reusable, split
 from onetrans.serving.source import ModelSource, fixed_batch, resolve
 from onetrans.settings import ServingSettings, Settings, load_settings
@@ -84,6 +87,10 @@ class OneTransInferenceEngine:
         self.model: RankingModel
         self.model, self.schema, self.config = load_model(source.folder)
         self.model.to(self.device).use(Compute(serving.precision))
+        model = self.model
+        self.packed: PackedOneTrans | None = None
+        if isinstance(model, OneTrans) and packable(model):
+            self.packed = PackedOneTrans(model, serving.precision)
         self.cache = UserCache(serving.cache_mib << 20)
         self.difference = self._check()
 
@@ -208,23 +215,36 @@ class OneTransInferenceEngine:
         """
         batch = batch_of(rows, self.schema, self.config.max_seq_len).to(self.device)
         asked = _Asked(users, known or [None] * len(users), digests or [None] * len(users))
-        with self.model.autocast():
-            if isinstance(self.model, OneTrans) and reusable(self.model.config) and self.cache.max_bytes:
-                logits = self.model.score_candidates(batch, self._encode(self.model, batch, asked))
-            else:
-                logits = self.model(batch)
+        logits = self._logits(batch, asked)
         ctr_N = torch.sigmoid(logits.ctr_logit_N.double()).cpu().numpy()
         cvr_N = torch.sigmoid(logits.cvr_logit_N.double()).cpu().numpy()
         if not (np.isfinite(ctr_N).all() and np.isfinite(cvr_N).all()):
             raise BadDataError(f"{self.source.address} (version {self.source.version}) gave a score that is not finite")
         return Probabilities(ctr_N, cvr_N)
 
-    def _encode(self, model: OneTrans, batch: RequestBatch, asked: _Asked) -> RequestState:
-        """Run stage I for what is not kept, keep it, and return the state of all requests."""
-        if all(user is None for user in asked.users):
-            return model.encode_requests(batch)
-        batch = latest_events(batch, model.config.max_seq_len)
-        events_EW = event_table(batch)
+    def _logits(self, batch: RequestBatch, asked: _Asked) -> Scores:
+        model = self.model
+        with contextlib.nullcontext() if self.packed is not None else model.autocast():
+            if not isinstance(model, OneTrans):
+                return model(batch)
+            keeps = reusable(model.config) and self.cache.max_bytes > 0 and any(u is not None for u in asked.users)
+            if self.packed is None and not keeps:
+                return model(batch)
+            batch = latest_events(batch, model.config.max_seq_len)
+            events_EW = event_table(batch)
+            states = self._states(model, batch, events_EW, asked) if keeps else self._encode(model, batch, events_EW)
+            if self.packed is not None:
+                return self.packed.score(batch, states)
+            return model.score_candidates(batch, join(states))
+
+    def _encode(self, model: OneTrans, batch: RequestBatch, events_EW: Tensor) -> list[UserState]:
+        """Run stage I."""
+        if self.packed is not None:
+            return self.packed.encode(batch, events_EW)
+        return split(model.encode_requests(batch), events_EW, batch.event_offsets_O)
+
+    def _states(self, model: OneTrans, batch: RequestBatch, events_EW: Tensor, asked: _Asked) -> list[UserState]:
+        """Run stage I for what is not kept, keep it, and return the state of each request."""
         offsets = batch.event_offsets_O.tolist()
         states: list[UserState | None] = list(asked.known)
         appended: list[int] = []
@@ -238,7 +258,8 @@ class OneTransInferenceEngine:
             if kept is None:
                 encoded.append(request)
             elif torch.equal(kept.events_EW, own_EW):
-                self._keep([request], [kept], asked, states)
+                states[request] = noted = replace(kept, digest=asked.digests[request])
+                self.cache.put(user, noted)
             elif appendable(model.config, kept.events_EW, own_EW):
                 appended.append(request)
                 found.append(kept)
@@ -252,21 +273,20 @@ class OneTransInferenceEngine:
             part = batch.select(torch.tensor(appended, device=batch.event_offsets_O.device))
             self._keep(appended, extend(model, found, part, event_table(part)), asked, states)
         if encoded:
-            whole = len(encoded) == len(states)
-            part = batch if whole else batch.select(torch.tensor(encoded, device=batch.event_offsets_O.device))
-            state = model.encode_requests(part)
-            self._keep(encoded, split(state, event_table(part), part.event_offsets_O), asked, states)
-            if whole:
-                return state
-        return join([state for state in states if state is not None])
+            part, of_part_EW = batch, events_EW
+            if len(encoded) < len(states):
+                part = batch.select(torch.tensor(encoded, device=batch.event_offsets_O.device))
+                of_part_EW = event_table(part)
+            self._keep(encoded, self._encode(model, part, of_part_EW), asked, states)
+        return [state for state in states if state is not None]
 
     def _keep(
         self, requests: Sequence[int], new: Sequence[UserState], asked: _Asked, states: list[UserState | None]
     ) -> None:
         for request, state in zip(requests, new, strict=True):
-            noted = replace(state, digest=asked.digests[request])
-            states[request] = noted
-            self.cache.put(asked.users[request], noted)
+            states[request] = state
+            if asked.users[request] is not None:
+                self.cache.put(asked.users[request], state.kept(asked.digests[request]))
 
 
 class _Asked(NamedTuple):

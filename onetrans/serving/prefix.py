@@ -43,7 +43,7 @@ from onetrans.models.relative_bias import Distances
 
 @dataclass(frozen=True)
 class UserState:
-    """What stage I computed for one user's events; its tensors are views of nothing larger."""
+    """What stage I computed for one user's events."""
 
     events_EW: Tensor
     """The events it was computed from: embedding rows, sequence and time (int64)."""
@@ -62,6 +62,17 @@ class UserState:
     def latest_us(self) -> int:
         """Time of the latest event, 0 without one; microseconds since 1970-01-01 UTC."""
         return int(self.events_EW[-1, -1]) if self.events_EW.shape[0] else 0
+
+    def kept(self, digest: bytes | None) -> UserState:
+        """Return a state to keep: its tensors are views of nothing larger."""
+        copies = {id(t): t.clone() for t in (self.events_EW, *self.keys_LHD, *self.values_LHD, *self.times_L)}
+
+        def all_of(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return tuple(copies[id(tensor)] for tensor in tensors)
+
+        top_M = None if self.top_M is None else self.top_M.clone()
+        lists = all_of(self.keys_LHD), all_of(self.values_LHD), all_of(self.times_L)
+        return UserState(copies[id(self.events_EW)], *lists, top_M, digest)
 
     @property
     def nbytes(self) -> int:
@@ -106,7 +117,7 @@ def appendable(config: OneTransConfig, kept_EW: Tensor, events_EW: Tensor) -> in
 
 
 def split(state: RequestState, events_EW: Tensor, event_offsets_O: Tensor) -> list[UserState]:
-    """Return the state of each request by itself, copied."""
+    """Return the state of each request by itself; its tensors are views."""
     offsets = event_offsets_O.tolist()
     lengths = [layout.lengths_R.tolist() for layout in state.layouts]
     starts = [_starts(of_block) for of_block in lengths]
@@ -116,17 +127,17 @@ def split(state: RequestState, events_EW: Tensor, event_offsets_O: Tensor) -> li
         times: list[Tensor] = []
         for number, (block, layout) in enumerate(zip(state.blocks, state.layouts, strict=True)):
             own = slice(starts[number][request], starts[number][request] + lengths[number][request])
-            keys.append(block.k_THD[own].clone())
-            values.append(block.v_THD[own].clone())
+            keys.append(block.k_THD[own])
+            values.append(block.v_THD[own])
             same = number and layout is state.layouts[number - 1]
-            times.append(times[-1] if same else state.times[number][own].clone())
+            times.append(times[-1] if same else state.times[number][own])
         users.append(
             UserState(
-                events_EW[offsets[request] : offsets[request + 1]].clone(),
+                events_EW[offsets[request] : offsets[request + 1]],
                 tuple(keys),
                 tuple(values),
                 tuple(times),
-                None if state.top_RM is None else state.top_RM[request].clone(),
+                None if state.top_RM is None else state.top_RM[request],
             )
         )
     return users
@@ -164,7 +175,7 @@ def extend(model: OneTrans, kept: Sequence[UserState], batch: RequestBatch, even
     new = _events_of(batch, row_T, appended.lengths_R)
     x_TM, time_T, _ = model.s_tokenizer(model.embeddings, new)
     rotation = model._rotation(appended.index_T + old_R[appended.request_T], time_T)
-    time_R = [part.clone() for part in time_T.split(appended.lengths_R.tolist())]
+    time_R = time_T.split(appended.lengths_R.tolist())
     keys: list[list[Tensor]] = [[] for _ in kept]
     values: list[list[Tensor]] = [[] for _ in kept]
     times: list[list[Tensor]] = [[] for _ in kept]
@@ -198,7 +209,7 @@ def extend(model: OneTrans, kept: Sequence[UserState], batch: RequestBatch, even
         visible = queries
     offsets = batch.event_offsets_O.tolist()
     return [
-        UserState(events_EW[start:stop].clone(), tuple(k), tuple(v), tuple(t), None)
+        UserState(events_EW[start:stop], tuple(k), tuple(v), tuple(t), None)
         for start, stop, k, v, t in zip(offsets, offsets[1:], keys, values, times, strict=False)
     ]
 

@@ -175,6 +175,7 @@ def test_a_kept_state_holds_no_memory_of_its_batch():
     model = _model(CONFIG)
     batch = random_batch(SCHEMA, [1] * 4, [20] * 4)
     with torch.inference_mode():
-        for user in split(model.encode_requests(batch), event_table(batch), batch.event_offsets_O):
+        for state in split(model.encode_requests(batch), event_table(batch), batch.event_offsets_O):
+            user = state.kept(None)
             for tensor in (user.events_EW, *user.keys_LHD, *user.values_LHD, *user.times_L):
                 assert tensor.untyped_storage().nbytes() == tensor.nbytes

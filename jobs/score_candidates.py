@@ -209,15 +209,15 @@ def build(work: Workspace, ds: date) -> Staged:
 
     Raises:
         NotReadyError: if there is no champion, no candidates, or a table is not published.
-        BadConfigError: if the champion reads other features than the log has.
+        BadConfigError: if the champion reads a feature or a sequence that the log no longer has.
     """
     source = resolve(f"models:/{work.settings.mlflow.registered_model}@champion", work.settings.mlflow)
     files = _model_files(source)
-    fingerprint = json.loads(files["model.json"])["schema_fingerprint"]
-    if fingerprint != work.schema.fingerprint:
+    gone = lacking(FeatureSchema.from_dict(json.loads(files["model.json"])["schema"]), work.schema)
+    if gone:
         raise BadConfigError(
-            f"the champion, version {source.version}, reads feature schema {fingerprint}; the log has "
-            f"{work.schema.fingerprint} now. Train and promote a model on it first"
+            f"the champion, version {source.version}, reads what the log's schema {work.schema.name} no longer has as "
+            f"it was: {', '.join(gone)}. Train and promote a model on it first"
         )
     tables = ("impressions", "behaviors", "user_features", "item_features")
     reads = dict.fromkeys((*tables, "behavior_sequences") if work.schema.sequences else tables, (ds, ds))
@@ -258,6 +258,22 @@ def build(work: Workspace, ds: date) -> Staged:
         done / seconds / work.spark.sparkContext.defaultParallelism,
     )  # fmt: skip
     return work.lake.mark_staged(Staged(TABLE, ds, path, rows, 0, inputs, reads))
+
+
+def lacking(champion: FeatureSchema, log: FeatureSchema) -> list[str]:
+    """Return the features and sequences of a champion that rows built by the log's schema do not hold as it reads them.
+
+    A schema may have grown since, or forget: a champion reads the features it knows, by name, and of each sequence as
+    many events as it was trained on.  Hash sizes and boundaries are its own.
+    """
+    have = {(f.name, f.side, f.kind, f.column, f.dim) for f in log.features}
+    kept = {s.name: s for s in log.sequences}
+    gone = [f"feature {f.name}" for f in champion.features if (f.name, f.side, f.kind, f.column, f.dim) not in have]
+    for sequence in champion.sequences:
+        now = kept.get(sequence.name)
+        if now is None or now.event != sequence.event or now.max_length < sequence.max_length:
+            gone.append(f"sequence {sequence.name} (the last {sequence.max_length} events of type {sequence.event})")
+    return gone
 
 
 def _key(work: Workspace, ds: date, source: ModelSource, inputs: dict[str, int]) -> str:

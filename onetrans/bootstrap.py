@@ -89,10 +89,13 @@ class ResampledAuc:
         """N."""
         return self._negative_user_M.shape[0] + self._positive_user_P.shape[0]
 
-    def rows_of(self, users: int) -> Floats:
-        """Return how many rows each user has, (U,)."""
-        user_N = np.concatenate([self._negative_user_M, self._positive_user_P])
-        return np.bincount(user_N, minlength=users).astype(np.float64)
+    def classes_of(self, users: int) -> tuple[Floats, Floats]:
+        """Return how many positive and how many negative rows each user has, (U,) and (U,)."""
+        positive_U, negative_U = (
+            np.bincount(user, minlength=users).astype(np.float64)
+            for user in (self._positive_user_P, self._negative_user_M)
+        )
+        return positive_U, negative_U
 
     def sums(self, weight_BU: Weights) -> tuple[Floats, Floats]:
         """Return twice the pairs won and twice the pairs there are, per replicate: (B,) and (B,).
@@ -159,6 +162,16 @@ class Interval:
     undefined: int
     """Draws in which the figure does not exist; the bounds mean nothing unless this is 0."""
 
+    @property
+    def bounded(self) -> bool:
+        """Whether there is an interval: the figure exists in every draw, and there are users enough to draw from."""
+        return not self.undefined and bool(np.isfinite(self.low) and np.isfinite(self.high))
+
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        """Both bounds, or None if there is no interval."""
+        return (self.low, self.high) if self.bounded else None
+
     @classmethod
     def of(cls, value: float, value_B: Floats, confidence: float, effective_users: float) -> Interval:
         """Return the widened percentile interval at a two-sided level, for example 0.9."""
@@ -185,7 +198,7 @@ class Lift:
     half_width: float
     """Half the interval: a true lift of this size is told from none about every second time."""
     detectable: float
-    """A true lift of this size is told from none in 4 of 5 cases: the sum of two normal quantiles of the error."""
+    """A true lift so far above a threshold is shown to be above it in 4 of 5 cases."""
     confidence: float
     """Two-sided level of the interval."""
     replicates: int
@@ -194,6 +207,11 @@ class Lift:
     """Draws in which one class was missing; the interval means nothing unless this is 0."""
     effective_users: float
     """Users of equal activity that would tell as much; the interval is widened for them."""
+
+    @property
+    def bounded(self) -> bool:
+        """Whether there is an interval: no draw is without a class, and there are users enough to draw from."""
+        return not self.undefined and bool(np.isfinite(self.low) and np.isfinite(self.high))
 
     @classmethod
     def between(cls, candidate: Replicates, baseline: Replicates, confidence: float) -> Lift:
@@ -344,10 +362,17 @@ def _cores() -> int:
 
 
 def _effective(parts: Sequence[Part], users: int) -> float:
-    rows_U = np.zeros(users)
+    """Return the effective number of users behind a figure: for an AUC, of the class that fewer users have.
+
+    The spread of an AUC comes from users with positives as much as from users with negatives: a few users who have
+    all conversions leave little to draw from, however many others only look.
+    """
+    counts = [np.zeros(users), np.zeros(users)]
     for part in parts:
-        rows_U += part.rows_of(users) if isinstance(part, ResampledAuc) else part.denominator_U
-    return effective_number(rows_U)
+        both = part.classes_of(users) if isinstance(part, ResampledAuc) else (part.denominator_U,) * 2
+        for count_U, rows_U in zip(counts, both, strict=True):
+            count_U += rows_U
+    return min(map(effective_number, counts))
 
 
 def _ratio(numerator_B: Floats, denominator_B: Floats) -> Floats:

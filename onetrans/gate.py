@@ -33,9 +33,10 @@ from __future__ import annotations
 import argparse
 import logging
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime, timedelta
+from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
@@ -46,7 +47,7 @@ from onetrans.errors import BadDataError, NotReadyError
 from onetrans.forced import add_force_argument, forced_reason
 from onetrans.history import earlier_plans
 from onetrans.metrics import Metrics, cross_entropies, user_auc
-from onetrans.plan import GATE_FILE, METRICS_FILE, PAGE_FILE, Plan
+from onetrans.plan import GATE_FILE, METRICS_FILE, PAGE_FILE, PROMOTION_FILE, Plan
 from onetrans.scores import (
     BASELINE,
     CANDIDATE,
@@ -59,8 +60,8 @@ from onetrans.scores import (
     read_scores,
 )
 from onetrans.settings import GateSettings, Settings, load_settings
-from onetrans.slices import slices
-from onetrans.tracking import audit_verdicts, log_gate, recorded_step
+from onetrans.slices import Slice, slices
+from onetrans.tracking import MODEL_FOLDER, audit_verdicts, folder_digest, log_gate, recorded_step
 from onetrans.verdict_page import Page
 
 logger = logging.getLogger(__name__)
@@ -72,14 +73,17 @@ SHOWN_DAYS = 13
 FEWEST_TRAILING = 3
 """Fewer earlier days than this make no band."""
 BAND = 3.0
-"""Half the width of that band, in standard deviations of the days, or standard errors of this day if these are more."""
+"""Half the width of that band, in robust standard deviations of the days, or standard errors of this day if more."""
+MOST_SLICES_TOLD = 5
+"""Losing slices that the warning names."""
 
 EXAMPLES = """examples:
   onetrans gate --plan var/runs/ds=2022-05-06/1a2b3c4d5e6f
   ONETRANS_GATE_MODE=dry_run onetrans gate --plan var/runs/ds=2022-05-06/1a2b3c4d5e6f"""
 
 Decision = Literal["promoted", "declined"]
-Comparison = Literal[">=", ">", "<="]
+Comparison = Literal[">=", ">", "<=", "within"]
+"""How a figure must stand to its threshold; ``within``: no further from 1 than that."""
 Figure = Literal["auc", "uauc", "log_loss", "calibration"]
 Key = tuple[str, str, Figure, tuple[int, ...]]
 """A figure: scorer, task, kind, and the days it is taken over."""
@@ -141,6 +145,8 @@ class Verdict:
     """Everything that had to hold, in the order it is listed."""
     warnings: tuple[str, ...]
     """What a person should look at, though it decides nothing."""
+    notes: tuple[str, ...]
+    """What was not looked at, and why."""
     models: dict[str, Metrics]
     """Figures of every scorer on the evaluation day."""
     settings: GateSettings
@@ -170,6 +176,7 @@ class Verdict:
             "champion": asdict(self.champion),
             "criteria": [{**asdict(c), "interval": c.interval and list(c.interval)} for c in self.criteria],
             "warnings": list(self.warnings),
+            "notes": list(self.notes),
             "models": {name: metrics.to_dict() for name, metrics in self.models.items()},
             "settings": asdict(self.settings),
         }
@@ -178,7 +185,7 @@ class Verdict:
 def judge(
     scores: Scores,
     settings: GateSettings,
-    earlier: Sequence[Scores] = (),
+    earlier: Sequence[Scores | None] = (),
     baseline_before: Mapping[str, Sequence[float]] | None = None,
 ) -> Verdict:
     """Hold the candidate against every criterion; the same scores and settings give the same verdict.
@@ -186,15 +193,17 @@ def judge(
     Args:
         scores: of the evaluation day.
         settings: the thresholds.
-        earlier: of days before it in the same chain, oldest first; those the settings do not ask for are not used.
+        earlier: of the days before it, one entry for each, oldest first; None for a day that this chain of trainings
+            did not evaluate.  Those the settings do not ask for are not used.
         baseline_before: per task the baseline's AUC on earlier days of the chain.
     """
     every_day = [*earlier, scores]
-    measured = _Measured(every_day[-settings.window_days :], settings)
+    measured = _Measured([day for day in every_day[-settings.window_days :] if day is not None], settings)
     models = {scorer: scores.metrics(scorer) for scorer in scores.scorers}
     lifts: dict[str, Lift] = {}
     criteria: list[Criterion] = []
     warnings: list[str] = []
+    notes: list[str] = []
     if settings.mode != "off":
         lifts = measured.lifts(CANDIDATE, BASELINE)
         criteria += _enough_data(measured, settings)
@@ -204,7 +213,10 @@ def judge(
         criteria += _ranks_at_all(measured)
         criteria += _not_below_champion(measured, scores.champion, settings)
         criteria += _guardrails(measured, settings)
-        warnings += _baseline_collapsed(measured, baseline_before or {})
+        for task in TASKS:
+            collapsed, note = _baseline_collapsed(measured, task, (baseline_before or {}).get(task, ()))
+            warnings += filter(None, [collapsed])
+            notes += filter(None, [note])
     passed = all(criterion.passed for criterion in criteria) if criteria else None
     pairs = [(of, over) for over in (CHAMPION, POPULARITY) for of in (CANDIDATE, BASELINE) if over in scores.scorers]
     return Verdict(
@@ -223,6 +235,7 @@ def judge(
         champion=scores.champion,
         criteria=tuple(criteria),
         warnings=tuple(warnings),
+        notes=tuple(notes),
         models=models,
         settings=settings,
     )
@@ -355,7 +368,7 @@ def _above(name: str, label: str, lift: Lift | None, threshold: float, against: 
     """Hold the lower bound of a lift against a threshold."""
     if lift is None:
         return Criterion(name, False, None, ">", threshold, f"{label} is undefined: every label is the same")
-    if lift.undefined or not np.isfinite(lift.low):
+    if not lift.bounded:
         text = f"{label} has no interval: the rows are those of {lift.effective_users:.1f} effective users"
         if not lift.undefined:
             return Criterion(name, False, lift.lift, ">", threshold, text)
@@ -373,13 +386,15 @@ def told(lift: Lift) -> str:
     return f"{lift.lift:+.4f} [{lift.low:+.4f}, {lift.high:+.4f}]"
 
 
-def _days_agree(days: Sequence[Scores], settings: GateSettings) -> list[Criterion]:
+def _days_agree(days: Sequence[Scores | None], settings: GateSettings) -> list[Criterion]:
     if settings.agreeing_days == settings.window_days == 1:
         return []  # The lift's own bound says more.
     asked = settings.agreeing_days
-    lifts = {day.ds: _lifts_of_a_day(day) for day in days[-asked:]}
-    agreeing = sum(all(lift is not None and lift > 0 for lift in found) for found in lifts.values())
-    shown = "; ".join(f"{ds} {', '.join(map(_signed, found))}" for ds, found in lifts.items())
+    lifts = [(day.ds, _lifts_of_a_day(day)) for day in days[-asked:] if day is not None]
+    agreeing = sum(all(lift is not None and lift > 0 for lift in found) for _, found in lifts)
+    shown = "; ".join(f"{ds} {', '.join(map(_signed, found))}" for ds, found in lifts)
+    if len(lifts) < asked:
+        shown += f"; {asked - len(lifts)} of them not evaluated in this chain of trainings"
     if asked == 1:
         text = f"the evaluation day by itself {'agrees' if agreeing else 'does not agree'}"
     else:
@@ -402,8 +417,8 @@ def _ranks_at_all(measured: _Measured) -> list[Criterion]:
     criteria, found, over = [], measured.aucs(CANDIDATE), measured.lifts(CANDIDATE, POPULARITY)
     for task in TASKS:
         name, label, auc = f"{task}_auc_above_chance", f"{task.upper()} AUC", found.get(task)
-        if auc is None or auc.undefined:
-            text = f"{label} is undefined" if auc is None else f"{label} has no interval"
+        if auc is None or not auc.bounded:
+            text = f"{label} is undefined" if auc is None else f"{label} {auc.value:.4f} has no interval"
             criteria.append(Criterion(name, False, None, ">", 0.5, text, None, "lower bound"))
         else:
             text = f"{label} {auc.value:.4f} [{auc.low:.4f}, {auc.high:.4f}], a coin's is 0.5"
@@ -481,36 +496,48 @@ def _log_loss_kept(
 def _calibrated(task: str, ours: Replicates | None, most: float, confidence: float) -> Criterion:
     name, label = f"{task}_calibration_error", f"{task.upper()} calibration"
     if ours is None:
-        return Criterion(name, False, None, "<=", most, f"{label} is undefined: no label is positive")
-    return _within(
-        name,
-        f"{label}: mean prediction is {ours.value:.3f} of the mean label, at most {most:g} from 1",
-        Interval.of(abs(ours.value - 1.0), abs(ours.value_B - 1.0), confidence, ours.effective_users),
-        most,
-    )
+        return Criterion(name, False, None, "within", most, f"{label} is undefined: no label is positive")
+    # The interval is that of the ratio: the distance from 1 has one that begins above 0 even for a perfect model.
+    found = Interval.of(ours.value, ours.value_B, confidence, ours.effective_users)
+    bounds = f" [{found.low:.3f}, {found.high:.3f}]" if found.bounded else ""
+    text = f"{label}: mean prediction is {found.value:.3f}{bounds} of the mean label, at most {most:g} from 1"
+    return Criterion(name, abs(found.value - 1.0) <= most, found.value, "within", most, text, found.bounds)
 
 
 def _within(name: str, text: str, found: Interval, most: float) -> Criterion:
-    interval = None if found.undefined else (found.low, found.high)
-    return Criterion(name, found.value <= most, found.value, "<=", most, text, interval)
+    bounds = f" [{found.low:+.4f}, {found.high:+.4f}]" if found.bounded else ""
+    text += f": {found.value:+.4f}{bounds}"
+    return Criterion(name, found.value <= most, found.value, "<=", most, text, found.bounds)
 
 
-def _baseline_collapsed(measured: _Measured, before: Mapping[str, Sequence[float]]) -> list[str]:
-    """Say where the baseline lies below the band of its last days: then a lift over it means little."""
-    warnings = []
-    for task in TASKS:
-        last = list(before.get(task, ()))[-TRAILING_DAYS:]
-        now = measured.get(BASELINE, task, "auc", measured.today)
-        if now is None or len(last) < FEWEST_TRAILING:
-            continue
-        mean, error = statistics.fmean(last), float(np.nanstd(now.value_B, ddof=1))
-        least = mean - BAND * max(statistics.stdev(last), error)
-        if now.value < least:
-            warnings.append(
-                f"The baseline has collapsed: {BASELINE}'s {task.upper()} AUC is {now.value:.4f}, below the band of "
-                f"its last {len(last)} days (mean {mean:.4f}, band from {least:.4f}). A lift over it means little."
-            )
-    return warnings
+def _baseline_collapsed(measured: _Measured, task: str, before: Sequence[float]) -> tuple[str, str]:
+    """Say whether the baseline lies below the band of its last days: then a lift over it means little.
+
+    Middle and width of the band are a median and the median distance from it (times 1.4826, a normal distribution's
+    standard deviation), which nights that have collapsed already do not move while they are fewer than half.
+
+    Returns:
+        A warning and a note, of which one or both are empty.
+    """
+    last = list(before)[-TRAILING_DAYS:]
+    now = measured.get(BASELINE, task, "auc", measured.today)
+    if now is None:
+        return "", ""
+    if len(last) < FEWEST_TRAILING:
+        return "", (
+            f"{BASELINE}'s {task.upper()} AUC was not held against its last days: {len(last)} before this one in the "
+            f"chain of trainings, {FEWEST_TRAILING} make a band"
+        )
+    middle, error = statistics.median(last), float(np.nanstd(now.value_B, ddof=1))
+    spread = 1.4826 * statistics.median(abs(value - middle) for value in last)
+    least = middle - BAND * max(spread, error)
+    if now.value >= least:
+        return "", ""
+    return (
+        f"The baseline has collapsed: {BASELINE}'s {task.upper()} AUC is {now.value:.4f}, below the band of "
+        f"its last {len(last)} days (median {middle:.4f}, band from {least:.4f}). A lift over it means little.",
+        "",
+    )
 
 
 def _reason(
@@ -527,9 +554,11 @@ def _reason(
         return f"{CANDIDATE} beats {BASELINE}: {shown}{champion} ({level}){held}."
     failed = [c for c in criteria if not c.passed]
     first = "; ".join(c.text for c in failed[:2]) + (f"; and {len(failed) - 2} more" if len(failed) > 2 else "")
-    seen = ", ".join(f"{task.upper()} {lift.detectable:.4f}" for task, lift in lifts.items() if not lift.undefined)
+    # Above the threshold, as that is what a lift is held against.
+    least = {task: lift.detectable + getattr(settings, f"min_lift_{task}_auc") for task, lift in lifts.items()}
+    seen = ", ".join(f"{task.upper()} {least[task]:.4f}" for task, lift in lifts.items() if lift.bounded)
     which = "this day" if days == 1 else f"these {days} days"
-    could = f"; lifts that {which} would show in 4 of 5 cases: {seen} ({level})" if seen else ""
+    could = f"; lifts that {which} would show, each by itself, in 4 of 5 cases: {seen} ({level})" if seen else ""
     return f"Not promoted: {first}{could}."
 
 
@@ -559,11 +588,23 @@ def run_gate(settings: Settings, plan: Plan, force: str = "") -> dict[str, Any]:
                 f"scores of {plan.ds} lack the popularity ranker's: they were written by an earlier version; "
                 f"run: onetrans evaluate --plan {plan.path}"
             )
-        chain = _chain(plan, max(settings.gate.window_days, settings.gate.agreeing_days))
+        asked = max(settings.gate.window_days, settings.gate.agreeing_days)
+        chain = _chain(plan, asked, settings.source.absent_days)
+        judged = judge(scores, settings.gate, chain.scores, chain.baseline).to_dict()
+        parts = slices(scores, table, settings.gate.confidence)
         verdict = {
             "ds": str(plan.ds),
             "plan_id": plan.plan_id,
-            **judge(scores, settings.gate, chain.scores, chain.baseline).to_dict(),
+            **judged,
+            "warnings": judged["warnings"] + _losing(parts),
+            "slices": [asdict(part) | {"lift": part.lift, "loses": part.loses} for part in parts],
+            "inputs": {
+                "days": [*chain.inputs, {"ds": str(plan.ds), "plan_id": plan.plan_id, "scores_sha256": digest}],
+                "snapshot_id": plan.snapshot_id,
+                "schema_fingerprint": plan.schema.fingerprint,
+                "git_revision": plan.git_revision,
+                "models": {name: _model_digest(plan, name) for name in plan.models},
+            },
             "left_out": chain.left_out,
             "force_reason": force or None,
             "scores_sha256": digest,
@@ -573,7 +614,7 @@ def run_gate(settings: Settings, plan: Plan, force: str = "") -> dict[str, Any]:
             plan=plan,
             verdict=verdict,
             scores=scores,
-            slices=slices(scores, table, settings.gate.confidence),
+            slices=parts,
             before=chain.verdicts,
             audits=audit_verdicts(plan),
         ).render()
@@ -584,43 +625,82 @@ def run_gate(settings: Settings, plan: Plan, force: str = "") -> dict[str, Any]:
     return verdict
 
 
+def _losing(parts: Sequence[Slice]) -> list[str]:
+    losing = [part for part in parts if part.loses]
+    if not losing:
+        return []
+    told = [
+        f"{part.cut}: {part.name}, {part.task.upper()} {part.lift:+.4f}"
+        for part in sorted(losing, key=lambda part: part.high or 0.0)[:MOST_SLICES_TOLD]
+    ]
+    more = f"; and {len(losing) - len(told)} more" if len(losing) > len(told) else ""
+    return [f"Worse than {BASELINE} beyond chance in {len(losing)} of {len(parts)} slices: {'; '.join(told)}{more}."]
+
+
+def _model_digest(plan: Plan, name: str) -> str | None:
+    """Return the SHA-256 of a model's files; None if they lie in MLflow alone."""
+    folder = storage.join(plan.model_path(name), MODEL_FOLDER)
+    return folder_digest(folder) if storage.list_files(folder) else None
+
+
 @dataclass(frozen=True)
 class _Chain:
     """What earlier days of a chain add to a verdict."""
 
-    scores: list[Scores] = field(default_factory=list)
-    """Of the days that may be pooled, oldest first."""
+    scores: list[Scores | None] = field(default_factory=list)
+    """Of the days asked for, oldest first, one entry for each day of the log; None where the chain has no scores."""
+    inputs: list[dict[str, str]] = field(default_factory=list)
+    """Day, plan and SHA-256 of each of those scores."""
     baseline: dict[str, list[float]] = field(default_factory=dict)
     """Per task, the baseline's AUC on the days before, oldest first."""
     verdicts: list[dict[str, Any]] = field(default_factory=list)
-    """What the gate said on the days before, oldest first."""
+    """What the gate said on the days before, and what was done, oldest first."""
     left_out: list[str] = field(default_factory=list)
     """Days that could not be used, with the reason."""
 
 
-def _chain(plan: Plan, days: int) -> _Chain:
-    """Read the scores of up to ``days - 1`` earlier days, and the baseline's figures of the trailing ones."""
+def _chain(plan: Plan, days: int, absent: Collection[date]) -> _Chain:
+    """Read the scores of the ``days - 1`` days before, and the baseline's figures of the trailing ones.
+
+    Args:
+        plan: of the evaluation day.
+        days: days in a row, the evaluation day the last.
+        absent: days that the log lost; they are stepped over.
+    """
     chain = _Chain()
-    for number, before in enumerate(earlier_plans(plan), start=1):
-        if number > max(TRAILING_DAYS, SHOWN_DAYS, days - 1):
-            break
-        gate_path = storage.join(before.path, GATE_FILE)
+    plans = list(islice(earlier_plans(plan), max(TRAILING_DAYS, SHOWN_DAYS, days - 1)))
+    for number, before in enumerate(plans, start=1):
+        gate_path, promotion_path = (storage.join(before.path, name) for name in (GATE_FILE, PROMOTION_FILE))
         if number <= SHOWN_DAYS and storage.exists(gate_path):
-            chain.verdicts.insert(0, storage.read_json(gate_path))
+            done = storage.read_json(promotion_path) if storage.exists(promotion_path) else {}
+            chain.verdicts.insert(0, storage.read_json(gate_path) | {"decision": done.get("decision")})
         metrics_path = storage.join(before.path, METRICS_FILE)
         if number <= TRAILING_DAYS and storage.exists(metrics_path):
             figures = storage.read_json(metrics_path).get(BASELINE, {})
             for task in TASKS:
                 if figures.get(f"{task}_auc") is not None:
                     chain.baseline.setdefault(task, []).insert(0, float(figures[f"{task}_auc"]))
-        if number < days:
-            try:
-                table, _ = read_scores(before)
-                chain.scores.insert(0, Scores.from_table(table, f"scores of {before.ds}", str(before.ds)))
-            except (BadDataError, NotReadyError, FileNotFoundError) as error:
-                logger.warning("%s is left out of the window: %s", before.ds, error)
-                chain.left_out.append(f"{before.ds}: {error}")
+    of_day, ds = {before.ds: before for before in plans}, plan.ds - timedelta(days=1)
+    while of_day and ds >= min(of_day) and len(chain.scores) < days - 1:
+        if ds in of_day or ds not in absent:
+            chain.scores.insert(0, _scores_of(of_day.get(ds), ds, chain))
+        ds -= timedelta(days=1)
     return chain
+
+
+def _scores_of(before: Plan | None, ds: date, chain: _Chain) -> Scores | None:
+    """Return a day's scores and note what they were; or None, and note why."""
+    try:
+        if before is None:
+            raise NotReadyError("this chain of trainings did not evaluate it")
+        table, digest = read_scores(before)
+        scores = Scores.from_table(table, f"scores of {ds}", str(ds))
+    except (BadDataError, NotReadyError, FileNotFoundError) as error:
+        logger.warning("%s is left out of the window: %s", ds, error)
+        chain.left_out.append(f"{ds}: {error}")
+        return None
+    chain.inputs.insert(0, {"ds": str(ds), "plan_id": before.plan_id, "scores_sha256": digest})
+    return scores
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -636,6 +716,8 @@ def run(arguments: argparse.Namespace) -> int:
     verdict = run_gate(settings, plan, forced_reason(arguments.force, settings.gate))
     for criterion in verdict["criteria"]:
         print(f"{'ok  ' if criterion['passed'] else 'FAIL'} {criterion['name']:<30} {criterion['text']}")
+    for note in verdict["notes"]:
+        print(f"note {note}")
     if verdict["champion"]["state"] != "scored":
         print(f"note {verdict['champion']['note']}")
     for warning in verdict["warnings"]:

@@ -610,6 +610,11 @@ def _merge_sequences(
     owners, times, names, rows = [], [], [], []
     for number, sequence in enumerate(schema.sequences):
         offsets_O, members = _flatten(chunk.column(sequence.column))
+        length_R = np.diff(offsets_O)
+        kept_R = np.minimum(length_R, sequence.max_length)
+        if (kept_R < length_R).any():  # the rows were built for a schema that keeps more than this model was trained on
+            latest = pa.array(_ranges(offsets_O[1:] - kept_R, kept_R))
+            offsets_O, members = _offsets(kept_R), {name: values.take(latest) for name, values in members.items()}
         total = int(offsets_O[-1])
         owners.append(np.repeat(np.arange(chunk.num_rows), np.diff(offsets_O)))
         times.append(_int64(members["ts"], f"{sequence.column}.ts", where))

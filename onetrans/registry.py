@@ -178,7 +178,7 @@ class Registry:
         )
 
     def set_champion(self, version: ModelVersion) -> None:
-        """Make a version the champion and remember which one it replaced.
+        """Make a version the champion and remember which one it replaced; one that is killed may be repeated.
 
         Raises:
             PipelineError: if another process set the alias at the same time.
@@ -199,12 +199,21 @@ class Registry:
     def promote_by_hand(self, number: str, reason: str) -> ModelVersion:
         """Make a version the champion because a person says so; the reason is kept in its tags.
 
+        A champion of the same or a later day that has to leave for it is set aside like one that is rolled back: a
+        run of its day that is repeated does not promote it again.
+
         Raises:
             BadConfigError: if there is no such version or no reason.
+            BadDataError: if its files are gone or changed.
         """
         reason = _given(reason)
         with one_at_a_time(self.settings.tracking_uri):
             version = self.version(number)
+            self.check_files(version)
+            leaving = self.by_alias(CHAMPION)
+            later = leaving is not None and leaving.tags.get(TAG_DAY, "") >= version.tags.get(TAG_DAY, "")
+            if leaving is not None and later and leaving.version != version.version:
+                self._tag(leaving, TAG_ROLLED_BACK, f"{_now()}: for version {version.version}: {reason}")
             self.set_champion(version)
             self._tag(version, TAG_BY_HAND, f"{_now()}: {reason}")
             if TAG_ROLLED_BACK in version.tags:
@@ -215,31 +224,79 @@ class Registry:
         """Return the champion's place to the version it had replaced; (what was champion, what is now).
 
         The version that leaves is tagged with the reason, and the pipeline will not promote it again.
-        Rolling back twice goes back two promotions.
+        Rolling back twice goes back two promotions; a version that was rolled back before is stepped over.
+        The champion moves last, so a rollback that is killed may be repeated.
 
         Raises:
             BadConfigError: if there is no champion, nothing before it, or no reason.
+            BadDataError: if the files of the version before are gone or changed; nothing has moved then.
         """
         reason = _given(reason)
         with one_at_a_time(self.settings.tracking_uri):
             leaving = self.by_alias(CHAMPION)
             if leaving is None:
                 raise BadConfigError(f"{self.name} has no champion, so there is nothing to roll back")
-            number = self.aliases().get(PREVIOUS)
-            if number is None:
+            returning = self._before(leaving)
+            if returning is None:
                 raise BadConfigError(
-                    f"{self.name}: version {leaving.version} is the first champion, there is none before it; "
+                    f"{self.name}: there is no champion before version {leaving.version} that was not rolled back; "
                     "name one: onetrans registry promote --version N --reason TEXT"
                 )
-            returning = self.version(number)
+            self.check_files(returning)
+            earlier = self._before(returning, leaving)
             self._tag(leaving, TAG_ROLLED_BACK, f"{_now()}: {reason}")
-            self.client.set_registered_model_alias(self.name, CHAMPION, returning.version)
-            earlier = returning.tags.get(TAG_REPLACED)
-            if earlier:
-                self.client.set_registered_model_alias(self.name, PREVIOUS, earlier)
-            else:
+            if earlier is not None:
+                self.client.set_registered_model_alias(self.name, PREVIOUS, earlier.version)
+            elif PREVIOUS in self.aliases():
                 self.client.delete_registered_model_alias(self.name, PREVIOUS)
+            self.client.set_registered_model_alias(self.name, CHAMPION, returning.version)
         return self.version(leaving.version), self.version(returning.version)
+
+    def _before(self, version: ModelVersion, *also: ModelVersion) -> ModelVersion | None:
+        """Return the latest champion before a version that was not rolled back.
+
+        The versions' own tags say who replaced whom, as the alias may lag behind them after a kill; it is asked
+        where there is no tag, for a champion whose alias somebody set in MLflow.
+
+        Args:
+            version: where to begin.
+            also: versions that are not looked for.
+        """
+        seen = {str(v.version) for v in (version, *also)}
+        number = version.tags.get(TAG_REPLACED) or self.aliases().get(PREVIOUS)
+        while number is not None and number not in seen:
+            seen.add(number)
+            found = self.version(number)
+            if TAG_ROLLED_BACK not in found.tags:
+                return found
+            number = found.tags.get(TAG_REPLACED)
+        return None
+
+    def check_files(self, version: ModelVersion) -> None:
+        """Check that a version can be loaded: its files are there, and those that were registered.
+
+        Raises:
+            BadDataError: if they are not.
+        """
+        from mlflow.exceptions import MlflowException
+
+        if TAG_MODEL_ID not in version.tags or TAG_MODEL_DIGEST not in version.tags:
+            return  # Others registered it, and nothing is known of its files.
+        try:
+            digest = folder_digest(fetch_folder(self.settings, version.tags[TAG_MODEL_ID], MODEL_FOLDER))
+        except (OSError, MlflowException) as error:
+            if isinstance(error, MlflowException) and error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            raise BadDataError(
+                f"{self.name} version {version.version}: its files cannot be read ({error}); the champion stays. Name "
+                "another: onetrans registry promote --version N --reason TEXT"
+            ) from error
+        if digest != version.tags[TAG_MODEL_DIGEST]:
+            raise BadDataError(
+                f"{self.name} version {version.version}: its files are not those that were registered (SHA-256 "
+                f"{digest[:12]}, expected {version.tags[TAG_MODEL_DIGEST][:12]}); the champion stays. Name another: "
+                "onetrans registry promote --version N --reason TEXT"
+            )
 
     def _tag(self, version: ModelVersion, tag: str, value: str) -> None:
         self.client.set_model_version_tag(self.name, version.version, tag, value)
@@ -362,8 +419,13 @@ def _rolled_back(number: str, why: str) -> str:
 
 
 def _moved(champion: ModelVersion | None, plan: Plan, verdict: Mapping[str, Any], forced: bool) -> bool:
-    """Tell whether a promotion would rest on a comparison with another champion than the one it would replace."""
-    if verdict["verdict"] != "promoted" or champion is None:
+    """Tell whether a decision would rest on a comparison with another champion than the one that serves now.
+
+    That is: a promotion, or a refusal for the champion's sake alone.
+    """
+    failed = [criterion["name"] for criterion in verdict["criteria"] if not criterion["passed"]]
+    for_champion = bool(failed) and all("champion" in name for name in failed)
+    if champion is None or not (verdict["verdict"] == "promoted" or for_champion):
         return False
     if champion.tags.get(TAG_PLAN) == plan.plan_id or TAG_DAY not in champion.tags:
         return False

@@ -237,7 +237,13 @@ class GateSettings:
         _one_of("gate.mode", self.mode, get_args(GateMode))
         if not 0.5 <= self.confidence < 1.0:
             raise BadConfigError(f"gate.confidence = {self.confidence} must be at least 0.5 and below 1")
-        _at_least("gate.replicates", self.replicates, 100)  # fewer have no interval to speak of
+        # Fewer draws beyond a bound than this, and the bound is one draw's chance.
+        beyond = self.replicates * (1.0 - self.confidence) / 2.0
+        if beyond < 5.0 - 1e-9:
+            least = math.ceil(10.0 / (1.0 - self.confidence) - 1e-6)
+            raise BadConfigError(
+                f"gate.replicates = {self.replicates} must be at least {least} with gate.confidence = {self.confidence}"
+            )
         for name in ("window_days", "agreeing_days", "min_rows", "min_positives", "min_users"):
             _at_least(f"gate.{name}", getattr(self, name), 1)
         for name in ("max_loss_to_champion", "max_uauc_loss", "max_log_loss_increase", "max_calibration_error"):

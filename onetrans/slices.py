@@ -29,6 +29,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from onetrans.bootstrap import Floats
+from onetrans.history import POPULARITY_DAYS
 from onetrans.scores import BASELINE, CANDIDATE, CONTEXT_PREFIX, TASKS, Scores
 
 Bools = npt.NDArray[np.bool_]
@@ -44,6 +45,7 @@ LEAST_SHARE = 0.02
 MOST_FEATURES = 4
 """Context features that are shown, those of the fewest values first."""
 
+_BEFORE = f"by impressions in the last {POPULARITY_DAYS} days of training"
 _USER_EDGES = (1, 10, 50, 200)
 _ITEM_EDGES = (1, 10, 100, 1000)
 
@@ -148,9 +150,19 @@ def _parts(label_N: npt.NDArray[np.int64], score_N: Floats) -> tuple[float, Floa
 def _cuts(table: pa.Table) -> Iterator[tuple[str, str, Bools]]:
     """Yield (what is cut by, which part, the rows in it); parts without rows are left out."""
     if "user_impressions" in table.column_names:
-        yield from _counted("user, by impressions before", table["user_impressions"], "new user", _USER_EDGES)
+        yield from _counted(
+            f"user, {_BEFORE}",
+            table["user_impressions"],
+            "new user",
+            _USER_EDGES,
+        )
     if "item_impressions" in table.column_names:
-        yield from _counted("item, by impressions before", table["item_impressions"], "new item", _ITEM_EDGES)
+        yield from _counted(
+            f"item, {_BEFORE}",
+            table["item_impressions"],
+            "new item",
+            _ITEM_EDGES,
+        )
     contexts = [
         (name.removeprefix(CONTEXT_PREFIX), pc.value_counts(table[name]), table[name])
         for name in table.column_names

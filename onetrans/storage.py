@@ -152,8 +152,13 @@ def read_json(path: str) -> Any:
 
 
 def write_json(path: str, data: Any) -> None:
-    """Write readable JSON, at once or not at all."""
-    write_bytes(path, (json.dumps(data, indent=2, sort_keys=False, default=str) + "\n").encode())
+    """Write readable JSON, at once or not at all.
+
+    Raises:
+        ValueError: if a number is not finite: JSON has none, and other readers than Python's refuse the file.
+    """
+    text = json.dumps(data, indent=2, sort_keys=False, default=str, allow_nan=False)
+    write_bytes(path, f"{text}\n".encode())
 
 
 def list_files(path: str, suffix: str = "") -> list[str]:

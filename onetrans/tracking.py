@@ -475,6 +475,7 @@ def log_gate(settings: Settings, plan: Plan, verdict: Mapping[str, Any], page: s
     note = f"**{plan.ds}**: {verdict['reason']}"
     if verdict["force_reason"]:
         note += f" A person forces the promotion: {verdict['force_reason']}"
+    note += "".join(f"\n\nWarning: {warning}" for warning in verdict["warnings"])
     _set_tags(client, parent, {TAG_DECISION: verdict["verdict"], "mlflow.note.content": note})
     _again(lambda: client.log_dict(parent, dict(verdict), GATE_FILE))
     _again(lambda: client.log_text(parent, page, PAGE_FILE))

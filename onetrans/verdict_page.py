@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from html import escape
 from typing import Any
 
@@ -29,6 +30,7 @@ TASK_NAMES = {"ctr": "CTR (click)", "cvr": "CVR (conversion given click)"}
 GOOD, BAD, QUIET = "#2b8a3e", "#b42318", "#52606d"
 
 _CURVE_POINTS = 120
+_MOST_TOLD = 5
 _BINS = 10
 
 QUESTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -162,8 +164,10 @@ class Page:
         warning = "".join(
             f'<p class="warn">The candidate loses among <b>{escape(s.cut)}: {escape(s.name)}</b>: {s.task.upper()} AUC '
             f"lift {s.lift:+.4f} [{s.low:+.4f}, {s.high:+.4f}], {s.rows:,} rows.</p>"
-            for s in losing
+            for s in sorted(losing, key=lambda s: s.high or 0.0)[:_MOST_TOLD]
         )
+        if len(losing) > _MOST_TOLD:
+            warning += f'<p class="warn">And among {len(losing) - _MOST_TOLD} more, marked below.</p>'
         told = warning or "<p>No slice loses beyond chance.</p>"
         level = 100 * self.verdict["settings"]["confidence"]
         return _section(
@@ -191,7 +195,9 @@ class Page:
         return _section(
             f"Figures on {self.scores.ds}",
             f'<div class="scroll"><table><tr><th>scorer</th>{head}</tr>{"".join(rows)}</table></div>{others}'
-            f'<p class="quiet">{escape(self.verdict["champion"]["note"])}.</p>',
+            + "".join(
+                f'<p class="quiet">{escape(n)}.</p>' for n in [self.verdict["champion"]["note"], *self.verdict["notes"]]
+            ),
         )
 
     def _data(self) -> str:
@@ -286,21 +292,31 @@ def _answer(mark: str, colour: str, question: str, told: Iterable[str]) -> str:
 
 def _lift_chart(days: Sequence[Mapping[str, Any]], task: str) -> str:
     shown = [(day, day["lifts"].get(f"{task}_auc")) for day in days]
-    drawn = [(i, day, lift) for i, (day, lift) in enumerate(shown) if lift is not None and lift["low"] is not None]
+    begin = date.fromisoformat(str(days[0]["ds"])).toordinal()
+    last = date.fromisoformat(str(days[-1]["ds"])).toordinal() - begin
+    drawn = [
+        (date.fromisoformat(str(day["ds"])).toordinal() - begin, day, lift)
+        for day, lift in shown
+        if lift is not None and lift["low"] is not None
+    ]
     if not drawn:
         return ""
     low, high = min(0.0, *(lift["low"] for _, _, lift in drawn)), max(0.0, *(lift["high"] for _, _, lift in drawn))
     room = 0.08 * (high - low) or 0.001
-    chart = Chart((-0.5, len(shown) - 0.5), (low - room, high + room), f"{TASK_NAMES[task]}, AUC lift", height=280)
-    chart.line([-0.5, len(shown) - 0.5], [0.0, 0.0], QUIET, width=1.2)
+    chart = Chart((-0.5, last + 0.5), (low - room, high + room), f"{TASK_NAMES[task]}, AUC lift", height=280)
+    chart.line([-0.5, last + 0.5], [0.0, 0.0], QUIET, width=1.2)
     for i, day, lift in drawn:
         colour = COLOURS[CANDIDATE]
         chart.interval(i, lift["low"], lift["high"], colour)
         chart.point(
-            i, lift["lift"], colour, filled=day["verdict"] == "promoted", says=f"{day['ds']} {_lift_text(lift)}"
+            i,
+            lift["lift"],
+            colour,
+            filled=(day.get("decision") or day["verdict"]) == "promoted",
+            says=f"{day['ds']} {_lift_text(lift)}",
         )
-    step = max(1, len(shown) // 7)
-    x_ticks = [(float(i), str(day["ds"])[5:]) for i, (day, _) in enumerate(shown) if (len(shown) - 1 - i) % step == 0]
+    step = max(1, (last + 1) // 7)
+    x_ticks = [(float(i), date.fromordinal(begin + i).isoformat()[5:]) for i in range(last, -1, -step)]
     return chart.render(x_ticks, [(t, f"{t:+g}" if t else "0") for t in ticks(low - room, high + room)])
 
 

@@ -108,9 +108,12 @@ def test_a_champion_of_a_smaller_schema_reads_the_features_it_knows(shop, days):
     fewer = dataclasses.replace(
         SCHEMA, features=tuple(f for f in SCHEMA.features if f.name not in ("image", "hour", "event_author"))
     )
-    _champion_of(shop, days["first"], fewer)
-    metrics, _, record = _evaluate(shop, days["second"])
+    model = _champion_of(shop, days["first"], fewer)
+    metrics, table, record = _evaluate(shop, days["second"])
     assert (record.state, metrics["champion"]["rows"]) == ("scored", metrics["onetrans"]["rows"])
+    own = score_files(days["second"].evaluation_files, fewer, 64, {"m": model}, shop.settings, "test")
+    for task in ("ctr", "cvr"):
+        np.testing.assert_allclose(own[f"m_{task}"].to_numpy(), table[f"champion_{task}"].to_numpy(), atol=1e-6)
 
 
 def test_a_champion_that_needs_a_feature_which_is_gone_is_never_replaced_by_itself(shop, days):
@@ -128,7 +131,7 @@ def test_a_champion_that_needs_a_feature_which_is_gone_is_never_replaced_by_itse
 
 
 def _champion_of(shop, plan, schema):
-    """Make a model of another schema the champion."""
+    """Make a model of another schema the champion; return it."""
     torch.manual_seed(1)
     config = plan.models["onetrans"].config
     model = build_model(config, schema).eval()
@@ -143,6 +146,7 @@ def _champion_of(shop, plan, schema):
     tags = {"ds": str(plan.ds), "plan_id": "other", TAG_MODEL_DIGEST: folder_digest(folder)}
     version = registry.register(model_id, run.run_id, tags, "of another schema")
     registry.set_champion(version)
+    return model
 
 
 def _log_without_example(run, folder):
@@ -201,6 +205,23 @@ def test_a_champion_that_moved_is_compared_with_before_the_swap(shop, days):
     assert gate["comparisons"]["onetrans over champion"]["ctr_auc"]["lift"] > 0
     assert promotion["decision"] == "promoted"
     assert promotion["gate_decided_at"] == gate["decided_at"]
+
+
+def test_a_refusal_for_the_sake_of_a_champion_that_has_left_is_looked_at_again(shop, days):
+    _promote(shop, days["first"])
+    _evaluate(shop, days["second"])
+    shop.write_scores(days["second"], better=True)
+    run_gate(shop.settings, days["second"])
+    path = storage.join(days["second"].path, "gate.json")
+    verdict = storage.read_json(path)
+    for criterion in verdict["criteria"]:
+        criterion["passed"] = "champion" not in criterion["name"]
+    lost = {"name": "ctr_auc_not_below_champion", "passed": False}
+    left = verdict["champion"] | {"state": "scored", "version": "9", "digest": "of a version that was rolled back"}
+    declined = {"verdict": "declined", "passed": False, "champion": left, "criteria": [*verdict["criteria"], lost]}
+    storage.write_json(path, verdict | declined)
+    promotion = _promote(shop, days["second"])
+    assert (promotion["decision"], promotion["compared_with"]["version"]) == ("promoted", "1")
 
 
 def test_a_candidate_worse_than_the_champion_it_met_at_the_swap_is_refused(shop, days, monkeypatch):

@@ -23,7 +23,7 @@ from onetrans.gate import run_gate
 from onetrans.registry import CHALLENGER, CHAMPION, PREVIOUS, TAG_ROLLED_BACK, Registry, promote
 from onetrans.report import report, table
 from onetrans.settings import as_environment
-from onetrans.tracking import TAG_FORCED, TAG_MODEL_ID, fetch_folder, one_at_a_time, see_run
+from onetrans.tracking import TAG_FORCED, TAG_MODEL_DIGEST, TAG_MODEL_ID, fetch_folder, one_at_a_time, see_run
 
 ROOT = Path(__file__).parents[2]
 
@@ -215,8 +215,78 @@ def test_rolling_back_walks_back_and_the_pipeline_does_not_undo_it(shop, registr
 
     registry.roll_back("this one too")
     assert registry.aliases() == {CHAMPION: "1", CHALLENGER: "3"}
-    with pytest.raises(BadConfigError, match="version 1 is the first champion"):
+    with pytest.raises(BadConfigError, match="no champion before version 1 that was not rolled back"):
         registry.roll_back("once more")
+
+
+def test_a_rollback_never_returns_to_what_was_rolled_back(shop, registry, better):
+    for plan in better.values():
+        _promote(shop, registry, plan)
+    registry.promote_by_hand("1", "the older one was better")
+    assert registry.version("3").tags[TAG_ROLLED_BACK].endswith("for version 1: the older one was better")
+    # The day of the version that was set aside is cleared and judged again: it stays set aside.
+    _file(better[4], "promotion.json").unlink()
+    run_gate(shop.settings, better[4])
+    assert _promote(shop, registry, better[4])["decision"] == "held"
+    left, now = registry.roll_back("it was not")
+    assert (str(left.version), str(now.version)) == ("1", "2")
+    with pytest.raises(BadConfigError, match="no champion before version 2 that was not rolled back"):
+        registry.roll_back("nor this")
+    assert _champion(registry) == "2"
+
+
+@pytest.mark.parametrize("kill_at", ["set_model_version_tag", "delete_registered_model_alias",
+                                     "set_registered_model_alias"])  # fmt: skip
+def test_a_rollback_that_is_killed_is_repeated(shop, registry, better, monkeypatch, kill_at):
+    for number in (2, 3):
+        _promote(shop, registry, better[number])
+
+    def dies(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(registry.client), kill_at, dies)
+        with pytest.raises(KeyboardInterrupt):
+            registry.roll_back("conversions fell")
+    assert _champion(registry) == "2", "the champion moves last"
+    left, now = registry.roll_back("conversions fell")
+    assert (str(left.version), str(now.version)) == ("2", "1")
+    assert TAG_ROLLED_BACK not in now.tags
+    assert registry.aliases() == {CHAMPION: "1", CHALLENGER: "2"}
+
+
+def test_a_promotion_that_is_killed_leaves_a_rollback_its_way(shop, registry, better, monkeypatch):
+    for number in (2, 3):
+        _promote(shop, registry, better[number])
+    real = type(registry.client).set_registered_model_alias
+
+    def dies(client, name, alias, version):
+        if alias == CHAMPION:
+            raise KeyboardInterrupt
+        real(client, name, alias, version)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(registry.client), "set_registered_model_alias", dies)
+        with pytest.raises(KeyboardInterrupt):
+            _promote(shop, registry, better[4])
+    assert registry.aliases() == {CHAMPION: "2", PREVIOUS: "2", CHALLENGER: "3"}
+    left, now = registry.roll_back("conversions fell")
+    assert (str(left.version), str(now.version)) == ("2", "1")
+
+
+def test_a_rollback_to_files_that_are_gone_moves_nothing(shop, registry, better):
+    for number in (2, 3):
+        _promote(shop, registry, better[number])
+    registry.client.set_model_version_tag(registry.name, "1", TAG_MODEL_DIGEST, "0" * 64)
+    with pytest.raises(BadDataError, match=r"version 1: its files are not those that were registered .* stays\. Name"):
+        registry.roll_back("conversions fell")
+    registry.client.set_model_version_tag(registry.name, "1", TAG_MODEL_ID, "m-" + "0" * 32)
+    with pytest.raises(BadDataError, match=r"version 1: its files cannot be read"):
+        registry.roll_back("conversions fell")
+    assert _champion(registry) == "2"
+    assert TAG_ROLLED_BACK not in registry.version("2").tags
+    with pytest.raises(BadDataError, match="version 1: its files cannot be read"):
+        registry.promote_by_hand("1", "it was better")
 
 
 def test_a_person_may_promote_what_the_gate_declined_and_has_to_say_why(shop, registry, better, worse):
@@ -242,8 +312,8 @@ def test_a_reason_promotes_what_the_gate_declined_once(shop, registry, better, w
     assert registry.by_alias(CHAMPION).tags[TAG_FORCED].endswith(f": {reason}")
     assert registry.client.get_run(worse.mlflow_run_id).data.tags[TAG_FORCED] == reason
 
-    # A person returns to version 1; the forced run is cleared and runs again, with the reason it was given then.
-    registry.promote_by_hand("1", "it was better after all")
+    # Another version takes the place; the forced run is cleared and runs again, with the reason it was given then.
+    registry.set_champion(registry.version("1"))
     again = _promote(shop, registry, worse, reason)
     assert (again["decision"], again["forced"], _champion(registry)) == ("held", None, "1")
     assert "it was forced before" in again["reason"]
@@ -371,13 +441,18 @@ def test_the_server_keeps_the_artifacts(shop, registry, better, server):
     assert verify(registry, registry.by_alias(CHAMPION))[0] <= 1e-6
 
 
-def test_promotions_at_the_same_time_take_turns(shop, registry, better):
+def test_promotions_in_several_processes_take_turns(shop, registry, better):
     """Whatever their order, the latest day ends as champion, and each swap names the one it replaced."""
-    for plan in better.values():
+    plans = [better[3], better[4]]
+    for plan in plans:
         _file(plan, "promotion.json").unlink(missing_ok=True)
     settings = dataclasses.replace(shop.settings, mlflow=registry.settings)
-    with ThreadPoolExecutor(3) as pool:
-        promotions = list(pool.map(lambda plan: promote(settings, plan), better.values()))
+    environment = {**os.environ, **as_environment(settings)}
+    command = [sys.executable, "-m", "onetrans.cli", "promote", "--plan"]
+    running = [subprocess.Popen([*command, plan.path], env=environment, cwd=ROOT, stdout=subprocess.DEVNULL)
+               for plan in plans]  # fmt: skip
+    assert [process.wait(timeout=240) for process in running] == [0, 0]
+    promotions = [json.loads(_file(plan, "promotion.json").read_text()) for plan in plans]
     champion = registry.by_alias(CHAMPION)
     assert champion.tags["ds"] == str(better[4].ds)
     decided = {p["version"]: p for p in promotions if p["decision"] == "promoted"}

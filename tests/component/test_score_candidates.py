@@ -19,6 +19,7 @@ from jobs.workspace import Workspace
 from onetrans import storage
 from onetrans.artifact import load_model
 from onetrans.errors import BadConfigError, BadDataError, NotReadyError
+from onetrans.registry import Registry
 from onetrans.requests import from_rows, score
 from onetrans.schema import Feature, FeatureSchema, Sequence
 from onetrans.settings import MlflowSettings, ScoringSettings
@@ -77,6 +78,12 @@ def work(spark: SparkSession, models: list[Path], tmp_path_factory: pytest.TempP
 
 def _scores(work: Workspace) -> dict[tuple[str, str], dict]:
     return {(row["user_id"], row["item_id"]): row for row in work.lake.read("candidate_scores", [DS]).to_pylist()}
+
+
+def _published(work: Workspace) -> dict[tuple[str, str], dict]:
+    score_candidates.build(work, DS)
+    audit_and_publish(work, "candidate_scores", DS)
+    return _scores(work)
 
 
 def test_each_user_gets_the_champions_scores_and_a_finished_day_is_left_alone(
@@ -152,7 +159,33 @@ def test_a_folder_says_whom_to_score_for_what(work: Workspace, tmp_path: Path) -
         score_candidates.build(given, DS)
 
 
-def test_a_champion_of_other_features_scores_nothing(work: Workspace) -> None:
-    other = replace(SCHEMA, sequences=(Sequence("click", "click", max_length=4),))
-    with pytest.raises(BadConfigError, match=r"the champion, version \d, reads feature schema"):
-        score_candidates.build(with_schema(work, other), DS)
+def test_a_rollback_takes_effect_also_over_a_schema_that_has_grown(work: Workspace) -> None:
+    before = _published(work)
+    shown = Feature("shown", "item", "bucketized", "item_impressions_7d", boundaries=(1.0, 5.0))
+    grown = replace(SCHEMA, features=(*SCHEMA.features, shown), sequences=(Sequence("click", "click", max_length=4),))
+    later = with_schema(work, grown)
+    for job in TABLES:
+        publish(later, job, DS)
+    assert _published(later) == before, "the champion reads what it knows, and as many events as it was trained on"
+
+    registry = Registry(work.settings.mlflow)
+    left, now = registry.roll_back("conversions fell")
+    rolled_back = _published(later)
+    assert {row["model_version"] for row in rolled_back.values()} == {str(now.version)} != {str(left.version)}
+    assert rolled_back.keys() == before.keys()
+    assert any(abs(rolled_back[key]["ctr"] - before[key]["ctr"]) > 1e-3 for key in before)
+    registry.promote_by_hand(str(left.version), "it was not the model")
+    assert _published(later) == before
+    for job in TABLES:
+        publish(work, job, DS)
+
+
+def test_a_champion_that_reads_what_the_log_no_longer_has_scores_nothing(work: Workspace) -> None:
+    shorter = replace(SCHEMA, sequences=(Sequence("click", "click", max_length=2),))
+    with pytest.raises(
+        BadConfigError, match=r"version \d, reads .* no longer has as it was: sequence click \(the last 3"
+    ):
+        score_candidates.build(with_schema(work, shorter), DS)
+    renamed = [replace(f, column="item_cvr_7d") if f.name == "item_ctr" else f for f in SCHEMA.features]
+    with pytest.raises(BadConfigError, match=r"feature item_ctr\. Train and promote"):
+        score_candidates.build(with_schema(work, replace(SCHEMA, features=tuple(renamed))), DS)

@@ -93,7 +93,7 @@ def test_better_clicks_do_not_buy_worse_conversions():
     assert "cvr_auc_lift" in _failed(verdict)
     assert "ctr_auc_lift" not in _failed(verdict)
     assert verdict.reason.startswith("Not promoted: CVR AUC")
-    assert f"would show in 4 of 5 cases: CTR {verdict.lifts['ctr'].detectable:.4f}" in verdict.reason
+    assert f"would show, each by itself, in 4 of 5 cases: CTR {verdict.lifts['ctr'].detectable:.4f}" in verdict.reason
 
 
 def test_a_lift_inside_the_noise_is_declined_though_it_is_positive():

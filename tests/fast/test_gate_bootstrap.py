@@ -49,7 +49,7 @@ def test_interval_equals_a_naive_bootstrap_on_the_same_draws():
         drawn = rng.integers(60, size=60)
         rows = np.concatenate([np.flatnonzero(user_N == user) for user in drawn])
         naive.append(roc_auc_score(label_N[rows], candidate_N[rows]) - roc_auc_score(label_N[rows], baseline_N[rows]))
-    wider = widening(effective_number(np.bincount(user_N)), 0.9)
+    wider = widening(min(effective_number(np.bincount(user_N[label_N == label])) for label in (0, 1)), 0.9)
     assert 1.0 < wider < 1.1
     expected = [lift.lift + wider * (q - lift.lift) for q in np.quantile(naive, [0.05, 0.95], method="weibull")]
     assert (lift.low, lift.high) == pytest.approx(tuple(expected), abs=1e-12)

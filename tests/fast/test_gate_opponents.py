@@ -1,10 +1,12 @@
 """The gate against others than the baseline: champion, popularity, chance, days before, a collapsed baseline."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from gate_world import World, day_of
 from test_gate import SETTINGS, _failed, _table, _with
 
 from onetrans.bootstrap import widening
@@ -162,12 +164,91 @@ def test_a_baseline_below_the_band_of_its_last_days_is_warned_of():
     assert "The baseline has collapsed: dcnv2_din's CTR AUC" in warning
     assert _judge(_table(), before={"ctr": usual["ctr"][:2]}).warnings == (), "two days make no band"
     assert _judge(_table(), before={"ctr": [now - 0.01, now + 0.01, now]}).warnings == ()
-    assert _judge(_table(), before={"ctr": [now + 0.1, now - 0.02, now + 0.1]}).warnings == (), (
+    assert _judge(_table(), before={"ctr": [now + 0.1, now - 0.02, now + 0.04]}).warnings == (), (
         "days that differ make it wide"
     )
 
 
-def test_what_the_day_could_have_found_is_what_it_finds_in_four_of_five_cases():
+@pytest.mark.parametrize("nights", [1, 2, 3])
+def test_a_collapsed_baseline_is_warned_of_every_night_until_it_is_half_of_the_last_days(nights):
+    now = _judge(_table()).models["dcnv2_din"].ctr_auc
+    usual = [now + 0.1, now + 0.11, now + 0.1, now + 0.09, now + 0.1, now + 0.1, now + 0.11]
+    (warning,) = _judge(_table(), before={"ctr": [*usual, *[now] * (nights - 1)]}).warnings
+    assert warning.startswith("The baseline has collapsed")
+
+
+def test_a_baseline_without_a_band_is_said_not_to_be_checked():
+    verdict = _judge(_table(), before={"ctr": [0.7], "cvr": [0.7, 0.7, 0.7]})
+    (note,) = verdict.notes
+    assert note.startswith("dcnv2_din's CTR AUC was not held against its last days: 1 before this one")
+
+
+def test_the_lift_a_day_could_have_found_is_told_above_the_one_it_must_have():
     lift = _judge(_table()).lifts["ctr"]
     wider = widening(lift.effective_users, 0.9)
     assert lift.detectable == pytest.approx(wider * lift.standard_error * (1.6449 + 0.8416), rel=1e-3)
+    refused = _judge(_table(), min_lift_ctr_auc=0.2, min_lift_cvr_auc=0.3)
+    told = [0.2 + refused.lifts["ctr"].detectable, 0.3 + refused.lifts["cvr"].detectable]
+    assert f"each by itself, in 4 of 5 cases: CTR {told[0]:.4f}, CVR {told[1]:.4f} (" in refused.reason
+
+
+def test_a_lift_as_large_as_the_day_is_said_to_find_is_found_in_four_of_five_cases():
+    """Counted: the candidate's advantage is set to what a day of this size is said to find, above a threshold too."""
+    alike = [day_of(seed, 2500, 500, World(activity=0.5)) for seed in range(3)]
+    said = float(np.mean([judge(day, SETTINGS).lifts["ctr"].detectable for day in alike]))
+    own = 0.05
+    # The true lift stands as far above the threshold as the days are said to find.
+    settings = dataclasses.replace(SETTINGS, min_lift_ctr_auc=_true_lift(own) - said)
+    found = 0
+    for seed in range(120):
+        verdict = judge(day_of(1000 + seed, 2500, 500, World(activity=0.5), ctr_own=own), settings)
+        found += "ctr_auc_lift" not in _failed(verdict)
+    assert 0.8 - 3 * 0.0365 < found / 120 < 0.8 + 3 * 0.0365
+
+
+def _true_lift(own):
+    """The candidate's lift with so much noise of its own, over many rows."""
+    day = day_of(7, 400_000, 80_000, World(activity=0.5), ctr_own=own)
+    return day.metrics("onetrans").ctr_auc - day.metrics("dcnv2_din").ctr_auc
+
+
+def test_a_day_that_was_not_evaluated_agrees_with_nothing_and_is_not_jumped_over():
+    good = [Scores.from_table(_table(seed=seed), ds=f"day {seed}") for seed in range(3)]
+    settings = dataclasses.replace(SETTINGS, agreeing_days=2, window_days=3)
+    verdict = judge(good[2], settings, [good[0], None])
+    assert _failed(verdict) == {"days_agree"}
+    assert "1 of the last 2 days agree" in verdict.reason
+    assert "1 of them not evaluated in this chain of trainings" in verdict.reason
+    assert verdict.days == ("day 0", "day 2")
+    assert judge(good[2], settings, [None, good[1]]).verdict == "promoted"
+
+
+def test_users_too_few_for_an_interval_are_said_to_be_and_the_verdict_stays_readable():
+    """One user has nearly all rows: no interval, no infinite number, no promotion."""
+    verdict = judge(day_of(3, 3000, 300, World(activity=6.0)), SETTINGS)
+    assert verdict.verdict == "declined"
+    text = json.dumps(verdict.to_dict(), allow_nan=False)
+    assert "effective users" in verdict.reason
+    assert "inf" not in text.replace("information", "")
+    assert all(c.interval is None or np.isfinite(c.interval).all() for c in verdict.criteria)
+
+
+def test_a_class_that_few_users_have_widens_the_interval():
+    """All conversions are those of five users, though hundreds look."""
+    table = _table()
+    few = np.isin(table["user_id"].to_numpy(zero_copy_only=False), [f"u{n}" for n in range(5)])
+    table = _with(table, "conversion", _column(table, "click") * few)
+    verdict = _judge(table, min_positives=1)
+    assert verdict.lifts["cvr"].effective_users < 6
+    assert verdict.lifts["ctr"].effective_users > 200
+
+
+def test_calibration_is_told_with_the_interval_of_the_ratio():
+    verdict = _judge(_table())
+    (calibration,) = [c for c in verdict.criteria if c.name == "ctr_calibration_error"]
+    assert (calibration.comparison, calibration.threshold) == ("within", 0.25)
+    assert calibration.interval[0] < calibration.figure < calibration.interval[1]
+    assert calibration.figure == pytest.approx(verdict.models["onetrans"].ctr_calibration)
+    assert f"{calibration.figure:.3f} [{calibration.interval[0]:.3f}" in calibration.text
+    halved = _judge(_with(_table(), "onetrans_ctr", 0.5 * _column(_table(), "onetrans_ctr")))
+    assert "ctr_calibration_error" in _failed(halved)

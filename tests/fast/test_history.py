@@ -1,6 +1,7 @@
 """Days before: the chain of plans, what is counted in their rows, and the ranker by popularity."""
 
 import dataclasses
+import hashlib
 
 import numpy as np
 import pyarrow as pa
@@ -84,6 +85,34 @@ def test_the_window_pools_the_days_of_the_chain(shop, chain):
     assert (pooled["verdict"], pooled["left_out"]) == ("promoted", [])
     page = storage.read_bytes(storage.join(chain[2].path, "gate.html")).decode()
     assert "3 days pooled" in page
+    inputs = pooled["inputs"]
+    assert [(day["ds"], day["plan_id"]) for day in inputs["days"]] == [(str(p.ds), p.plan_id) for p in chain]
+    assert inputs["days"][2]["scores_sha256"] == pooled["scores_sha256"]
+    for plan, day in zip(chain, inputs["days"], strict=True):
+        scores = storage.read_bytes(storage.join(plan.path, "scores.parquet"))
+        assert day["scores_sha256"] == hashlib.sha256(scores).hexdigest()
+    assert (inputs["snapshot_id"], inputs["schema_fingerprint"]) == (
+        chain[2].snapshot_id, chain[2].schema.fingerprint
+    )  # fmt: skip
+    assert (inputs["git_revision"], set(inputs["models"])) == (chain[2].git_revision, {"onetrans", "dcnv2_din"})
+
+
+def test_a_day_that_the_chain_did_not_evaluate_is_named_and_not_jumped_over(shop, chain):
+    """The last training took two days together, so the middle one has no scores."""
+    last = chain[2]
+    start = {name: storage.join(chain[0].path, name) for name in last.models}
+    models = {name: dataclasses.replace(model, warm_start=start[name]) for name, model in last.models.items()}
+    jumped = dataclasses.replace(last, models=models, plan_id="jumped").save()
+    shop.write_scores(jumped, better=True)
+    verdict = run_gate(_with(shop.settings, window_days=3, agreeing_days=2), jumped)
+    assert verdict["days"] == [str(chain[0].ds), str(last.ds)]
+    assert verdict["left_out"] == [f"{chain[1].ds}: this chain of trainings did not evaluate it"]
+    (criterion,) = [c for c in verdict["criteria"] if c["name"] == "days_agree"]
+    assert (criterion["passed"], criterion["figure"]) == (False, 1)
+    # A day that the log lost is stepped over.
+    lost = dataclasses.replace(shop.settings.source, absent_days=(chain[1].ds,))
+    settings = dataclasses.replace(_with(shop.settings, window_days=2, agreeing_days=2), source=lost)
+    assert run_gate(settings, jumped)["verdict"] == "promoted"
 
 
 def test_a_day_of_the_chain_that_cannot_be_used_is_left_out_and_named(shop, chain):

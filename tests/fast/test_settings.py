@@ -53,6 +53,10 @@ def test_settings_survive_the_environment(tmp_path: Path, monkeypatch: pytest.Mo
         ({"ONETRANS_SPARK_MASTR": "x"}, "ONETRANS_SPARK_MASTR names no setting"),
         ({"ONETRANS_GATE_CONFIDENCE": "1.5"}, "gate.confidence = 1.5 must be"),
         ({"ONETRANS_GATE_REPLICATES": "1"}, "gate.replicates = 1 must be at least 100"),
+        (
+            {"ONETRANS_GATE_REPLICATES": "999", "ONETRANS_GATE_CONFIDENCE": "0.99"},
+            "gate.replicates = 999 must be at least 1000 with gate.confidence = 0.99",
+        ),
         ({"ONETRANS_GATE_MIN_LIFT_CTR_AUC": "nan"}, "gate.min_lift_ctr_auc = nan must be in"),
         ({"ONETRANS_GATE_MAX_CALIBRATION_ERROR": "nan"}, "gate.max_calibration_error = nan must be at least 0"),
         ({"ONETRANS_GATE_MAX_CALIBRATION_ERROR": "inf"}, "gate.max_calibration_error = inf must be finite"),

@@ -137,9 +137,10 @@ def test_a_slice_that_loses_is_warned_of_and_no_other():
     assert "The candidate loses among <b>context, surface: feed</b>" in page
     found = slices(Scores.from_table(table), table, 0.9)
     assert not any(s.loses for s in found)
-    assert {s.cut for s in found} == {
-        "user, by impressions before", "item, by impressions before", "context, surface"
-    }, "a feature of one value divides nothing"  # fmt: skip
+    seen = "by impressions in the last 7 days of training"
+    assert {s.cut for s in found} == {f"user, {seen}", f"item, {seen}", "context, surface"}, (
+        "a feature of one value divides nothing"
+    )
     whole = [s for s in found if s.cut == "context, surface" and s.task == "ctr"]
     assert sum(s.rows for s in whole) == 6000
 

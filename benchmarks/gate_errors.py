@@ -6,7 +6,9 @@ two models that misread users in ways of their own.  Each day is judged as a rea
 
 * two equal models: how often one lift is taken for real, how often the candidate is promoted, and how often the
   interval holds the truth, which is 0;
-* a candidate that is better by a known lift: how often it is found on a day of 200,000 impressions, and on small days.
+* a candidate that is better by a known lift: how often it is found on a day of 200,000 impressions, and on small days;
+* a candidate whose clicks alone are better: how often it is promoted all the same;
+* a champion as good as the candidate, and one that is better by 0.01: how often the candidate passes beside it.
 
 The truth of a lift is measured on 2 M impressions of as many users; a share is told with its interval (Wilson, 95 %).
 """
@@ -36,8 +38,11 @@ BETTER = 0.16
 SOMEWHAT = 0.25
 """Likewise for about 0.003."""
 
-SMALL, LARGE = (5_000, 500), (200_000, 20_000)
-"""Impressions and users of a day."""
+WORSE = 0.562
+"""Likewise for about -0.01."""
+
+SMALL, MIDDLE, LARGE = (5_000, 500), (13_500, 7_700), (200_000, 20_000)
+"""Impressions and users of a day; the middle one is a day of KuaiRand."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,8 @@ class Counted:
     """Per task: days whose interval holds the true lift."""
     promoted: int
     """Days on which every criterion held."""
+    beside_champion: int = 0
+    """Days on which the candidate was shown to be no worse than the champion, in both tasks."""
 
     def share(self, count: int) -> tuple[float, float, float]:
         """Return a share of the days and its Wilson interval at 95 %."""
@@ -74,19 +81,29 @@ def true_lift(own: float, rows: int = 2_000_000) -> dict[str, float]:
     return found
 
 
-def count_days(days: int, size: tuple[int, int], own: float, truth: dict[str, float], seed: int = 0) -> Counted:
-    """Judge so many days and count."""
-    shown, covered, promoted = dict.fromkeys(TASKS, 0), dict.fromkeys(TASKS, 0), 0
+def count_days(
+    days: int,
+    size: tuple[int, int],
+    own: float,
+    truth: dict[str, float],
+    seed: int = 0,
+    cvr_own: float | None = None,
+    champion_own: float | None = None,
+) -> Counted:
+    """Judge so many days and count; ``cvr_own``: the candidate's own noise in conversions, if it is another."""
+    shown, covered, promoted, beside = dict.fromkeys(TASKS, 0), dict.fromkeys(TASKS, 0), 0, 0
     with Progress(days, "days", f"{size[0]:,} rows, own noise {own:g}") as progress:
         for number in range(days):
-            scores = day_of(seed + number, *size, ctr_own=own, cvr_own=own)
+            cvr = own if cvr_own is None else cvr_own
+            scores = day_of(seed + number, *size, ctr_own=own, cvr_own=cvr, champion_own=champion_own)
             verdict = judge(scores, SETTINGS)
             promoted += verdict.passed is True
+            beside += all(c.passed for c in verdict.criteria if c.name.endswith("not_below_champion"))
             for task, lift in verdict.lifts.items():
                 shown[task] += lift.low > 0
                 covered[task] += lift.low <= truth[task] <= lift.high
             progress.advance(1)
-    return Counted(days, shown, covered, promoted)
+    return Counted(days, shown, covered, promoted, beside)
 
 
 def plot(points: dict[str, list[tuple[float, Counted]]]) -> str:
@@ -130,6 +147,16 @@ def main(argv: list[str] | None = None) -> int:
             points.setdefault(name, []).append((truth["ctr"], counted))
             case = f"{name}, true lift {truth['ctr']:.4f} (CTR), {truth['cvr']:.4f} (CVR), {days:,} days"
             _add(report, case, counted, equal=own == EQUAL, found=size == LARGE and own == BETTER, quick=quick)
+    days = 60 if quick else 400
+    clicks = truths[BETTER] | {"cvr": 0.0}
+    counted = count_days(days, SMALL, BETTER, clicks, cvr_own=EQUAL)
+    case = f"5,000 impressions a day, true lift {clicks['ctr']:.4f} (CTR), 0.0000 (CVR), {days} days"
+    report.add(case, "promoted", counted.promoted / days, "", f"<= {STATED:g}")
+    for own, told, expected in ((EQUAL, "as good", ""), (WORSE, "better by 0.01", "<= 0.05")):
+        days = 20 if quick else 200
+        counted = count_days(days, MIDDLE, own, truths[EQUAL], champion_own=EQUAL)
+        case = f"13,500 impressions a day, a champion {told}, {days} days"
+        report.add(case, "passes beside it", counted.beside_champion / days, "", expected)
     if arguments.plot:
         arguments.plot.write_text(plot(points) + "\n", encoding="utf-8")
         print(f"chart written to {arguments.plot}")

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from onetrans.scores import UNKNOWN, Scores
+from onetrans.scores import UNKNOWN, ChampionRecord, Scores
 
 Floats = npt.NDArray[np.float64]
 
@@ -51,10 +51,14 @@ def day_of(
     world: World | None = None,
     ctr_own: float | None = None,
     cvr_own: float | None = None,
+    champion_own: float | None = None,
 ) -> Scores:
-    """Return a day; ``ctr_own`` and ``cvr_own`` are the candidate's own noise where it is not the baseline's."""
+    """Return a day; ``ctr_own`` and ``cvr_own`` are the candidate's own noise where it is not the baseline's.
+
+    With ``champion_own`` there is a champion too, with so much noise of its own in both tasks.
+    """
     world = world or World()
-    rng = np.random.default_rng(seed)
+    rng, others = np.random.default_rng(seed), np.random.default_rng([seed, 1])
     share_U = rng.lognormal(0.0, world.activity, users)
     user_N = rng.choice(users, size=rows, p=share_U / share_U.sum()).astype(np.int64)
     label_N: dict[str, npt.NDArray[np.int64]] = {}
@@ -64,9 +68,12 @@ def day_of(
         rate = world.click_rate if task == "ctr" else 0.0
         happened_N = (rng.random(rows) < sigmoid(rate + world.appeal * appeal_N)).astype(np.int64)
         label_N[task] = happened_N if task == "ctr" else happened_N * label_N["ctr"]
-        for model, own in (("onetrans", world.own if better is None else better), ("dcnv2_din", world.own)):
-            misread_N = np.exp(world.per_user * rng.normal(size=users))[user_N]
-            blurred_N = misread_N * appeal_N + shared_N + own * rng.normal(size=rows)
+        models = [("onetrans", world.own if better is None else better, rng), ("dcnv2_din", world.own, rng)]
+        if champion_own is not None:
+            models.append(("champion", champion_own, others))
+        for model, own, noise in models:
+            misread_N = np.exp(world.per_user * noise.normal(size=users))[user_N]
+            blurred_N = misread_N * appeal_N + shared_N + own * noise.normal(size=rows)
             shrunk = world.appeal / (1.0 + world.shared**2 + world.own**2)
             score_N[model, task] = sigmoid(rate + shrunk * blurred_N)
         known_N = 0.2 * appeal_N + rng.normal(size=rows)
@@ -77,5 +84,5 @@ def day_of(
         user_N=user_N,
         label_N=label_N,
         score_N=score_N,
-        champion=UNKNOWN,
+        champion=UNKNOWN if champion_own is None else ChampionRecord("scored", "a champion", "1", "2024-01-01"),
     )

@@ -135,4 +135,4 @@ class Files:
             raise NotReadyError(f"{where}: {folder} holds no .parquet, .csv, .json or .jsonl file")
         columns = contract(self.schema, table)
         frame = read_files(spark, files, where, columns, self.schema.columns.get(table), whole)
-        return require_columns(frame, columns, where, self.schema)
+        return require_columns(frame, columns, where, self.schema, files[0])

@@ -127,13 +127,23 @@ def read_files(
         )
     with ThreadPoolExecutor(max_workers=16) as pool:
         looked = list(pool.map(lambda file: _look(file, where), files))
-    if not sum(rows for _, rows in looked):
-        raise BadDataError(f"{where} is empty: no rows in {_number(files)}, for example {files[0]}")
     heads = [schema for schema, _ in looked]
     found = list(dict.fromkeys(name for schema in heads for name in schema.names))
     own = {c.name: (renames or {}).get(c.name, c.name) for c in columns or ()} or {name: name for name in found}
     wanted = list(dict.fromkeys(own.values()))
     kind = kinds.pop()
+    needed = [c.name for c in columns or () if c.required or c.name in (renames or {})]
+
+    def require(there: Sequence[str]) -> None:
+        missing = [name for name in needed if own[name] not in there]
+        if missing:
+            told = [name if own[name] == name else f"{own[name]} (read as {name})" for name in missing]
+            raise BadDataError(f"{where}: {are_missing(told, found, files[0])}")
+
+    if kind != "json" and found:  # before the rows: a file that is something else altogether may have none
+        require(found)
+    if not sum(rows for _, rows in looked):
+        raise BadDataError(f"{where} is empty: no rows in {_number(files)}, for example {files[0]}")
     read = [*wanted, *(_others(heads, wanted) if whole else ())]
     if kind == "parquet":
         frame = _read_parquet(spark, files, heads, where, read)
@@ -141,10 +151,7 @@ def read_files(
         frame = _read_csv(spark, files, heads, where, read)
     else:
         frame = _read_json(spark, files, found, read)
-    for column in columns or ():
-        if own[column.name] not in frame.columns and (column.required or column.name in (renames or {})):
-            told = column.name if own[column.name] == column.name else f"{own[column.name]} (read as {column.name})"
-            raise BadDataError(f"{where}: column {told} is missing; there are {', '.join(found) or 'none'}")
+    require(frame.columns)
     there = [(name, _quoted(text)) for name, text in own.items() if text in frame.columns]
     notes = [F.col(UNREADABLE)] if UNREADABLE in frame.columns else []
     if whole:
@@ -172,8 +179,12 @@ def _others(heads: Sequence[pa.Schema], wanted: Sequence[str]) -> list[str]:
     ]
 
 
-def require_columns(frame: DataFrame, columns: Iterable[Column], where: Where, schema: FeatureSchema) -> DataFrame:
+def require_columns(
+    frame: DataFrame, columns: Iterable[Column], where: Where, schema: FeatureSchema, file: str
+) -> DataFrame:
     """Return ``frame`` if it has every required column, each of a type its kind can be read from.
+
+    ``file`` is one of those that were read, as an example.
 
     Raises:
         BadDataError: naming the column, what is there, and what was expected.
@@ -183,12 +194,14 @@ def require_columns(frame: DataFrame, columns: Iterable[Column], where: Where, s
         if column.name not in present:
             if not column.required:
                 continue
-            there = ", ".join(name for name in present if name != UNREADABLE)
-            raise BadDataError(f"{where}: column {_named(column, where, schema)} is missing; there are {there}")
+            there = [name for name in present if name != UNREADABLE]
+            raise BadDataError(f"{where}: {are_missing([_named(column, where, schema)], there, file)}")
         problem = _mismatch(column.kind, present[column.name], schema)
         if problem:
             found = present[column.name].simpleString()
-            raise BadDataError(f"{where}: column {_named(column, where, schema)} is {found}; expected {problem}")
+            raise BadDataError(
+                f"{where}: column {_named(column, where, schema)} is {found}; expected {problem}; for example in {file}"
+            )
     return frame
 
 
@@ -376,6 +389,12 @@ def _text(names: Iterable[str]) -> T.StructType:
 
 def _quoted(name: str) -> str:
     return "`" + name.replace("`", "``") + "`"
+
+
+def are_missing(missing: Sequence[str], found: Sequence[str], file: str) -> str:
+    """Say which columns are missing, which are there, and in which file."""
+    columns = f"column {missing[0]} is" if len(missing) == 1 else f"columns {', '.join(missing)} are"
+    return f"{columns} missing; there are {', '.join(found) or 'none'}; for example in {file}"
 
 
 def _number(files: Sequence[str]) -> str:

@@ -146,6 +146,7 @@ def test_a_missing_column(work: Workspace, says: Says) -> None:
     code, message = says(impressions)
     assert code == EXIT_BAD_DATA
     assert f"impressions {DS}: column device is missing; there are request_id, user_id, item_id, ts, " in message
+    assert message.endswith(f"; for example in file://{folder_of(work)}/part-0.parquet")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 from dataclasses import replace
 from datetime import UTC, date, datetime
@@ -17,8 +19,9 @@ from pyspark.sql import DataFrame, SparkSession
 from jobs import behavior_sequences, behaviors, impressions, item_features, training_requests, user_features
 from jobs.contract import user_columns
 from jobs.sources.kuairand import KuaiRand
+from jobs.sources.reading import UNREADABLE
 from jobs.workspace import Workspace
-from onetrans.errors import BadConfigError
+from onetrans.errors import BadConfigError, BadDataError
 from onetrans.lake import Lake
 from onetrans.schema import hash64, load_schema
 from onetrans.settings import LakeSettings, Settings, SourceSettings
@@ -33,7 +36,7 @@ REAL = Path(os.environ.get("DATA") or Path(__file__).parents[3] / "shared" / "da
 Row = dict[str, Any]
 
 
-def row(user: int, video: int, time_ms: int, day: date = DS, **values: int) -> Row:
+def row(user: int, video: int, time_ms: int, day: date = DS, **values: Any) -> Row:
     usual = {"hourmin": 1200, "is_click": 0, "is_like": 0, "long_view": 0, "play_time_ms": 0, "duration_ms": 10_000}
     key = {"user_id": user, "video_id": video, "date": int(f"{day:%Y%m%d}"), "time_ms": time_ms}
     return {**key, "tab": 1, **usual, **values}
@@ -89,8 +92,15 @@ def cut(tmp_path_factory: pytest.TempPathFactory) -> KuaiRand:
     return write(tmp_path_factory.mktemp("kuairand") / "cut", official=False)
 
 
-def test_requests_are_runs_of_one_user_in_one_tab(spark: SparkSession, cut: KuaiRand) -> None:
-    found = by(cut.impressions(spark, DS), "request_id", "item_id")
+def test_requests_are_runs_of_one_user_in_one_tab(
+    spark: SparkSession, cut: KuaiRand, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        found = by(cut.impressions(spark, DS), "request_id", "item_id")
+    assert caplog.messages == [
+        f"impressions {DS}: dropped 2 copies of (user_id, video_id, time_ms), 1 of them of rows of {BEFORE}, for "
+        f'example {{"user_id":3,"video_id":10,"time_ms":{NOON - 12 * 3_600_000 - 60_000}}}'
+    ]
     assert set(found) == {
         (f"1-1-{NOON}-0", 10),
         (f"1-1-{NOON}-0", 11),
@@ -131,7 +141,8 @@ def test_the_official_release_gives_the_same_rows(spark: SparkSession, cut: Kuai
             (cut.impressions(spark, ds), official.impressions(spark, ds)),
             (cut.behaviors(spark, ds), official.behaviors(spark, ds)),
         ):
-            assert sorted(map(str, mine.collect())) == sorted(map(str, theirs.collect()))
+            assert sorted(map(str, mine.collect())) == sorted(map(str, theirs.drop(UNREADABLE).collect()))
+            assert theirs.where(f"{UNREADABLE} is not null").isEmpty()
     assert official.history(spark) is None
 
 
@@ -164,6 +175,101 @@ def test_all_tables_are_built_by_the_bundled_schema(spark: SparkSession, cut: Ku
     assert candidate["item"] == hash64("13")
     assert candidate["author"] is None, "video 13 is in no video file"
     assert first["candidates"][0]["tag"] == hash64("39")
+
+
+def put_day(folder: Path, table: pa.Table, day: date = DS) -> KuaiRand:
+    place = folder / "daily" / f"date={day:%Y%m%d}"
+    place.mkdir(parents=True)
+    pq.write_table(table, place / "part-0.parquet")
+    return KuaiRand(str(folder), SCHEMA)
+
+
+def as_times(numbers: pa.ChunkedArray) -> pa.ChunkedArray:
+    return numbers.cast(pa.timestamp("ms"))
+
+
+@pytest.mark.parametrize(
+    ("column", "change", "told"),
+    [
+        ("is_click", None, "column is_click is missing; there are user_id, video_id, time_ms, tab, "),
+        ("time_ms", as_times, "column time_ms is timestamp_ntz; expected a number; for example in "),
+        ("user_id", lambda ids: ids.cast(pa.float64()), "column user_id is double; expected text or whole numbers"),
+    ],
+)
+def test_a_column_that_is_gone_or_of_another_type_stops_the_day(
+    spark: SparkSession, tmp_path: Path, column: str, change: Any, told: str
+) -> None:
+    table = pa.Table.from_pylist(LOG[:1]).drop_columns(["date", "hourmin"])
+    place = table.schema.get_field_index(column)
+    table = table.set_column(place, column, change(table[column])) if change else table.drop_columns(column)
+    log = put_day(tmp_path, table)
+    for read in (log.impressions, log.behaviors):
+        with pytest.raises(BadDataError, match=rf"^impressions {DS}: {told}.*part-0.parquet") as error:
+            read(spark, DS)
+        assert f"{tmp_path}/daily/date=20220504/part-0.parquet" in str(error.value)
+
+
+def test_what_is_no_whole_number_is_refused_with_what_it_says(spark: SparkSession, tmp_path: Path) -> None:
+    rows = [
+        *LOG[:5],
+        row(1, 10, NOON, is_click="yes"),  # beside the good row of the same user, video and time
+        row(1, 10, NOON, is_click="yes"),  # word for word again: a copy
+        {**row(2, 10, NOON), "time_ms": "noon"},
+        row(2, 11, NOON, is_click=""),
+        row(2, 12, NOON, long_view="0.5", is_click=1),
+    ]
+    lines = [",".join(map(str, r.values())) for r in rows]
+    folder = tmp_path / "raw" / "data"
+    folder.mkdir(parents=True)
+    text = "\n".join([",".join(LOG[0]), *lines, f"9,9,{DS:%Y%m%d},{NOON}", ""])
+    (folder / "log_standard_4_22_to_5_08_pure.csv").write_text(text)
+    log = KuaiRand(str(tmp_path / "raw"), SCHEMA)
+    settings = Settings(lake=LakeSettings(warehouse=str(tmp_path / "lake"), max_quarantine_share=0.9))
+    work = Workspace(settings, spark, Lake(settings.lake), SCHEMA, log)
+    staged = impressions.build(work, DS)
+    assert (staged.rows, staged.quarantined) == (4, 5)
+    refused = [(r["reason"], json.loads(r["raw"])) for r in work.lake.read("quarantine").to_pylist()]
+    said = {(reason, raw["item_id"], raw[UNREADABLE]) for reason, raw in refused}
+    broken = f"9,9,{DS:%Y%m%d},{NOON}"
+    assert said == {
+        ("row: cannot be parsed", 10, '{"is_click":"yes"}'),
+        ("row: cannot be parsed", 10, '{"time_ms":"noon"}'),
+        ("row: cannot be parsed", 12, '{"long_view":"0.5"}'),
+        ("row: cannot be parsed", 9, broken),
+        ("click: missing", 11, None),
+    }
+    good = pq.read_table(staged.path.removeprefix("file://"), columns=["request_id", "item_id"]).to_pylist()
+    requests = {(r["request_id"], r["item_id"]) for r in good}
+    assert requests == {
+        (f"1-1-{NOON}-0", "10"), (f"1-1-{NOON}-0", "11"), (f"1-1-{NOON}-1", "10"), (f"1-1-{NOON + 200_000}-0", "12")
+    }, "those of the good rows alone"  # fmt: skip
+
+
+def test_text_and_fractions_in_parquet_are_refused_row_by_row(spark: SparkSession, tmp_path: Path) -> None:
+    table = pa.Table.from_pylist([LOG[0], LOG[4], LOG[6]]).drop_columns("date")
+    table = table.set_column(table.schema.get_field_index("is_click"), "is_click", pa.array(["1", "yes", " "]))
+    plays = pa.array([5_000.0, float("nan"), 0.5])
+    log = put_day(tmp_path, table.set_column(table.schema.get_field_index("play_time_ms"), "play_time_ms", plays))
+    checked = impressions.impressions(log.impressions(spark, DS), SCHEMA, DS).collect()
+    said = {
+        r["item_id"]: (r["reason"], r["click"], json.loads(r["raw"])[UNREADABLE])
+        for r in checked
+        if r["user_id"] == "1"
+    }
+    assert said == {"10": (None, 1, None), "12": ("row: cannot be parsed", None, '{"is_click":"yes"}')}
+    (other,) = [r for r in checked if r["user_id"] == "2"]
+    assert json.loads(other["raw"])[UNREADABLE] == '{"play_time_ms":0.5}'
+
+
+def test_a_damaged_file_of_the_day_before_says_why_it_is_read(spark: SparkSession, tmp_path: Path) -> None:
+    table = pa.Table.from_pylist(LOG[:1]).drop_columns("date")
+    put_day(tmp_path, table, BEFORE)
+    log = put_day(tmp_path, table)
+    damaged = tmp_path / "daily" / f"date={BEFORE:%Y%m%d}" / "part-0.parquet"
+    damaged.write_bytes(damaged.read_bytes()[:-20])
+    told = rf"^impressions {BEFORE} \(read for the copies around midnight\): file .*{damaged} \(.* is not whole Parquet"
+    with pytest.raises(BadDataError, match=told):
+        log.impressions(spark, DS)
 
 
 @pytest.mark.realdata

@@ -79,8 +79,42 @@ def test_a_day_that_is_overdue_is_bad_data(tmp_path: Path) -> None:
 def test_a_real_log_cut_into_days_is_waited_for_too(tmp_path: Path) -> None:
     put(tmp_path / "daily" / "date=20260109")
     log = KuaiRand(str(tmp_path), SCHEMA)
+    for file in ("user_features_pure.csv", "video_features_basic_pure.csv"):
+        with pytest.raises(BadConfigError, match=r"there is no \w+_\*.csv in .*; source.kind = 'kuairand' needs it"):
+            log.missing(date(2026, 1, 9))
+        put(tmp_path, file)
     assert log.missing(date(2026, 1, 9)) == ""
     assert "days that are there: 2026-01-09" in log.missing(DS)
+    put(tmp_path / "daily" / "date=2026-01-10")
+    told = f"impressions: folder {tmp_path}/daily/date=2026-01-10 is not named after a day, as date=20220504 is"
+    with pytest.raises(BadDataError, match=told):
+        log.missing(DS)
+
+
+def test_a_release_tells_its_days_by_the_names_of_its_files(tmp_path: Path) -> None:
+    """All days lie in two files, so a day that no file holds was found out only by the build."""
+    for file in (
+        "user_features_pure.csv",
+        "video_features_basic_pure.csv",
+        "log_standard_4_08_to_4_21_pure.csv",
+        "log_standard_4_22_to_5_08_pure.csv",
+    ):
+        put(tmp_path / "data", file)
+    log = KuaiRand(str(tmp_path), SCHEMA)
+    assert [log.missing(date(2022, *day)) for day in ((4, 8), (4, 21), (4, 22), (5, 8))] == [""] * 4
+    for ds in (date(2022, 4, 7), date(2022, 5, 9), DS):
+        told = f"impressions {ds}: the log in {tmp_path} has the days 2022-04-08..2022-04-21, 2022-04-22.."
+        assert log.missing(ds).startswith(told)
+    with pytest.raises(BadDataError, match=r"has the days .*The day ended at 2026-01-11"):
+        raw.check(Settings(), SCHEMA, log, DS, datetime(2026, 1, 12, tzinfo=UTC))
+    put(tmp_path / "data", "log_standard_of_others.csv")
+    assert log.missing(DS) == "", "only reading tells what such a file holds"
+
+
+def test_a_folder_without_a_kuairand_log_is_bad_configuration(tmp_path: Path) -> None:
+    put(tmp_path, "notes.csv")
+    with pytest.raises(BadConfigError, match=f"{tmp_path} holds neither daily/date=YYYYMMDD folders nor log_standard_"):
+        KuaiRand(str(tmp_path), SCHEMA).missing(DS)
 
 
 def test_the_command_looks_until_the_day_is_there_and_starts_no_session(

@@ -212,6 +212,17 @@ def test_a_csv_header_names_what_is_read_once(tmp_path: Path) -> None:
         read(tmp_path, Column("x", "id"))
 
 
+def test_a_file_of_something_else_is_not_told_as_empty(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("hello world\n")
+    columns = (Column("x", "id"), Column("y", "id"), Column("z", "id", required=False))
+    told = rf"2024-02-29: columns x, y are missing; there are hello world; for example in .*{tmp_path}/a.csv$"
+    with pytest.raises(BadDataError, match=told):
+        read(tmp_path, *columns)
+    (tmp_path / "a.csv").write_text("x,z\n1,2\n")
+    with pytest.raises(BadDataError, match=r"column y is missing; there are x, z; for example in .*a.csv$"):
+        read(tmp_path, *columns)
+
+
 @pytest.mark.parametrize("content", [b"no gzip at all", gzip.compress(b'{"x": 1}\n' * 9)[:-9]])
 def test_a_damaged_gzip_file_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.jsonl.gz").write_bytes(content)

@@ -9,6 +9,8 @@ Two layouts are read: the official release (``log_standard_*.csv``, ``user_featu
   (``[columns.impressions] conversion = "is_like"``).
 * The log has some rows twice, differing at most in ``hourmin`` and feedback.  One row per (user, video, time) is
   kept, the one with the most feedback, and none that the day before has already; or a label would meet its twin.
+  What is dropped is counted in the log of ``jobs.impressions``.
+* A row that holds text or a fraction where the log has a whole number is refused, with what it holds.
 * A day is the log's own ``date``, in Shanghai's time; around midnight the two differ by up to an hour.
 * The log has no request id.  A request is a run of impressions of one user in one tab, each at most ``SESSION_GAP``
   after the one before; a video shown again in it begins a request of its own.
@@ -18,14 +20,28 @@ Two layouts are read: the official release (``log_standard_*.csv``, ``user_featu
 
 from __future__ import annotations
 
+import logging
+import operator
+import re
 from datetime import date, datetime, timedelta
+from functools import reduce
 
 from pyspark.sql import Column as SparkColumn
 from pyspark.sql import DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
+from pyspark.sql import types as T
 
 from jobs.contract import Column, contract
-from jobs.sources.reading import Where, data_files, files_stamp, folders, read_files, require_columns
+from jobs.sources.reading import (
+    UNREADABLE,
+    Where,
+    are_missing,
+    data_files,
+    files_stamp,
+    folders,
+    read_files,
+    require_columns,
+)
 from onetrans import storage
 from onetrans.days import day_bounds, describe_days
 from onetrans.errors import BadConfigError, BadDataError, NotReadyError
@@ -43,8 +59,20 @@ CONVERSION = "long_view"
 FEEDBACK = ("long_view", "is_like")
 """Feedback a conversion can be."""
 
+RELEASED = 2022
+"""Year of the official release, whose file names say month and day: ``log_standard_4_08_to_4_21_pure.csv``."""
+
+logger = logging.getLogger(__name__)
+
+_KEY = ("user_id", "video_id", "time_ms")
 _OUTCOMES = ("is_click", "long_view", "is_like", "play_time_ms")
-_LOG = tuple(Column(name, "number") for name in ("user_id", "video_id", "time_ms", "tab", "duration_ms", *_OUTCOMES))
+_LOG = (
+    Column("user_id", "id"),
+    Column("video_id", "id"),
+    *(Column(name, "number") for name in ("time_ms", "tab", "duration_ms", *_OUTCOMES)),
+)
+_MAY_HOLD_OTHERS = T.StringType | T.FloatType | T.DoubleType | T.DecimalType
+_SPAN = re.compile(r"log_standard_(\d+)_(\d+)_to_(\d+)_(\d+)_")
 
 
 class KuaiRand:
@@ -63,7 +91,7 @@ class KuaiRand:
                 f"schema {self.schema.name!r}: conversion = {named!r} of [columns.impressions] is none of "
                 f"{', '.join(FEEDBACK)}"
             )
-        return as_impressions(self._log(spark, ds), named)
+        return as_impressions(self._log(spark, ds, tell=True), named)
 
     def behaviors(self, spark: SparkSession, ds: date) -> DataFrame:
         """Return the plays of one day as past events."""
@@ -77,7 +105,7 @@ class KuaiRand:
         lists = read_files(spark, files, Where("behaviors", "history"))
         for column in ("user_id", "last_time_ms", "watch_seq", "long_watch_seq", "like_seq"):
             if column not in lists.columns:
-                raise BadDataError(f"behaviors history: {files[0]} lacks column {column}")
+                raise BadDataError(f"behaviors history: {are_missing([column], lists.columns, files[0])}")
         return history_events(lists)
 
     def users(self, spark: SparkSession, ds: date) -> DataFrame:
@@ -85,17 +113,19 @@ class KuaiRand:
         files = self._needed("user_features_")
         where = Where("users", "snapshot")
         columns = contract(self.schema, "users")
-        return require_columns(read_files(spark, files, where, columns), columns, where, self.schema)
+        return require_columns(read_files(spark, files, where, columns), columns, where, self.schema, files[0])
 
     def items(self, spark: SparkSession, ds: date) -> DataFrame:
         """Return the video file, with the columns :func:`with_video_columns` adds; one snapshot for all days."""
         where = Where("items", "snapshot")
-        videos = read_files(spark, self._needed("video_features_basic_"), where)
+        files = self._needed("video_features_basic_")
+        videos = read_files(spark, files, where)
         for column in ("video_id", "tag", "video_duration", "server_width", "server_height"):
             if column not in videos.columns:
-                raise BadDataError(f"items snapshot: column {column} is missing; there are {', '.join(videos.columns)}")
+                there = [name for name in videos.columns if name != UNREADABLE]
+                raise BadDataError(f"{where}: {are_missing([column], there, files[0])}")
         videos = videos.withColumnRenamed("video_id", "item_id")
-        return require_columns(with_video_columns(videos), contract(self.schema, "items"), where, self.schema)
+        return require_columns(with_video_columns(videos), contract(self.schema, "items"), where, self.schema, files[0])
 
     def whole(self, spark: SparkSession, table: InputTable, ds: date | None) -> DataFrame | None:
         """Return None: rows of the log are made into requests and events before they are checked."""
@@ -106,9 +136,23 @@ class KuaiRand:
         return files_stamp(self._folder(ds)) if table in ("impressions", "behaviors") else ""
 
     def missing(self, ds: date) -> str:
-        """Say that the day has no folder; the official release is one log, whose days only reading it tells."""
+        """Say that the day has no folder, or lies outside the days that the release's file names tell.
+
+        Raises:
+            BadConfigError: if the path holds no such log, or no user or video file.
+            BadDataError: if a folder ``date=...`` is not named after a day.
+        """
+        log = self._require_log()
+        for prefix in ("user_features_", "video_features_basic_"):
+            self._needed(prefix)
+        if not self._cut_days():
+            spans = [_span(file) for file in log]
+            if not all(spans) or any(first <= ds <= last for first, last in filter(None, spans)):
+                return ""  # A file whose name says no days may hold any: reading it tells.
+            told = ", ".join(sorted(f"{first}..{last}" for first, last in filter(None, spans)))
+            return f"impressions {ds}: the log in {self.path} has the days {told}"
         folder = self._folder(ds)
-        if not self._cut_days() or data_files(folder):
+        if data_files(folder):
             return ""
         return f"impressions {ds}: there is no file in {folder}; days that are there: {describe_days(self._cut_days())}"
 
@@ -122,6 +166,13 @@ class KuaiRand:
     def _matching(self, prefix: str, ending: str) -> list[str]:
         return [f for f in data_files(self.path) if _name(f).startswith(prefix) and f.endswith(ending)]
 
+    def _require_log(self) -> list[str]:
+        """Return the files of the release's log; none where the log is cut into days."""
+        log = self._matching("log_standard_", ".csv")
+        if not log and not self._cut_days():
+            raise BadConfigError(f"{self.path} holds neither daily/date=YYYYMMDD folders nor log_standard_*.csv")
+        return log
+
     def _needed(self, prefix: str) -> list[str]:
         files = self._matching(prefix, ".csv")
         if not files:
@@ -130,63 +181,132 @@ class KuaiRand:
 
     # The log
 
-    def _log(self, spark: SparkSession, ds: date) -> DataFrame:
-        """Return one day's rows without their copies, those in the day before included."""
-        rows = without_copies(self._rows(spark, ds))
+    def _log(self, spark: SparkSession, ds: date, tell: bool = False) -> DataFrame:
+        """Return one day's rows without their copies, those in the day before included; with ``tell`` count these."""
+        once = without_copies(self._rows(spark, ds))
         yesterday = ds - timedelta(days=1)
         if self._cut_days() and yesterday not in self._cut_days():
-            return rows
-        start, _ = day_bounds(yesterday, self.schema.timezone)
-        late = start + timedelta(days=1) - timedelta(minutes=2 * self.schema.day_tolerance_minutes)
-        before = self._rows(spark, yesterday, allow_none=True).where(F.col("time_ms") >= int(late.timestamp() * 1000))
-        return rows.join(F.broadcast(before.select("user_id", "video_id", "time_ms").distinct()),
-                         ["user_id", "video_id", "time_ms"], "left_anti")  # fmt: skip
+            once = once.withColumn("seen", F.lit(False))
+        else:
+            start, _ = day_bounds(yesterday, self.schema.timezone)
+            late = start + timedelta(days=1) - timedelta(minutes=2 * self.schema.day_tolerance_minutes)
+            before = self._rows(spark, yesterday, why=" (read for the copies around midnight)")
+            before = before.where(F.col("time_ms") >= int(late.timestamp() * 1000)).select(*_KEY).distinct()
+            once = once.join(F.broadcast(before.withColumn("seen", F.lit(True))), [*_KEY], "left")
+        if tell:
+            _tell_copies(once, ds, yesterday)
+        return once.where(~F.coalesce("seen", F.lit(False))).drop("copies", "seen")
 
     def _folder(self, ds: date) -> str:
         return storage.join(self.path, "daily", f"date={ds:%Y%m%d}")
 
     def _cut_days(self) -> list[date]:
-        names = folders(storage.join(self.path, "daily"))
-        return sorted(datetime.strptime(n[5:], "%Y%m%d").date() for n in names if n.startswith("date="))
+        place = storage.join(self.path, "daily")
+        days = []
+        for name in folders(place):
+            if name.startswith("date="):
+                try:
+                    days.append(datetime.strptime(name[5:], "%Y%m%d").date())
+                except ValueError as error:
+                    raise BadDataError(
+                        f"impressions: folder {place}/{name} is not named after a day, as date=20220504 is"
+                    ) from error
+        return sorted(days)
 
-    def _rows(self, spark: SparkSession, ds: date, allow_none: bool = False) -> DataFrame:
-        where = Where("impressions", str(ds))
-        log = self._matching("log_standard_", ".csv")
+    def _rows(self, spark: SparkSession, ds: date, why: str = "") -> DataFrame:
+        """Return one day's rows as whole numbers; ``why`` tells a day read for another, which may have no row."""
+        where = Where("impressions", f"{ds}{why}")
+        log = self._require_log()
         folder = self._folder(ds)
         if storage.exists(folder):
-            rows = read_files(spark, data_files(folder), where, _LOG)
+            files = data_files(folder)
+            if not files:
+                raise NotReadyError(f"{where}: {folder} holds no .parquet, .csv, .json or .jsonl file")
+            rows = read_files(spark, files, where, _LOG)
         elif self._cut_days():
             raise NotReadyError(
-                f"impressions {ds}: there is no {folder}; days that are there: {describe_days(self._cut_days())}"
+                f"{where}: there is no {folder}; days that are there: {describe_days(self._cut_days())}"
             )
-        elif log:
+        else:
+            files = log
             every = read_files(spark, log, where, (*_LOG, Column("date", "number")))
             rows = every.where(F.col("date").try_cast("int") == int(f"{ds:%Y%m%d}"))
-            if not allow_none and rows.isEmpty():
-                span = every.select(F.min("date"), F.max("date")).first()
-                raise NotReadyError(f"impressions {ds}: the log {log[0]} has no row of this day; it has {span}")
-        else:
-            raise BadConfigError(f"{self.path} holds neither daily/date=YYYYMMDD folders nor log_standard_*.csv")
-        return rows.select(*(F.col(c.name).try_cast("bigint").alias(c.name) for c in _LOG))
+            if not why and rows.isEmpty():
+                found = every.select(F.min("date"), F.max("date")).first()
+                told = " to ".join(map(str, found or ()))
+                raise NotReadyError(f"{where}: the log has no row of this day; it has {told}; for example in {log[0]}")
+        return as_numbers(require_columns(rows, _LOG, where, self.schema, files[0]))
+
+
+def as_numbers(rows: DataFrame) -> DataFrame:
+    """Return the log's columns as whole numbers, and in ``_unreadable`` what is none, as JSON.
+
+    Files of nothing but whole numbers give no such column.
+    """
+    kinds = {field.name: field.dataType for field in rows.schema}
+    numbers, others = [], []
+    for column in _LOG:
+        value = F.col(column.name)
+        number = value.try_cast("bigint")
+        if isinstance(kinds[column.name], _MAY_HOLD_OTHERS):
+            text = isinstance(kinds[column.name], T.StringType)
+            if not text:  # 0.5 would be cut to 0
+                number = F.when(value.try_cast("double") == number, number)
+            empty = F.trim(value) == "" if text else F.isnan(value.try_cast("double"))
+            others.append(F.when(number.isNull() & ~empty, value).alias(column.name))
+        numbers.append(number.alias(column.name))
+    unread = [F.col(UNREADABLE)] if UNREADABLE in kinds else []
+    if others:
+        found = reduce(operator.or_, (other.isNotNull() for other in others))
+        unread.append(F.when(found, F.to_json(F.struct(*others))))
+    return rows.select(*numbers, *([F.coalesce(*unread).alias(UNREADABLE)] if unread else []))
 
 
 def without_copies(rows: DataFrame) -> DataFrame:
-    """Return one row per (user, video, time): the one with the most feedback."""
-    key = ("user_id", "video_id", "time_ms")
-    rest = [c for c in (*_OUTCOMES, *rows.columns) if c not in key]
-    best = rows.groupBy(*key).agg(F.max(F.struct(*dict.fromkeys(rest))).alias("best"))
-    return best.select(*key, "best.*")
+    """Return one row per (user, video, time), the one with the most feedback, and ``copies``: how many more there were.
+
+    Rows that will be refused, as they lack one of the three or cannot be read, are copies only word for word.
+    """
+    bad = reduce(operator.or_, (F.col(column).isNull() for column in _KEY), _unread(rows))
+    rest = [c for c in (*_OUTCOMES, *rows.columns) if c not in _KEY]
+    grouped = rows.groupBy(*_KEY, F.when(bad, F.xxhash64(*rows.columns)).alias("_word_for_word"))
+    best = grouped.agg(F.max(F.struct(*dict.fromkeys(rest))).alias("best"), (F.count("*") - 1).alias("copies"))
+    return best.select(*_KEY, "best.*", "copies")
+
+
+def _tell_copies(once: DataFrame, ds: date, yesterday: date) -> None:
+    seen = F.coalesce("seen", F.lit(False))
+    dropped = F.col("copies") + seen.cast("int")
+    counted = once.agg(
+        F.sum(dropped),
+        F.count_if(seen),
+        F.max(F.when(dropped > 0, F.to_json(F.struct(*_KEY)))),
+    ).first()
+    if counted and counted[0]:
+        also = f", {counted[1]:,} of them of rows of {yesterday}" if counted[1] else ""
+        logger.info(
+            "impressions %s: dropped %s copies of (%s)%s, for example %s",
+            ds, f"{counted[0]:,}", ", ".join(_KEY), also, counted[2],
+        )  # fmt: skip
+
+
+def _unread(rows: DataFrame) -> SparkColumn:
+    return F.col(UNREADABLE).isNotNull() if UNREADABLE in rows.columns else F.lit(False)
 
 
 def as_impressions(log: DataFrame, conversion: str = CONVERSION) -> DataFrame:
-    """Return impressions with the contract's columns; requests are runs of one user in one tab."""
-    stream = Window.partitionBy("user_id", "tab").orderBy("time_ms", "video_id")
+    """Return impressions with the contract's columns; requests are runs of one user in one tab.
+
+    Rows that cannot be read are kept out of the requests of the others.
+    """
+    log = log.withColumn("bad", _unread(log))
+    stream = Window.partitionBy("bad", "user_id", "tab").orderBy("time_ms", "video_id")
     pause = F.col("time_ms") - F.lag("time_ms").over(stream)
     first = pause.isNull() | (pause > int(SESSION_GAP.total_seconds() * 1000))
     log = log.withColumn("start", F.max(F.when(first, F.col("time_ms"))).over(stream))
-    showing = Window.partitionBy("user_id", "tab", "start", "video_id").orderBy("time_ms")
+    showing = Window.partitionBy("bad", "user_id", "tab", "start", "video_id").orderBy("time_ms")
     log = log.withColumn("again", F.row_number().over(showing) - 1)
-    within = Window.partitionBy("user_id", "tab", "start", "again").orderBy("time_ms", "video_id")
+    within = Window.partitionBy("bad", "user_id", "tab", "start", "again").orderBy("time_ms", "video_id")
     return log.select(
         F.concat_ws("-", "user_id", "tab", "start", "again").alias("request_id"),
         "user_id",
@@ -196,6 +316,7 @@ def as_impressions(log: DataFrame, conversion: str = CONVERSION) -> DataFrame:
         F.col("is_click").alias("click"),
         (F.col("is_click") * F.col(conversion)).alias("conversion"),
         "tab",
+        *(c for c in log.columns if c == UNREADABLE),
     )
 
 
@@ -215,6 +336,7 @@ def as_behaviors(log: DataFrame) -> DataFrame:
         "tab",
         *_outcome(F.col("is_click"), F.col("long_view"), F.col("is_like")),
         F.when(F.col("duration_ms") > 0, F.col("play_time_ms") / F.col("duration_ms")).alias("play_ratio"),
+        *(c for c in log.columns if c == UNREADABLE),
     )
 
 
@@ -267,3 +389,12 @@ def _outcome(click: SparkColumn, long_view: SparkColumn, like: SparkColumn) -> l
 
 def _name(file: str) -> str:
     return file.rsplit("/", 1)[1]
+
+
+def _span(file: str) -> tuple[date, date] | None:
+    """Return the first and last day that a file's name says it holds."""
+    found = _SPAN.match(_name(file))
+    if not found:
+        return None
+    months = [int(number) for number in found.groups()]
+    return date(RELEASED, months[0], months[1]), date(RELEASED, months[2], months[3])

@@ -27,7 +27,10 @@ from infra.local.airflow import REPOSITORY, LocalAirflow
 from infra.local.airflow_api import Run, Task
 from infra.local.memory import MemoryWatch
 from infra.local.processes import stop_processes, stop_remembered
+from onetrans.days import day_range
 from onetrans.errors import BadConfigError, PipelineError
+from onetrans.schema import load_schema
+from onetrans.settings import SourceSettings
 
 HOME = REPOSITORY / "var" / "demo"
 DAGS = ("feature_tables", "ranking_model")
@@ -69,12 +72,34 @@ def simulated() -> Log:
 
 
 def kuairand(path: Path) -> Log:
-    """Return the real log: days to 3 May 2022 as history, then 4, 5 and 6 May."""
+    """Return the real log: days to 3 May 2022 as history, then 4, 5 and 6 May.
+
+    Raises:
+        BadConfigError: if the folder does not hold these days.
+    """
     if not path.is_dir():
         raise BadConfigError(f"--data {path} is not a folder; give the folder of the KuaiRand release")
-    return Log(
+    log = Log(
         "kuairand", path.resolve(), date(2022, 4, 25), _three_days(date(2022, 5, 4)), "tiny", **_TUNED_ON_KUAIRAND
     )
+    _require_days(log)
+    return log
+
+
+def _require_days(log: Log) -> None:
+    """Refuse a log that lacks a day, before what an earlier demo wrote is removed.
+
+    Raises:
+        BadConfigError: naming the day, or what the folder should hold.
+    """
+    from jobs.sources import open_source  # Spark's package: the generated log is made without it.
+
+    settings = SourceSettings(kind="kuairand", path=str(log.path))
+    source = open_source(settings, load_schema(settings))
+    for ds in day_range(log.history_from, log.days[-1]):
+        missing = source.missing(ds)
+        if missing:
+            raise BadConfigError(f"--data {log.path}: {missing}")
 
 
 def _three_days(first: date) -> tuple[date, ...]:

@@ -3,22 +3,37 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import signal
 import time
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
 from examples import demo
+from onetrans.errors import EXIT_BAD_CONFIG
 from onetrans.settings import load_settings
 
 LONG = "import os, sys, time; print(os.getpid(), file=sys.stderr, flush=True); time.sleep(600)"
 
 
-@pytest.mark.parametrize("log", [demo.simulated(), demo.kuairand(Path())], ids=["simulated", "kuairand"])
-def test_the_configuration_is_accepted_and_stays_in_the_demo_folder(log: demo.Log, tmp_path: Path) -> None:
+@pytest.fixture
+def release(tmp_path: Path) -> Path:
+    """A folder that looks like KuaiRand's release."""
+    folder = tmp_path / "release"
+    (folder / "data").mkdir(parents=True)
+    for name in ("user_features", "video_features_basic", "log_standard_4_08_to_4_21", "log_standard_4_22_to_5_08"):
+        (folder / "data" / f"{name}_pure.csv").touch()
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["simulated", "kuairand"])
+def test_the_configuration_is_accepted_and_stays_in_the_demo_folder(kind: str, release: Path, tmp_path: Path) -> None:
+    log = demo.simulated() if kind == "simulated" else demo.kuairand(release)
     file = tmp_path / "onetrans.toml"
     file.write_text(demo.configuration(log, cores=2), encoding="utf-8")
     settings = load_settings({"ONETRANS_CONFIG": str(file)})
@@ -26,6 +41,37 @@ def test_the_configuration_is_accepted_and_stays_in_the_demo_folder(log: demo.Lo
         assert Path(written).is_relative_to(demo.HOME)
     assert settings.training.threads == 1
     assert tomllib.loads(file.read_text())["source"]["kind"] == log.kind
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (lambda data: shutil.rmtree(data.parent), r"--data .*release is not a folder"),
+        (lambda data: shutil.rmtree(data), r"release holds neither daily/date=YYYYMMDD folders nor log_standard_\*"),
+        (lambda data: (data / "user_features_pure.csv").unlink(), r"there is no user_features_\*.csv in .*release"),
+        (lambda data: (data / "log_standard_4_22_to_5_08_pure.csv").unlink(), "impressions 2022-04-25: the log in "),
+    ],
+)
+def test_a_folder_without_the_log_is_refused_before_an_earlier_demo_is_removed(
+    release: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    changes: Callable[[Path], None],
+    told: str,
+) -> None:
+    kept = tmp_path / "home" / "onetrans.toml"
+    kept.parent.mkdir()
+    kept.touch()
+    monkeypatch.setattr(demo, "HOME", kept.parent)
+    changes(release / "data")
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert demo.main(["--data", str(release)]) == EXIT_BAD_CONFIG
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert re.search(told, capsys.readouterr().err)
+    assert kept.exists()
 
 
 def test_an_interrupted_stage_leaves_no_process_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

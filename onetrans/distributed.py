@@ -30,7 +30,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -40,6 +40,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from onetrans.batch import RequestBatch
 from onetrans.errors import (
     EXIT_BAD_CONFIG,
     EXIT_BAD_DATA,
@@ -221,6 +222,25 @@ class Ranks:
             for batch in range(len(parts))
             for rank in range(self.count)
         )
+
+    def looked_up_by_all(self, batch: RequestBatch) -> RequestBatch:
+        """Return the embedding rows and times of all ranks' shares, for counting; other parts are this rank's own."""
+        if self.count == 1:
+            return batch
+        return replace(
+            batch,
+            user_RU=self._joined(batch.user_RU),
+            context_RK=self._joined(batch.context_RK),
+            item_NI=self._joined(batch.item_NI),
+            event_EV=self._joined(batch.event_EV),
+            request_time_R=self._joined(batch.request_time_R),
+        )
+
+    def _joined(self, part: Tensor) -> Tensor:
+        counts = self._gathered(torch.tensor([part.shape[0]])).view(-1).tolist()
+        padded = part.new_zeros((max(counts), *part.shape[1:]))
+        padded[: part.shape[0]] = part
+        return torch.cat([own[:count] for own, count in zip(self._gathered(padded), counts, strict=True)])
 
     # Gradients and weights, exchanged between devices
 

@@ -219,6 +219,8 @@ class NextBatchTraining(Training):
         )
         told = ", ".join(f"{n} {v:.4f}" for n, v in figures[self.model_name].figures().items() if n in AVERAGED)
         logger.info("%s: day %d of %d, %s: %s", self.model_name, len(self.days), self.passes, day, told)
+        if len(self.days) < self.passes:
+            self.evict_idle_rows(self._day)
         self.save()
 
     def finish(self, tracker: Tracker) -> dict[str, Any]:

@@ -155,6 +155,11 @@ class Optimizers:
             self.sharded.update(min(1.0, self.config.embedding_clip / (norms.embedding + _CLIP_EPS)))
         return norms
 
+    @torch.no_grad()
+    def forget_rows(self, table: nn.Parameter, rows: Tensor) -> None:
+        """Put the state of some rows of an embedding table back to where it begins."""
+        self.embedding.state[table]["sum"][rows] = self.config.embedding_accumulator
+
     def state_dict(self) -> dict[str, Any]:
         """Return everything that decides the next step but the weights."""
         return {

@@ -112,10 +112,14 @@ def preset_models(preset_name: str) -> dict[str, ModelPlan]:
 
 
 def configured_models(training: TrainingSettings) -> dict[str, ModelPlan]:
-    """Return both models of the configured size with the configured learning rates, with fresh weights."""
+    """Return both models of the configured size, learning rates and use of table rows, with fresh weights."""
     rates = {name: rate for name in ("dense_lr", "embedding_lr") if (rate := getattr(training, name))}
     return {
-        name: replace(model, optimizer=replace(model.optimizer, **rates))
+        name: replace(
+            model,
+            optimizer=replace(model.optimizer, **rates),
+            config=replace(model.config, admit_after=training.admit_after, evict_after_days=training.evict_after_days),
+        )
         for name, model in preset_models(training.preset).items()
     }
 

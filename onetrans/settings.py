@@ -160,6 +160,10 @@ class TrainingSettings:
     """Learning rate of everything but the embedding tables, for both models; 0: the preset's."""
     embedding_lr: float = 0.0
     """Learning rate of the embedding tables, for both models; 0: the preset's."""
+    admit_after: int = 0
+    """Lookups in training before an id gets an embedding of its own; until then all such ids share one. 0: at once."""
+    evict_after_days: int = 0
+    """Days without a lookup in training after which an id's embedding starts afresh; 0: never."""
     seed: int = 17
     """Seed of initial weights and of the order of rows."""
     device: str = "auto"
@@ -191,6 +195,8 @@ class TrainingSettings:
         _at_least("training.conversion_weight", self.conversion_weight, 0)
         _at_least("training.dense_lr", self.dense_lr, 0)
         _at_least("training.embedding_lr", self.embedding_lr, 0)
+        _at_least("training.admit_after", self.admit_after, 0)
+        _at_least("training.evict_after_days", self.evict_after_days, 0)
         _at_least("training.checkpoint_seconds", self.checkpoint_seconds, 0)
         _at_least("training.processes", self.processes, 1)
         _at_least("training.shard_rows", self.shard_rows, 0)

@@ -82,6 +82,11 @@ class ShardedTables:
                 f"training.shard_rows: TorchRec divides tables whose width is a multiple of {_WIDTH_MULTIPLE}, "
                 f"the model's is {width}"
             )
+        if model.embeddings.usage is not None:
+            raise BadConfigError(
+                "training.shard_rows does not go with training.admit_after or training.evict_after_days: the uses of "
+                "rows are counted where whole tables are held"
+            )
         if importlib.util.find_spec("torchrec") is None:
             raise BadConfigError("training.shard_rows needs TorchRec, which is not installed: run `make torchrec`")
         self.names, self.ranks, self.device, self.width = names, ranks, device, width

@@ -29,7 +29,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, astuple, dataclass, fields
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from types import FrameType
 from typing import IO, Any, NamedTuple, Protocol
 
@@ -60,6 +60,8 @@ logger = logging.getLogger(__name__)
 
 MODEL_FOLDER = "model"
 """Folder of the saved model, within the folder of a model's training."""
+
+_EPOCH = date(1970, 1, 1)
 
 _LOCK_POLL_S = 0.5
 """Seconds between two looks at the lock of a training that another process does."""
@@ -337,6 +339,19 @@ class Training:
         checkpoint.restore(self.model, self.optimizers, generators=False)
         logger.info("%s: starts from the training of %s", self.model_name, self.plan.warm_start_ds)
 
+        if self.plan.train_days:
+            self.evict_idle_rows(self.plan.train_days[0])
+
+    def evict_idle_rows(self, today: date) -> None:
+        """Reset the rows of embedding tables that were not looked up for long, counted back from a day."""
+        embeddings = self.model.embeddings
+        for name, rows in embeddings.evict((today - _EPOCH).days).items():
+            self.optimizers.forget_rows(embeddings.table(name), rows)
+            if rows.shape[0]:
+                days = self.model.config.evict_after_days
+                count = f"{rows.shape[0]:,}"
+                logger.info("%s: %s rows of table %s idle for %d days start afresh", self.model_name, count, name, days)
+
     # The loop
 
     def run(self, tracker: Tracker, stop: threading.Event | None = None) -> None:
@@ -403,6 +418,8 @@ class Training:
             # Each share has dropout of its own, and a resumed run draws the same again.
             seed = np.random.SeedSequence([self.plan.recipe.seed, self.step, self.ranks.number])
             torch.manual_seed(int(seed.generate_state(1)[0]))
+        if self.model.embeddings.usage is not None:
+            self.model.embeddings.observe(self.ranks.looked_up_by_all(batch))
         self.optimizers.zero_grad()
         with self.model.autocast():
             scores = self.model(batch)

@@ -78,7 +78,9 @@ Heads (3.1)
     task.  CTR is P(click | impression), CVR is P(conversion | click).
 
 Embeddings
-    One width for all tables.  Row 0 ("missing") is learned as any other row.
+    One width for all tables.  Row 0 ("missing") is learned as any other row.  Rows of
+    rare ids may be withheld and those of idle ids reset
+    (:mod:`onetrans.models.row_usage`).
 
 Baseline (DCNv2, arXiv 2008.13535; DIN, arXiv 1706.06978)
     *Target* of DIN: the candidate described as an event is, feature by feature:
@@ -167,6 +169,10 @@ class OneTransConfig:
     """Most recent S-tokens, itself included, that an S-token sees; 0 means all. NS-tokens always see all."""
     relative_bias: bool = False
     """Whether scores get a learned bias by the number of events and of seconds between query and key."""
+    admit_after: int = 0
+    """Lookups in training before an id gets its own row of a hashed table; until then all share row 0.  0: at once."""
+    evict_after_days: int = 0
+    """Days without a lookup after which a row of a hashed table starts afresh; 0: never."""
 
     def __post_init__(self) -> None:
         check = _Check("onetrans", self)
@@ -177,6 +183,8 @@ class OneTransConfig:
         ):  # fmt: skip
             check.at_least(name, 1)
         check.share("dropout")
+        for name in ("admit_after", "evict_after_days"):
+            check.at_least(name, 0)
         if self.hidden_dim % self.num_heads:
             check.refuse("hidden_dim", f"must be a multiple of num_heads = {self.num_heads}")
         planes = {"rotary_time": 2, "rotary": 1}.get(self.position, 0)
@@ -253,13 +261,18 @@ class DCNv2DINConfig:
     """Normalisation inside the MLP."""
     dropout: float = 0.0
     """Share of the MLP's activations dropped in training."""
+    admit_after: int = 0
+    """Lookups in training before an id gets its own row of a hashed table; until then all share row 0.  0: at once."""
+    evict_after_days: int = 0
+    """Days without a lookup after which a row of a hashed table starts afresh; 0: never."""
 
     def __post_init__(self) -> None:
         check = _Check("dcnv2_din", self)
         check.types()
         for name in ("embedding_dim", "max_seq_len", "cross_layers", "head_hidden"):
             check.at_least(name, 1)
-        check.at_least("cross_rank", 0)
+        for name in ("cross_rank", "admit_after", "evict_after_days"):
+            check.at_least(name, 0)
         check.share("dropout")
         for name in ("attention_hidden", "mlp_hidden"):
             widths = getattr(self, name)

@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from onetrans.batch import RequestBatch
+from onetrans.models.row_usage import RowUsage
 from onetrans.models.rowwise import lookup, written_out
 from onetrans.schema import FeatureSchema, Side
 
@@ -48,13 +50,14 @@ class Fetched(NamedTuple):
 class Embeddings(nn.Module):
     """All embedding tables of a model; row 0 of each stands for "missing" and is learned too."""
 
-    def __init__(self, schema: FeatureSchema, width: int) -> None:
+    def __init__(self, schema: FeatureSchema, width: int, *, admit_after: int = 0, evict_after_days: int = 0) -> None:
         super().__init__()
         self.schema = schema
         self.width = width
         self.fetched: dict[str, Fetched] = {}
+        self.usage = RowUsage(schema, admit_after, evict_after_days) if admit_after > 1 or evict_after_days else None
         for name, rows in schema.embedding_tables().items():
-            self.register_parameter(TABLE + name, nn.Parameter(torch.randn(rows, width) * INITIAL_STD))
+            self.register_parameter(TABLE + name, nn.Parameter(torch.randn(rows, width).mul_(INITIAL_STD)))
         for feature in schema.features:
             if feature.kind == "vector":
                 # A vector's numbers have a mean square of 1, so a fresh map's output is as large as a fresh row.
@@ -98,12 +101,28 @@ class Embeddings(nn.Module):
         return torch.cat(slots, dim=1)
 
     def rows(self, name: str, rows_M: Tensor) -> Tensor:
-        """Return some rows of a table by the schema's name for it, wherever the table is: (M, D)."""
+        """Return some rows of a table by the schema's name for it, wherever the table is: (M, D).
+
+        Of a row that is not admitted yet, row 0.
+        """
+        if self.usage is not None:
+            rows_M = self.usage.admitted(name, rows_M)
         if name not in self.fetched:
             return self._look_up(rows_M, self.table(name))
         row_Y, values_YD = self.fetched[name]
         place_M = torch.searchsorted(row_Y, rows_M)
         return lookup(place_M, values_YD) if written_out(values_YD) else F.embedding(place_M, values_YD)
+
+    def observe(self, batch: RequestBatch) -> None:
+        """Take note of the rows that a batch is about to train, where rows are admitted or evicted."""
+        if self.usage is not None:
+            self.usage.observe(batch)
+
+    def evict(self, today: int) -> dict[str, Tensor]:
+        """Reset the rows that have been idle too long on a day (days since 1970); return them by table's name."""
+        if self.usage is None or not self.usage.evict_after_days:
+            return {}
+        return {name: self.usage.evict(name, self.table(name), today, INITIAL_STD) for name in self.usage.tables}
 
     @staticmethod
     def _look_up(rows_M: Tensor, table: nn.Parameter) -> Tensor:

@@ -37,7 +37,12 @@ class RankingModel(nn.Module):
         self.config = config
         self.schema = schema
         self.compute = Compute()
-        self.embeddings = Embeddings(schema, config.embedding_dim)
+        self.embeddings = Embeddings(
+            schema,
+            config.embedding_dim,
+            admit_after=config.admit_after,
+            evict_after_days=config.evict_after_days,
+        )
 
     def forward(self, batch: RequestBatch) -> Scores:
         """Score every candidate of ``batch``."""

@@ -47,8 +47,8 @@ MODELS = ("onetrans", "dcnv2_din")
 
 @pytest.fixture(scope="module")
 def lake(tmp_path_factory):
-    """Settings of a lake with three days, and the days."""
-    settings = settings_in(tmp_path_factory.mktemp("ranks"), lookback_days=2, batch_size=64)
+    """Settings of a lake with three days, and the days; rows of rare ids are withheld."""
+    settings = settings_in(tmp_path_factory.mktemp("ranks"), lookback_days=2, batch_size=64, admit_after=3)
     return settings, publish_days(Lake(settings.lake), 3, SCHEMA, World(requests=100))
 
 

@@ -68,6 +68,14 @@ def test_tables_are_divided_from_so_many_rows_and_between_several_processes_only
     assert tables_to_shard(schema, 1, Ranks()) == []
 
 
+def test_rows_of_divided_tables_are_not_counted():
+    schema = small_schema(hash_size=500)
+    model = build_model(replace(preset("dcnv2_din", "tiny"), admit_after=2), schema)
+    optimizers = build_optimizers(model, optimizer_preset("tiny"))
+    with pytest.raises(BadConfigError, match=r"shard_rows does not go with training\.admit_after or"):
+        ShardedTables(model, optimizers, ["user"], Ranks(0, 2), torch.device("cpu"))
+
+
 def test_tables_that_torchrec_cannot_divide_are_refused():
     schema = small_schema(hash_size=500)
     widths = [(6, "a multiple of 4, the model's is 6")]

@@ -6,14 +6,16 @@ import argparse
 import importlib
 import logging
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import date
 
-from py4j.protocol import Py4JError
+from py4j.protocol import Py4JError, Py4JNetworkError
 from pyspark.errors import PySparkException
 
+from jobs.spark import jvm_exit_code
 from jobs.workspace import Workspace
 from onetrans.days import day_range, describe_days, parse_day
 from onetrans.errors import EXIT_OK, BadConfigError, BadDataError, NotReadyError, PipelineError
@@ -23,6 +25,9 @@ from onetrans.process import Parser, exit_code_of
 from onetrans.settings import load_settings
 
 Build = Callable[[Workspace, date], Staged]
+
+_JVM_ENDS_WITHIN_S = 5.0
+"""How long a JVM may take to end that does not answer any more."""
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +100,8 @@ class Opened:
         return self.work
 
     def __exit__(self, *_: object) -> None:
-        self.work.spark.stop()
+        if jvm_exit_code() is None:
+            self.work.spark.stop()
 
 
 def build_day(work: Workspace, table: str, build: Build, ds: date) -> None:
@@ -159,9 +165,16 @@ def telling(what: str) -> Iterator[None]:
         yield
     except (PySparkException, Py4JError) as error:
         raise _told(error, what) from error
+    except ConnectionError as error:
+        if jvm_exit_code(_JVM_ENDS_WITHIN_S) is None:
+            raise  # It is another server's.
+        raise _told(error, what) from error
 
 
 def _told(error: Exception, what: str) -> PipelineError:
+    code = jvm_exit_code(_JVM_ENDS_WITHIN_S if isinstance(error, Py4JNetworkError) else 0.0)
+    if code is not None or "[JAVA_GATEWAY_EXITED]" in str(error):
+        return SparkFailedError(f"{what}: {_jvm_gone(code)} Published data is as it was")
     found = re.search(r"\[FAILED_READ_FILE[^\n]*", str(error))
     if found and "FILE_NOT_EXIST" in found[0]:
         return NotReadyError(f"{what}: a file vanished while it was read: {found[0]}")
@@ -171,6 +184,22 @@ def _told(error: Exception, what: str) -> PipelineError:
         f"{what}: Spark failed: {_reason(error)}. Published data is as it was. Run the step again; if it fails "
         "with the same words, ONETRANS_TRACEBACK=1 shows Java's stack"
     )
+
+
+def _jvm_gone(code: int | None) -> str:
+    """Say that Spark's JVM has ended, how, and what to do; ``code`` is None if it ended before PySpark knew it."""
+    memory = (
+        "give the machine more memory, lower spark.driver_memory, or run fewer steps at once (airflow.spark_slots)."
+    )
+    if code is None:
+        return (
+            "Spark's JVM ended before it began to work. If the lines above do not say why (no Java 17, a wrong "
+            f"option), the system has most likely killed it for want of memory: {memory}"
+        )
+    if code == -signal.SIGKILL:
+        return f"Spark's JVM was killed, most likely by the system for want of memory: {memory}"
+    how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+    return f"Spark's JVM ended {how} in the middle of its work; the lines above may say why."
 
 
 def _reason(error: Exception) -> str:

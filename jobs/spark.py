@@ -9,11 +9,14 @@ class-data archive once per environment that nearly halves what is left.
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import sysconfig
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
+from pyspark import SparkContext
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
@@ -59,6 +62,20 @@ def archive_path() -> Path:
 def session(settings: SparkSettings | None = None, app: str = "onetrans") -> SparkSession:
     """Return the process's Spark session, started if there is none: UTC, microseconds, no UI, loopback only."""
     return _start(settings or load_settings().spark, app, write_archive=None)
+
+
+def jvm_exit_code(wait_s: float = 0.0) -> int | None:
+    """Return how this process's JVM ended, minus the signal's number when a signal did it; None: it runs, or never did.
+
+    Args:
+        wait_s: seconds to wait for its end: one that is killed refuses connections a moment before it is gone.
+    """
+    process = getattr(SparkContext._gateway, "proc", None)
+    if process is None:
+        return None
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(wait_s)
+    return process.returncode
 
 
 def _start(settings: SparkSettings, app: str, write_archive: Path | None) -> SparkSession:

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -205,7 +206,7 @@ def _start(server: Server) -> None:
 
 
 IMPATIENT = {**os.environ, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
-"""MLflow's client asks again for two minutes by itself; without that a step meets the outage at once."""
+"""MLflow's client asks again for four minutes by itself; without that a step meets the outage at once."""
 
 
 @pytest.mark.nightly
@@ -285,10 +286,9 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> Logged:
     return replace(found, rows=found.published())
 
 
-@pytest.mark.nightly
-def test_a_spark_driver_killed_while_it_stages(logged: Logged) -> None:
-    snapshot, staged = logged.lake.snapshot_id(TABLE), logged.lake.staged(TABLE, logged.ds)
-    attempts = storage.local_path(staged.path).parent
+def _begin_staging(logged: Logged) -> tuple[subprocess.Popen[str], Path, set[Path]]:
+    """Start the job and wait until it writes; return it, the folder of all attempts, and those made before."""
+    attempts = storage.local_path(logged.lake.staged(TABLE, logged.ds).path).parent
     before = set(attempts.iterdir())
     step = _begin(logged.settings, *logged.job)
     deadline = time.monotonic() + 120
@@ -296,6 +296,13 @@ def test_a_spark_driver_killed_while_it_stages(logged: Logged) -> None:
         assert step.poll() is None, step.communicate()[1][-4000:]
         assert time.monotonic() < deadline
         time.sleep(0.002)
+    return step, attempts, before
+
+
+@pytest.mark.nightly
+def test_a_spark_driver_killed_while_it_stages(logged: Logged) -> None:
+    snapshot, staged = logged.lake.snapshot_id(TABLE), logged.lake.staged(TABLE, logged.ds)
+    step, attempts, before = _begin_staging(logged)
     _kill(step)
     (left,) = set(attempts.iterdir()) - before
     assert logged.lake.built(str(left)) is None, "it was killed too late"
@@ -307,6 +314,20 @@ def test_a_spark_driver_killed_while_it_stages(logged: Logged) -> None:
     _end(_begin(logged.settings, *logged.job))
     assert logged.lake.snapshot_id(TABLE) != snapshot
     assert logged.published() == logged.rows
+
+
+@pytest.mark.nightly
+def test_sparks_jvm_killed_while_it_stages(logged: Logged) -> None:
+    """The system takes the largest process of a step for want of memory, and the step is left to say so."""
+    snapshot = logged.lake.snapshot_id(TABLE)
+    step, _, _ = _begin_staging(logged)
+    java = next(child for child in psutil.Process(step.pid).children(recursive=True) if child.name() == "java")
+    java.kill()
+    told = _end(step, EXIT_FAILED)
+    assert f"SparkFailedError: {TABLE} {logged.ds}: Spark's JVM was killed, most likely by the system for" in told
+    assert "lower spark.driver_memory" in told
+    assert told.rstrip().endswith("Published data is as it was")
+    assert (logged.lake.snapshot_id(TABLE), logged.published()) == (snapshot, logged.rows)
 
 
 @pytest.mark.nightly

@@ -5,12 +5,13 @@ release in DIR is read.  The days before the three are built in one Spark
 session, as a team would load its history.  Then a local Airflow runs both DAGs
 for three days, as a backfill created by the call that its UI makes.
 
-Everything is written under ``var/demo``, which is emptied first.
+Everything is written under ``var/demo`` (or the folder that ``ONETRANS_DEMO_HOME`` names), which is emptied first.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import signal
 import subprocess
@@ -19,7 +20,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import date, timedelta
+from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -32,7 +33,7 @@ from onetrans.errors import BadConfigError, PipelineError
 from onetrans.schema import load_schema
 from onetrans.settings import SourceSettings
 
-HOME = REPOSITORY / "var" / "demo"
+HOME = Path(os.environ.get("ONETRANS_DEMO_HOME") or REPOSITORY / "var" / "demo").resolve()
 DAGS = ("feature_tables", "ranking_model")
 _LOOK_EVERY_S = 1.5
 _LOG_LINES = 30
@@ -180,8 +181,22 @@ def _interrupt(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def run(log: Log) -> None:
-    """Run all stages and print what they gave, took and held.
+@dataclass(frozen=True)
+class Costs:
+    """What a demo took."""
+
+    config: Path
+    """Its configuration file."""
+    total_s: float
+    """Seconds in all."""
+    peak_bytes: int
+    """Most memory that all processes held together."""
+    pairs_s: dict[date, float]
+    """Seconds from the first step of a day's two runs to the last, its own waiting for another day's steps included."""
+
+
+def run(log: Log) -> Costs:
+    """Run all stages, print what they gave, took and held, and return it.
 
     Raises:
         PipelineError: if one fails.
@@ -216,18 +231,32 @@ def run(log: Log) -> None:
                 airflow.environment,
                 *("onetrans.cli", "report", "--from", str(log.days[0]), "--to", str(log.days[-1])),
             )
-    _print_costs(watch, tasks, memory, time.monotonic() - begun)
+    total = time.monotonic() - begun
+    _print_costs(watch, [task for _, task in tasks], memory, total)
     say(
         "\nTo open Airflow, MLflow and Data Docs on this data: make ui"
-        f"\nTo run a command on it: ONETRANS_CONFIG={config.relative_to(REPOSITORY)} .venv/bin/onetrans lake"
+        f"\nTo run a command on it: ONETRANS_CONFIG={_short(config)} .venv/bin/onetrans lake"
     )
+    return Costs(config, total, memory.peak, _pairs(tasks))
+
+
+def _short(path: Path) -> Path:
+    return path.relative_to(REPOSITORY) if path.is_relative_to(REPOSITORY) else path
+
+
+def _pairs(tasks: list[tuple[Run, Task]]) -> dict[date, float]:
+    spans: dict[date, list[datetime]] = {}
+    for run, task in tasks:
+        if run.logical_date is not None:
+            spans.setdefault(run.logical_date, []).extend(filter(None, [task.started, task.ended]))
+    return {ds: (max(times) - min(times)).total_seconds() for ds, times in sorted(spans.items())}
 
 
 def _start_clean(log: Log) -> Path:
     """Empty the demo's folder, stop what an earlier demo may have left running, and write the configuration."""
     stop_remembered(HOME / "airflow" / "processes.json")
     if HOME.exists():
-        say(f"== empty {HOME.relative_to(REPOSITORY)}: tables, runs and models of an earlier demo go")
+        say(f"== empty {_short(HOME)}: tables, runs and models of an earlier demo go")
         shutil.rmtree(HOME)
     HOME.mkdir(parents=True)
     config = HOME / "onetrans.toml"
@@ -274,8 +303,8 @@ def _process(environment: Mapping[str, str], module: str, *arguments: str, shown
         )
 
 
-def _run_days(airflow: LocalAirflow, days: tuple[date, ...]) -> list[Task]:
-    """Create one backfill per DAG, show each step as it ends, and return all tasks.
+def _run_days(airflow: LocalAirflow, days: tuple[date, ...]) -> list[tuple[Run, Task]]:
+    """Create one backfill per DAG, show each step as it ends, and return all tasks with their runs.
 
     Raises:
         DemoError: when a step has failed for good; with the end of its log.
@@ -295,7 +324,7 @@ def _run_days(airflow: LocalAirflow, days: tuple[date, ...]) -> list[Task]:
                 shown[key] = seen
                 _show(airflow, run, task, time.monotonic() - begun)
         if len(runs) == len(DAGS) * len(days) and all(run.finished for run in runs):
-            return [task for _, task in tasks]
+            return tasks
         time.sleep(_LOOK_EVERY_S)
 
 

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from onetrans import __version__, storage
 from onetrans.errors import BadConfigError, BadDataError, NotReadyError, PipelineError
-from onetrans.lake import AUDIT_FILE
+from onetrans.lake import AUDIT_FILE, Lake
 from onetrans.plan import GATE_FILE, METRICS_FILE, PAGE_FILE, PLAN_FILE, PROMOTION_FILE, Plan
 from onetrans.process import see
 from onetrans.schema import Feature, FeatureSchema, Kind
@@ -231,9 +231,17 @@ def start_day(settings: Settings, plan: Plan) -> str:
             },
         )
         _again(lambda: client.set_tag(run_id, "audit", _audit_summary(audits)))
+        _set_tags(client, run_id, _snapshots_read(settings, plan))
         _again(lambda: client.log_dict(run_id, plan.to_dict(), PLAN_FILE))
         _again(lambda: client.log_dict(run_id, audits, "audit.json"))
     return str(run.info.run_id)
+
+
+def _snapshots_read(settings: Settings, plan: Plan) -> dict[str, str]:
+    """Return a tag for each table that the evaluation day was built from: the snapshot it read."""
+    folders = dict.fromkeys(file.rsplit("/", 1)[0] for file in plan.evaluation_files)
+    manifests = [Lake(settings.lake).built(folder) for folder in folders]
+    return {f"snapshot.{table}": str(read) for built in manifests if built for table, read in built.inputs.items()}
 
 
 def see_run(settings: MlflowSettings, run_id: str) -> None:

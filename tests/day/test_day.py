@@ -75,6 +75,8 @@ def test_both_models_are_recorded_under_one_run_of_the_day(deployment: Deploymen
     children = [run for run in runs if run.data.tags.get("mlflow.parentRunId")]
     (parent,) = [run for run in runs if not run.data.tags.get("mlflow.parentRunId")]
     assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
+    read = {tag.removeprefix("snapshot.") for tag in parent.data.tags if tag.startswith("snapshot.")}
+    assert {"training_requests", "impressions", "behaviors", "user_features", "item_features"} <= read
     assert len(children) == 2
     assert all(run.info.status == "FINISHED" for run in runs)
 

@@ -19,8 +19,11 @@ def test_onetrans_is_promoted_on_generated_data_and_lies_between_the_baseline_an
     figures = tmp_path / "demo.json"
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.demo", "--json", str(figures)],
-        env={**os.environ, "ONETRANS_DEMO_HOME": str(tmp_path / "demo")}, cwd=REPOSITORY, capture_output=True, text=True,
-    )  # fmt: skip
+        env={**os.environ, "ONETRANS_DEMO_HOME": str(tmp_path / "demo")},
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
     assert figures.exists(), done.stdout[-3000:] + done.stderr[-3000:]
     rows = json.loads(figures.read_text())["rows"]
     missed = [row for row in rows if not row["ok"] and row["figure"] != "time"]

@@ -63,14 +63,13 @@ def behavior_sequences(tails: DataFrame | None, events: DataFrame, schema: Featu
     """
     settled_before = day_bounds(ds, schema.timezone)[1] - timedelta(minutes=schema.day_tolerance_minutes)
     both = merged(tails, collected(events, schema), schema)
-    return both.select(
-        "user_id", *(_trimmed(s.column, s.max_length, F.lit(settled_before)).alias(s.column) for s in schema.sequences)
-    )
+    return _trimmed(both, schema, F.lit(settled_before))
 
 
 def _appended(old: SparkColumn, new: SparkColumn) -> SparkColumn:
-    ids = F.transform(old, lambda event: event["event_id"])
-    fresh = F.filter(new, lambda event: ~F.array_contains(ids, event["event_id"]))
+    # Whether any event came before is found by hashing; only then is each held against those of the tail.
+    fresh = F.filter(new, lambda event: ~F.array_contains(old["event_id"], event["event_id"]))
+    fresh = F.when(F.arrays_overlap(old["event_id"], new["event_id"]), fresh).otherwise(new)
     return F.when(F.size(new) == 0, old).otherwise(F.sort_array(F.concat(old, fresh)))
 
 
@@ -78,17 +77,30 @@ def _or_empty(column: str, kind: T.DataType) -> SparkColumn:
     return F.coalesce(F.col(column), F.array().cast(kind))
 
 
-def _trimmed(column: str, length: int, settled_before: SparkColumn) -> SparkColumn:
-    events = F.col(column)
-    settled = F.filter(events, lambda event: event["available_at"] < settled_before)
-    oldest = settled[F.size(settled) - length]
+def _trimmed(tails: DataFrame, schema: FeatureSchema, settled_before: SparkColumn) -> DataFrame:
+    # In three steps, because Spark evaluates anew whatever a lambda mentions for every element of the list.
+    settled, oldest = ({s.column: f"_{name}_{s.column}" for s in schema.sequences} for name in ("settled", "oldest"))
 
-    def recent(event: SparkColumn) -> SparkColumn:
-        return (event["ts"] > oldest["ts"]) | (
-            (event["ts"] == oldest["ts"]) & (event["event_id"] >= oldest["event_id"])
+    def is_settled(event: SparkColumn) -> SparkColumn:
+        return event["available_at"] < settled_before
+
+    def the_oldest(column: str, length: int) -> SparkColumn:
+        events = F.col(settled[column])
+        return F.when(F.size(events) >= length, events[F.size(events) - length])
+
+    def recent(column: str) -> SparkColumn:
+        first = F.col(oldest[column])
+        later = F.filter(
+            column,
+            lambda event: (
+                (event["ts"] > first["ts"]) | ((event["ts"] == first["ts"]) & (event["event_id"] >= first["event_id"]))
+            ),
         )
+        return F.when(first.isNull(), F.col(column)).otherwise(later)
 
-    return F.when((F.size(events) <= length) | (F.size(settled) < length), events).otherwise(F.filter(events, recent))
+    frame = tails.withColumns({settled[s.column]: F.filter(s.column, is_settled) for s in schema.sequences})
+    frame = frame.withColumns({oldest[s.column]: the_oldest(s.column, s.max_length) for s in schema.sequences})
+    return frame.select("user_id", *(recent(s.column).alias(s.column) for s in schema.sequences))
 
 
 def yesterdays_tails(work: Workspace, ds: date) -> DataFrame | None:

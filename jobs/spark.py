@@ -3,7 +3,9 @@
 Every step of a day is a process of its own, so a session must start fast: on
 two cores the JVM spends most of a short job loading and compiling classes.  The
 flags below keep it to the quick compiler, and ``python -m jobs.spark`` writes a
-class-data archive once per environment that nearly halves what is left.
+class-data archive once per environment that nearly halves what is left.  With 4 GiB
+of driver memory or more a job is taken for a long one, and Java's full compiler and
+parallel collector are left on.
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ _LOCAL_JVM = (
     "-XX:-UsePerfData",
     "-Xss4m",
 )
+_LARGE_JVM = ("-XX:+UseParallelGC", "-XX:-UsePerfData", "-Xss4m")
+_LARGE_FROM_MIB = 4096
 _ARCHIVE_QUIET = ("-Xshare:auto", "-Xlog:disable", "-Xlog:all=error:stderr")  # an archive that does not fit is ignored
 
 _LOG4J = """\
@@ -104,7 +108,7 @@ def _start(settings: SparkSettings, app: str, write_archive: Path | None) -> Spa
         properties |= {
             "spark.driver.bindAddress": "127.0.0.1",
             "spark.driver.host": "127.0.0.1",
-            "spark.driver.extraJavaOptions": " ".join(_java_options(write_archive)),
+            "spark.driver.extraJavaOptions": " ".join(_java_options(settings.driver_memory, write_archive)),
         }
     builder = SparkSession.builder.master(settings.master).appName(app)
     for name, value in (properties | dict(settings.conf)).items():
@@ -112,13 +116,20 @@ def _start(settings: SparkSettings, app: str, write_archive: Path | None) -> Spa
     return builder.getOrCreate()
 
 
-def _java_options(write_archive: Path | None) -> list[str]:
+def _local_jvm(driver_memory: str) -> tuple[str, ...]:
+    """Return Java's options for a driver of so much memory, written as Spark writes it: ``900m``, ``4g``."""
+    number, unit = driver_memory[:-1], driver_memory[-1:].lower()
+    mib = {"m": 1, "g": 1024, "t": 1024**2}.get(unit, 0) * int(number) if number.isdigit() else 0
+    return _LARGE_JVM if mib >= _LARGE_FROM_MIB else _LOCAL_JVM
+
+
+def _java_options(driver_memory: str, write_archive: Path | None) -> list[str]:
     log4j = Path(tempfile.gettempdir()) / f"onetrans-log4j2-{os.getuid()}.properties"
     if not log4j.exists() or log4j.read_text(encoding="utf-8") != _LOG4J:
         partial = log4j.with_suffix(f".{os.getpid()}")
         partial.write_text(_LOG4J, encoding="utf-8")
         partial.replace(log4j)
-    options = [*_LOCAL_JVM, f"-Dlog4j2.configurationFile={log4j.as_uri()}", *_ARCHIVE_QUIET]
+    options = [*_local_jvm(driver_memory), f"-Dlog4j2.configurationFile={log4j.as_uri()}", *_ARCHIVE_QUIET]
     if write_archive is not None:
         options.append(f"-XX:ArchiveClassesAtExit={write_archive}")
     elif archive_path().exists():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence as Many
 from datetime import date
 
 from pyspark.sql import Column as SparkColumn
@@ -12,12 +14,15 @@ from pyspark.sql import types as T
 from jobs.behavior_sequences import collected, merged, tail_days, yesterdays_tails
 from jobs.contract import context_columns
 from jobs.encoding import stored, stored_all
+from jobs.pieces import MANY_EVENTS, PIECE, in_pieces, of_users, piece_of, users_with_many
 from jobs.runner import main
 from jobs.workspace import Workspace
 from onetrans.lake import Staged
 from onetrans.schema import FeatureSchema, Sequence
 
 TABLE = "training_requests"
+
+logger = logging.getLogger(__name__)
 
 
 def training_requests(
@@ -27,6 +32,7 @@ def training_requests(
     tails: DataFrame | None,
     events: DataFrame,
     schema: FeatureSchema,
+    many: Many[str] = (),
 ) -> DataFrame:
     """Return the requests of one day.
 
@@ -34,17 +40,18 @@ def training_requests(
     delivered on the day.  A request at ``t`` sees the events with ``available_at < t``, strictly, and of those the
     last ``max_length`` of each sequence by (ts, event_id), oldest first.  Candidates are ordered by item id.  A user
     or item without a row of features has missing features.
+
+    ``many`` are users with very many events: their requests get a piece of their past (``jobs.pieces``), which changes
+    how long it takes, and no row.
     """
     requests = _requests(impressions, item_features, schema)
     users = user_features.select("user_id", F.struct(*stored_all(schema.of_side("user"), F.col)).alias("_user"))
     asking = F.broadcast(impressions.select("user_id").distinct())
-    past = merged(
-        None if tails is None else tails.join(asking, "user_id", "left_semi"),
-        collected(events.join(asking, "user_id", "left_semi"), schema),
-        schema,
-    )
-    joined = requests.join(users, "user_id", "left").join(past, "user_id", "left")
+    tails = None if tails is None else tails.join(asking, "user_id", "left_semi")
+    events = events.join(asking, "user_id", "left_semi")
+    joined, past = _with_past(requests.join(users, "user_id", "left"), tails, events, schema, many)
     kinds = {field.name: field.dataType for field in past.schema}
+    joined = joined.withColumns({s.column: _known(s) for s in schema.sequences})
     user_columns = [
         F.col("_user")[f.name].alias(f.name) if f.column != "user_id" else stored(f, F.col("user_id"))
         for f in schema.of_side("user")
@@ -56,6 +63,22 @@ def training_requests(
         *(_seen(sequence, kinds[sequence.column]) for sequence in schema.sequences),
         "candidates",
     )  # fmt: skip
+
+
+def _with_past(
+    requests: DataFrame, tails: DataFrame | None, events: DataFrame, schema: FeatureSchema, many: Many[str]
+) -> tuple[DataFrame, DataFrame]:
+    """Return the requests with their users' events, or the piece of them that they need; and these pasts."""
+    if not many:
+        past = merged(tails, collected(events, schema), schema)
+        return requests.join(past, "user_id", "left"), past
+    few = ~of_users(many)
+    whole = merged(None if tails is None else tails.where(few), collected(events.where(few), schema), schema)
+    pieces, starts = in_pieces(None if tails is None else tails.where(~few), events.where(~few), schema)
+    past = whole.withColumn(PIECE, F.lit(0)).unionByName(pieces)
+    placed = requests.join(F.broadcast(starts), "user_id", "left")
+    placed = placed.withColumn(PIECE, piece_of(F.col("_starts"), F.col("ts"))).drop("_starts")
+    return placed.join(past, ["user_id", PIECE], "left"), past
 
 
 def _requests(impressions: DataFrame, item_features: DataFrame, schema: FeatureSchema) -> DataFrame:
@@ -83,10 +106,15 @@ def _requests(impressions: DataFrame, item_features: DataFrame, schema: FeatureS
     return grouped.select("request_id", "user_id", "ts", "candidates", *stored)
 
 
+def _known(sequence: Sequence) -> SparkColumn:
+    """Return those of a user's events that were known before the request."""
+    return F.filter(sequence.column, lambda event: event["available_at"] < F.col("ts"))
+
+
 def _seen(sequence: Sequence, kind: T.DataType) -> SparkColumn:
-    """Return the part of a user's events that a request may see, without the columns that only decided it."""
-    known = F.filter(sequence.column, lambda event: event["available_at"] < F.col("ts"))
-    last = F.slice(known, F.greatest(F.size(known) - sequence.max_length, F.lit(0)) + 1, F.lit(sequence.max_length))
+    """Return the last of the known events, without the columns that only decided which they are."""
+    known, length = F.col(sequence.column), sequence.max_length
+    last = F.when(F.size(known) > length, F.slice(known, -length, length)).otherwise(known)
     assert isinstance(kind, T.ArrayType)
     assert isinstance(kind.elementType, T.StructType)
     kept = [name for name in kind.elementType.names if name not in ("event_id", "available_at")]
@@ -97,13 +125,18 @@ def _seen(sequence: Sequence, kind: T.DataType) -> SparkColumn:
 
 def build(work: Workspace, ds: date) -> Staged:
     """Stage one day, its rows in the order of time."""
+    events = work.read("behaviors", [ds])
+    many = users_with_many(events, work.schema)
+    if many:
+        logger.info("%s %s: %s users with more than %s events", TABLE, ds, f"{len(many):,}", f"{MANY_EVENTS:,}")
     frame = training_requests(
         work.read("impressions", [ds]),
         work.read("user_features", [ds]),
         work.read("item_features", [ds]),
         yesterdays_tails(work, ds),
-        work.read("behaviors", [ds]),
+        events,
         work.schema,
+        many,
     )
     today = dict.fromkeys(("impressions", "user_features", "item_features", "behaviors"), (ds, ds))
     reads = {**today, "behavior_sequences": tail_days(work, ds)}

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from pyspark.sql import SparkSession
 
-from jobs import behavior_sequences, behaviors, impressions, item_features, training_requests, user_features
+from jobs import behavior_sequences, behaviors, impressions, item_features, pieces, training_requests, user_features
 from jobs.runner import audit_and_publish, tell_stale
 from jobs.workspace import Workspace
 from onetrans.errors import NotReadyError
@@ -97,6 +97,35 @@ def test_requests_see_what_the_oracle_sees(work: Workspace, world: World, ds: da
     for name, row in found.items():
         row["candidates"] = {candidate.pop("item_id"): candidate for candidate in row["candidates"]}
         assert rounded(row) == rounded({"ds": ds, **expected[name]}), name
+
+
+@pytest.mark.parametrize("ds", DAYS)
+def test_requests_of_users_with_very_many_events_see_the_same(
+    work: Workspace, world: World, ds: date, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One event of the day is "very many", and a piece of the past is two: fewer than a sequence may hold."""
+    monkeypatch.setattr(pieces, "MANY_EVENTS", 0)
+    monkeypatch.setattr(pieces, "PIECE_EVENTS", 2)
+    events = work.read("behaviors", [ds])
+    many = pieces.users_with_many(events, work.schema)
+    asking = {row["user_id"] for row in oracle.training_requests(world, ds).values()}
+    assert asking & set(many)
+    assert asking - set(many)
+    frame = training_requests.training_requests(
+        work.read("impressions", [ds]),
+        work.read("user_features", [ds]),
+        work.read("item_features", [ds]),
+        behavior_sequences.yesterdays_tails(work, ds),
+        events,
+        work.schema,
+        many,
+    )
+    found = {row["request_id"]: row for row in frame.toArrow().to_pylist()}
+    expected = oracle.training_requests(world, ds)
+    assert found.keys() == expected.keys()
+    for request, row in expected.items():
+        for sequence in work.schema.sequences:
+            assert found[request][sequence.column] == row[sequence.column], request
 
 
 def test_the_world_holds_what_can_go_wrong(world: World) -> None:

@@ -471,7 +471,7 @@ def _uauc_kept(
         return Criterion(name, False, None, "<=", most, f"{label} is undefined: no user has both classes")
     return _within(
         name,
-        f"{label} {ours.value:.4f} against {theirs.value:.4f}, at most {most:g} below",
+        f"{label} {ours.value:.4f} against {theirs.value:.4f}: loss",
         Interval.of(theirs.value - ours.value, theirs.value_B - ours.value_B, confidence, ours.effective_users),
         most,
     )
@@ -485,7 +485,7 @@ def _log_loss_kept(
         return Criterion(name, False, None, "<=", most, f"{label} is undefined: there are no clicks")
     return _within(
         name,
-        f"{label} {ours.value:.4f} against {theirs.value:.4f}, at most {100 * most:g} % more",
+        f"{label} {ours.value:.4f} against {theirs.value:.4f}: increase, as a share,",
         Interval.of(
             ours.value / theirs.value - 1.0, ours.value_B / theirs.value_B - 1.0, confidence, ours.effective_users
         ),
@@ -506,7 +506,7 @@ def _calibrated(task: str, ours: Replicates | None, most: float, confidence: flo
 
 def _within(name: str, text: str, found: Interval, most: float) -> Criterion:
     bounds = f" [{found.low:+.4f}, {found.high:+.4f}]" if found.bounded else ""
-    text += f": {found.value:+.4f}{bounds}"
+    text += f" {found.value:+.4f}{bounds}, at most {most:g}"
     return Criterion(name, found.value <= most, found.value, "<=", most, text, found.bounds)
 
 

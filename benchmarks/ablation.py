@@ -78,6 +78,9 @@ VARIANTS = (
 )
 """Rows of the table; the paper's first, then what goes beyond it.  A base stands before its variants."""
 
+QUICK = ["group-wise tokenizer", "all parameters shared"]
+"""Rows of the quick table."""
+
 Figures = dict[str, float]
 
 
@@ -125,12 +128,18 @@ def main(argv: list[str] | None = None) -> int:
     options.add_argument("--days", type=int, help="training days (default: 8, quick: 1)")
     options.add_argument("--seeds", type=int, help="seeds (default: 3, quick: 1)")
     options.add_argument("--batch", type=int, default=24, help="requests of a batch (default: %(default)s)")
-    options.add_argument("--only", nargs="+", metavar="NAME", default=[], help="these variants, and their bases")
+    options.add_argument(
+        "--only",
+        nargs="+",
+        metavar="NAME",
+        default=[],
+        help="these variants, and their bases (default: all; quick: two)",
+    )
     arguments = options.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     training_days = arguments.days or (1 if arguments.quick else 8)
     seeds = arguments.seeds or (1 if arguments.quick else 3)
-    variants = with_bases(arguments.only)
+    variants = with_bases(arguments.only or (QUICK if arguments.quick else []))
     torch.set_num_threads(1)
     report = Report("ablation", arguments)
     schema, world = FeatureSchema.load(SCHEMA_FILE), WorldConfig()

@@ -130,7 +130,7 @@ class SparkSettings:
     master: str = "local[2]"
     """Spark master: ``local[N]``, ``spark://...``, ``yarn`` or ``k8s://...``."""
     driver_memory: str = "1g"
-    """Heap of the driver, which in local mode does all the work; from 4g on with the full Java compiler, for long jobs."""
+    """Heap of the driver, which does all the work in local mode; from 4g on Java compiles fully, for long jobs."""
     shuffle_partitions: int = 4
     """Partitions of a shuffle; about twice the cores on a laptop, thousands on a cluster."""
     conf: Mapping[str, str] = field(default_factory=dict)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from onetrans.days import parse_day
 from onetrans.errors import EXIT_OK, BadDataError
-from onetrans.lake import Lake
+from onetrans.lake import SCORES, TABLES, Lake
 from onetrans.process import Parser, exit_code_of, see
 from onetrans.schema import FeatureSchema, load_schema
 from onetrans.settings import AuditSettings, load_settings
@@ -153,9 +153,16 @@ def _start_spark() -> SparkSession:
 
 def main(argv: list[str] | None = None) -> int:
     """Audit one table's day; return the process's exit code (``onetrans/errors.py``)."""
-    parser = Parser(prog="python -m expectations.audit", description=__doc__.split("\n", 1)[0])
-    parser.add_argument("table", help="table whose staged day is audited")
-    parser.add_argument("--ds", required=True, help="day, YYYY-MM-DD")
+    parser = Parser(
+        prog="python -m expectations.audit",
+        description=__doc__,
+        epilog="example: python -m expectations.audit impressions --ds 2026-01-10\n"
+        "next:    onetrans publish impressions --ds 2026-01-10",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    tables = (*TABLES, SCORES)
+    parser.add_argument("table", metavar="TABLE", help=f"table whose staged day is audited: {', '.join(tables)}")
+    parser.add_argument("--ds", required=True, metavar="DAY", help="the day, YYYY-MM-DD")
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     return exit_code_of(lambda: _run(parser.parse_args(argv)))
 

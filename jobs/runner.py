@@ -29,6 +29,18 @@ Build = Callable[[Workspace, date], Staged]
 _JVM_ENDS_WITHIN_S = 5.0
 """How long a JVM may take to end that does not answer any more."""
 
+EXAMPLES = """examples:
+  python -m jobs.{table} --ds 2026-01-10
+  python -m jobs.{table} --from 2026-01-01 --to 2026-01-14 --publish
+next, where days are not published here:
+  python -m expectations.audit {table} --ds 2026-01-10
+  onetrans publish {table} --ds 2026-01-10
+"""
+"""End of the help of a table's job."""
+
+EXIT_CODES = "exit codes: 0 done, 65 bad data, 75 not ready yet, 78 bad configuration, 1 anything else"
+"""What a job's exit code tells (``onetrans/errors.py``)."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -36,8 +48,9 @@ def main(table: str, build: Build, argv: list[str] | None = None) -> int:
     """Build one table for one day or a range of days in one session; return the exit code."""
     parser = Parser(
         prog=f"python -m jobs.{table}",
-        description=f"Stage one or more days of table {table}.",
-        epilog="exit codes: 0 done, 65 bad data, 75 not ready yet, 78 bad configuration, 1 anything else",
+        description=f"{sys.modules[build.__module__].__doc__}\n\nStages one day or a range in one Spark session.",
+        epilog=EXAMPLES.format(table=table) + EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_days(parser)
     parser.add_argument(

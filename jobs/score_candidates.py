@@ -12,6 +12,7 @@ that is finished is left as it is.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import logging
@@ -30,7 +31,7 @@ from pyspark.sql import functions as F
 
 from jobs.contract import context_columns
 from jobs.impressions import from_clock
-from jobs.runner import Opened, add_days, audit_and_publish, chosen_days, guarded, present, telling
+from jobs.runner import EXIT_CODES, Opened, add_days, audit_and_publish, chosen_days, guarded, present, telling
 from jobs.training_requests import training_requests
 from jobs.workspace import Workspace, count_rows, write
 from onetrans import storage
@@ -297,8 +298,9 @@ def main(argv: list[str] | None = None) -> int:
     """Score one day or a range; without ``scoring.candidates``, or before the first champion, do nothing."""
     parser = Parser(
         prog=f"python -m jobs.{Path(__file__).stem}",
-        description="Score each user's candidates with the champion.",
-        epilog="exit codes: 0 done, 65 bad data, 75 not ready yet, 78 bad configuration, 1 anything else",
+        description=__doc__,
+        epilog=f"examples:\n  python -m jobs.{Path(__file__).stem} --ds 2026-01-10 --publish\n{EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_days(parser)
     parser.add_argument("--publish", action="store_true", help="audit and publish each day once it is scored")

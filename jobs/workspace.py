@@ -293,7 +293,10 @@ class Workspace:
         if not rows:
             raise BadDataError(f"{staged.table} {staged.ds}: no row is left, so there is nothing to publish")
         staged = self.lake.mark_staged(replace(staged, rows=rows))
-        logger.info("%s %s: staged %s rows in %.1f s", staged.table, staged.ds, f"{rows:,}", time.monotonic() - started)
+        logger.info(
+            "%s %s: staged %s rows in %.1f s, in %s",
+            staged.table, staged.ds, f"{rows:,}", time.monotonic() - started, staged.path,
+        )  # fmt: skip
         return staged
 
 

@@ -14,6 +14,7 @@ from jobs import backfill, impressions, raw, runner
 from onetrans import cli
 from onetrans.commands.config import reference_page
 from onetrans.errors import EXIT_BAD_CONFIG, EXIT_NOT_READY
+from onetrans.lake import SCORES, TABLES
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -87,6 +88,32 @@ def test_a_wrong_argument_of_a_job_is_bad_configuration(job: str) -> None:
     with pytest.raises(SystemExit) as stop:
         JOBS[job](["--no-such-option"])
     assert stop.value.code == EXIT_BAD_CONFIG
+
+
+@pytest.mark.parametrize(
+    ("job", "told"),
+    [
+        (
+            "jobs.impressions",
+            [
+                "one row per item shown in a request",
+                "python -m jobs.impressions --from 2026-01-01 --to 2026-01-14 --publish",
+                "next, where days are not published here:\n  python -m expectations.audit impressions --ds 2026-01-10",
+                "exit codes: 0 done, 65 bad data",
+            ],
+        ),
+        ("expectations.audit", [", ".join(TABLES), SCORES, "next:    onetrans publish impressions --ds 2026-01-10"]),
+    ],
+)
+def test_help_says_what_a_job_does_and_what_comes_next(
+    job: str, told: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")  # so that argparse breaks no line
+    with pytest.raises(SystemExit) as stop:
+        JOBS[job](["--help"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    assert [text for text in told if text not in printed] == []
 
 
 def test_the_configuration_in_force_is_named(

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.resources
+import importlib.util
 import json
 import re
 import tomllib
@@ -33,6 +34,7 @@ from collections import abc
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from datetime import date, datetime, timedelta
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
@@ -481,10 +483,24 @@ def load_schema(source: SourceSettings) -> FeatureSchema:
     own = storage.join(source.path, "schema.toml")
     if storage.exists(own):
         return FeatureSchema.load(own)
-    with importlib.resources.as_file(importlib.resources.files("jobs") / "sources" / source.kind) as adapter:
+    with importlib.resources.as_file(_adapter(source.kind)) as adapter:
         if (adapter / "schema.toml").is_file():
             return FeatureSchema.load(adapter / "schema.toml")
     raise BadConfigError(f"there is no feature schema: source.schema is not set and there is no {own}")
+
+
+def _adapter(kind: str) -> Traversable:
+    """Return the folder of a source's code: that of its module, for a class outside the repository."""
+    if ":" not in kind:
+        return importlib.resources.files("jobs") / "sources" / kind
+    module = kind.partition(":")[0]
+    try:
+        found = importlib.util.find_spec(module)  # The module itself is not imported: it may need Spark.
+    except ModuleNotFoundError:
+        found = None
+    if found is None or found.origin is None:
+        raise BadConfigError(f"source.kind = {kind!r}: there is no module {module}; is it installed, or on PYTHONPATH?")
+    return Path(found.origin).parent
 
 
 def _refuse_repeats(what: str, names: Iterable[str]) -> None:

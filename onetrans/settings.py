@@ -13,6 +13,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
+import re
 import tomllib
 import types
 import typing
@@ -25,7 +26,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from onetrans.days import parse_day
 from onetrans.errors import BadConfigError
 
-SourceKind = Literal["files", "kuairand"]
+SOURCE_KINDS = ("files", "kuairand")
+"""Sources of the repository; any other is a class elsewhere."""
+
 Preset = Literal["tiny", "small", "base", "large"]
 TrainingPrecision = Literal["auto", "float32", "bfloat16"]
 ServingPrecision = Literal["float32", "bfloat16"]
@@ -44,8 +47,8 @@ NOT_SETTINGS = frozenset({"ONETRANS_CONFIG", "ONETRANS_TRACEBACK", "ONETRANS_SER
 class SourceSettings:
     """Where raw events come from."""
 
-    kind: SourceKind = "files"
-    """``files``: the input contract of docs/input.md; ``kuairand``: the public KuaiRand release."""
+    kind: str = "files"
+    """``files``: the contract of docs/input.md; ``kuairand``: that public log; ``package.module:Class``: your own."""
     path: str = "var/raw"
     """Folder (or s3:// prefix) that holds the raw log."""
     schema: str = ""
@@ -57,6 +60,11 @@ class SourceSettings:
 
     def __post_init__(self) -> None:
         _within("source.wait_hours", self.wait_hours, 0.0, 36.0)
+        if self.kind not in SOURCE_KINDS and not re.fullmatch(r"\w+(\.\w+)*:\w+", self.kind):
+            raise BadConfigError(
+                f"source.kind = {self.kind!r} is none of {', '.join(SOURCE_KINDS)}, nor a class of your own, written "
+                "package.module:Class"
+            )
 
 
 @dataclass(frozen=True)

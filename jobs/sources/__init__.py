@@ -6,12 +6,14 @@ A source hands out raw frames with the column names of the input contract
 
 from __future__ import annotations
 
+import importlib
 from datetime import date
 from typing import Protocol
 
 from pyspark.sql import DataFrame, SparkSession
 
 from onetrans import storage
+from onetrans.errors import BadConfigError
 from onetrans.schema import FeatureSchema, InputTable
 from onetrans.settings import SourceSettings
 
@@ -58,13 +60,23 @@ def open_source(settings: SourceSettings, schema: FeatureSchema) -> Source:
     """Return the source of the configured kind; only its module is imported.
 
     Raises:
-        BadConfigError: if Spark cannot take the path by its name.
+        BadConfigError: if Spark cannot take the path by its name, or there is no such class.
     """
     storage.refuse_special("source.path", settings.path)
     if settings.kind == "kuairand":
         from jobs.sources.kuairand import KuaiRand
 
         return KuaiRand(settings.path, schema)
-    from jobs.sources.files import Files
+    if settings.kind == "files":
+        from jobs.sources.files import Files
 
-    return Files(settings.path, schema)
+        return Files(settings.path, schema)
+    module, _, name = settings.kind.partition(":")
+    try:
+        source = getattr(importlib.import_module(module), name, None)
+    except ModuleNotFoundError as error:
+        raise BadConfigError(f"source.kind = {settings.kind!r}: {error}; is it installed, or on PYTHONPATH?") from error
+    if source is None:
+        raise BadConfigError(f"source.kind = {settings.kind!r}: module {module} has no {name}")
+    own: Source = source(settings.path, schema)
+    return own

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import inspect
 from datetime import date
 from pathlib import Path
 from typing import Any, cast
@@ -102,6 +103,48 @@ def test_the_schema_is_the_named_one_or_the_log_s_own_or_the_adapter_s(tmp_path:
     assert load_schema(SourceSettings(kind="kuairand", path=str(tmp_path / "none"))).name == "kuairand"
     with pytest.raises(BadConfigError, match=r"there is no feature schema: .*none/schema.toml"):
         load_schema(SourceSettings(path=str(tmp_path / "none")))
+
+
+def test_a_source_may_be_a_class_outside_the_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "mylog"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "source.py").write_text("from jobs.sources.files import Files\n\n\nclass MyLog(Files):\n    pass\n")
+    bundled = Path(inspect.getfile(KuaiRand)).with_name("schema.toml")
+    (package / "schema.toml").write_text(bundled.read_text().replace('name = "kuairand"', 'name = "mine"'))
+    monkeypatch.syspath_prepend(tmp_path)
+    settings = SourceSettings(kind="mylog.source:MyLog", path=str(tmp_path / "none"))
+    own = load_schema(settings)
+    assert own.name == "mine"
+    source = open_source(settings, own)
+    assert (type(source).__module__, type(source).__name__) == ("mylog.source", "MyLog")
+    assert isinstance(source, Files)
+    assert source.path == settings.path
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        (
+            "simulated",
+            "'simulated' is none of files, kuairand, nor a class of your own, written package.module:Class",
+        ),
+        ("mylog.source:", "source.kind = 'mylog.source:' is none of "),
+        ("nowhere.source:MyLog", "source.kind = 'nowhere.source:MyLog': No module named 'nowhere'; is it installed"),
+        (
+            "jobs.sources.files:MyLog",
+            "'jobs.sources.files:MyLog': module jobs.sources.files has no MyLog",
+        ),
+    ],
+)
+def test_a_source_that_is_not_there_is_bad_configuration(kind: str, told: str) -> None:
+    with pytest.raises(BadConfigError, match=told):
+        open_source(SourceSettings(kind=kind), schema())
+
+
+def test_a_schema_is_not_sought_beside_a_module_that_is_not_there() -> None:
+    with pytest.raises(BadConfigError, match=r"there is no module nowhere.source; is it installed, or on PYTHONPATH"):
+        load_schema(SourceSettings(kind="nowhere.source:MyLog", path="nowhere"))
 
 
 @pytest.mark.parametrize("source", ["kuairand", "simulated"])

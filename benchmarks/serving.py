@@ -1,8 +1,11 @@
 """The ranking service under load: a service in one process, a driver in another, over loopback.
 
 The driver sends at fixed times whether or not answers have come (open loop), and counts the latency of a call from
-the moment it was due; so a service that falls behind shows it.  How much a service can do at most is found before, by
-as many calls at once as it takes (closed loop).
+the moment it was due; so a service that falls behind shows it.
+
+The *highest sustained rate* is the highest at which no call fails or is turned away, and the queue does not grow: calls
+of the last quarter of the time take as long as those of the second, give or take 50 ms.  The search begins at what the
+service answers when some calls are always waiting (closed loop), and goes down until a rate is sustained.
 
 *Cold* requests are of users never seen before; *warm* ones of users whose keys and values are kept, with the same past
 events.  *Apart* means a call per candidate, as a service would score that knows nothing of requests.  All have 200
@@ -10,6 +13,12 @@ past events, of which `small` reads the latest 128 and `base` all.
 
 Beside requests per second stands what a request costs in processor time of the service.  On a machine that is shared
 the one measures the neighbours too, and ratios are taken of the other.
+
+Part ``compute`` scores in one process, without HTTP: the model's own forward pass, the packed one in float32 and in
+bfloat16, and (with ``--compile``, which takes minutes) the forward pass through ``torch.compile``, in turns.
+
+Part ``mixed`` is an hour of traffic in five minutes: calls of 1 to 500 candidates at random moments of a rate that goes
+up and down, of new and known users, with clients that send nonsense, are slow, or vanish, and a new champion half-way.
 
 Everything is bounded in count and time, and listens on loopback alone.  Weights are random: they do not matter here.
 """
@@ -29,21 +38,30 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import psutil
 import torch
 
+from benchmarks import traffic
 from benchmarks.common import Report, parser
 from onetrans.artifact import save_model
-from onetrans.models import build_model, preset
+from onetrans.batch import RequestBatch
+from onetrans.models import OneTrans, build_model, preset
+from onetrans.models.compute import Precision
+from onetrans.models.ragged import latest_events
+from onetrans.models.ranking import Scores
 from onetrans.registry import CHAMPION, Registry
-from onetrans.requests import score
+from onetrans.requests import score, to_batch
 from onetrans.schema import FeatureSchema, Sequence
-from onetrans.settings import MlflowSettings
+from onetrans.serving import OneTransInferenceEngine
+from onetrans.serving.packed import PackedOneTrans
+from onetrans.serving.prefix import event_table
+from onetrans.settings import MlflowSettings, load_settings
 from onetrans.tracking import connect, experiment_id
 
 ROOT = Path(__file__).parents[1]
@@ -52,6 +70,11 @@ EVENTS = {"click": 100, "cart": 60, "purchase": 40}
 WARM_USERS = 32
 AT_ONCE = 8
 START_S = 300
+MAY_GROW_S = 0.05
+TRIES, STEP_DOWN = 12, 0.93
+MIXED_SHARE = 0.4
+COUNTS = (1, 10, 100, 500)
+PARTS = ("costs", "rates", "compute", "swap", "mixed")
 
 
 @dataclass(frozen=True)
@@ -59,7 +82,7 @@ class Load:
     """What the service did in a while."""
 
     latency_S: np.ndarray
-    """Seconds from when an answered call was due to its answer."""
+    """Seconds from when an answered call was due to its answer, in the order in which they were due."""
     failed: int
     """Calls with any other answer than 200."""
     refused: int
@@ -78,6 +101,17 @@ class Load:
     def cpu_ms(self) -> float:
         """Processor time of the service per answered call."""
         return 1000 * self.cpu_s / max(self.latency_S.shape[0], 1)
+
+    @property
+    def grows(self) -> bool:
+        """Whether calls took longer towards the end: the queue grew."""
+        second, last = (np.median(self.latency_S[part]) for part in self._quarters)
+        return bool(last > second + MAY_GROW_S)
+
+    @property
+    def _quarters(self) -> tuple[slice, slice]:
+        quarter = self.latency_S.shape[0] // 4
+        return slice(quarter, 2 * quarter), slice(-quarter, None)
 
     def ms(self, share: float) -> float:
         """Return a quantile of the latency in milliseconds."""
@@ -198,16 +232,24 @@ class Service:
         return load
 
     def at_rate(
-        self, body: Callable[[], bytes], rate: float, calls: int, meanwhile: Callable[[], None] = lambda: None
+        self,
+        body: Callable[[], bytes],
+        rate: float,
+        calls: int,
+        meanwhile: Callable[[], None] = lambda: None,
+        *,
+        at_random: bool = False,
     ) -> Load:
-        """Send calls at fixed times, ``rate`` per second; ``meanwhile`` runs in a thread after a third of them."""
-        return asyncio.run(self._at_rate(body, rate, calls, meanwhile))
+        """Send calls at fixed times, ``rate`` per second, even or random; ``meanwhile`` runs after a third of them."""
+        gap_S = np.random.default_rng(calls).exponential(1 / rate, calls) if at_random else np.full(calls, 1 / rate)
+        return asyncio.run(self._at_times(body, np.cumsum(gap_S).tolist(), meanwhile))
 
-    async def _at_rate(self, body: Callable[[], bytes], rate: float, calls: int, meanwhile: Callable[[], None]) -> Load:
+    async def _at_times(self, body: Callable[[], bytes], times: list[float], meanwhile: Callable[[], None]) -> Load:
         connections, tally, sent, other = Connections(self.port), Tally(), [], None
+        calls = len(times)
         cpu, began = self.cpu_s, time.perf_counter()
         for number in range(calls):
-            due = began + number / rate
+            due = began + times[number]
             await asyncio.sleep(max(due - time.perf_counter(), 0))
             sent.append(asyncio.create_task(tally.timed(connections.call(body()), due)))
             if number == calls // 3:
@@ -224,7 +266,7 @@ class Tally:
     """Latencies and failures while a load runs."""
 
     def __init__(self) -> None:
-        self.latencies: list[float] = []
+        self.latencies: list[tuple[float, float]] = []
         self.statuses: Counter[int] = Counter()
 
     async def timed(self, call: Any, due: float) -> None:
@@ -235,7 +277,7 @@ class Tally:
             status = 0
         self.statuses[status] += 1
         if status == 200:
-            self.latencies.append(time.perf_counter() - due)
+            self.latencies.append((due, time.perf_counter() - due))
 
     def load(self, seconds: float, cpu_s: float) -> Load:
         """Return what was counted.
@@ -246,7 +288,8 @@ class Tally:
         if not self.latencies:
             raise RuntimeError(f"no call was answered; statuses (0: no answer) and how often: {dict(self.statuses)}")
         failed = self.statuses.total() - self.statuses[200]
-        return Load(np.array(self.latencies), failed, self.statuses[429], seconds, cpu_s)
+        latency_S = np.array([latency for _, latency in sorted(self.latencies)])
+        return Load(latency_S, failed, self.statuses[429], seconds, cpu_s)
 
 
 @contextmanager
@@ -331,7 +374,7 @@ def measure_costs(report: Report, size: str, folder: Path, schema: FeatureSchema
 
 def measure_rates(report: Report, size: str, folder: Path, schema: FeatureSchema, candidates: int) -> None:
     """Find the highest rate that is sustained with half of the users warm, and the latency at 70 % of it."""
-    seconds = 4.0 if report.quick else 20.0
+    seconds = 4.0 if report.quick else 15.0
     case = f"{size}, {candidates} candidates, half of the users warm"
     with serving(str(folder)) as service:
         calls = Calls(schema, candidates)
@@ -341,21 +384,29 @@ def measure_rates(report: Report, size: str, folder: Path, schema: FeatureSchema
             return calls.warm() if next(turn) % 2 else calls.cold()
 
         service.at_once(calls.warm, WARM_USERS)
-        rate = service.at_once(mixed, int(AT_ONCE * (4 if report.quick else 25))).per_second
-        sustained = Load(np.zeros(0), 1, 0, 1.0, 0.0)
-        for _ in range(8):
-            sustained = service.at_rate(mixed, rate, int(rate * seconds) + AT_ONCE)
-            if not sustained.failed and sustained.ms(0.99) < 1000:
+        rate = service.at_once(mixed, int(AT_ONCE * (4 if report.quick else 25))).per_second * 1.1
+        for _ in range(TRIES):
+            tried = service.at_rate(mixed, rate, int(rate * seconds) + AT_ONCE)
+            if not tried.failed and not tried.grows:
                 break
-            rate *= 0.85
-        report.add(case, "highest sustained rate", rate if not sustained.failed else 0, "1/s")
-        report.add(case, "p99 at that rate", sustained.ms(0.99), "ms")
-        calm = service.at_rate(mixed, 0.7 * rate, int(0.7 * rate * seconds) + AT_ONCE)
+            rate *= STEP_DOWN
+        else:
+            raise RuntimeError(
+                f"{case}: no rate was sustained, the last one tried was {rate / STEP_DOWN:.1f} per second"
+            )
+        report.add(case, "highest sustained rate", rate, "1/s")
+        report.add(case, "p50 at that rate", tried.ms(0.5), "ms")
+        report.add(case, "p99 at that rate", tried.ms(0.99), "ms")
+        number = int(0.7 * rate * seconds) + AT_ONCE
+        calm = service.at_rate(mixed, 0.7 * rate, number)
         report.add(case, "p50 at 70 %", calm.ms(0.5), "ms")
         report.add(case, "p95 at 70 %", calm.ms(0.95), "ms")
-        report.add(case, "p99 at 70 %", calm.ms(0.99), "ms", "" if report.quick else "< 100")
+        report.add(case, "p99 at 70 %", calm.ms(0.99), "ms", "< 100" if size == "small" and not report.quick else "")
         report.add(case, "failed at 70 %", calm.failed, "", "== 0")
         report.add(case, "processor at 70 %", calm.cpu_s / calm.seconds, "cores")
+        random = service.at_rate(mixed, 0.7 * rate, number, at_random=True)
+        report.add(case, "p99 at 70 %, random moments", random.ms(0.99), "ms")
+        report.add(case, "failed at 70 %, random moments", random.failed, "", "== 0")
         over = service.at_rate(mixed, 2 * rate, int(2 * rate * seconds / 2) + AT_ONCE)
         report.add(case, "turned away at 200 %", over.refused / (over.failed + over.latency_S.size), "")
         report.add(case, "answered at 200 %", over.per_second, "1/s")
@@ -364,8 +415,9 @@ def measure_rates(report: Report, size: str, folder: Path, schema: FeatureSchema
         report.add(case, "failed afterwards", after.failed, "", "== 0")
 
 
-def measure_swap(report: Report, scratch: Path, size: str) -> None:
-    """Move the champion while requests come at a fixed rate."""
+@contextmanager
+def following(scratch: Path, size: str) -> Iterator[tuple[Service, FeatureSchema, Callable[[str], None]]]:
+    """Start a service that follows an alias with two versions behind it, and give what moves the alias."""
     settings = MlflowSettings(tracking_uri=f"sqlite:///{scratch}/mlflow.db", artifacts=str(scratch / "artifacts"))
     registry = Registry(settings)
     for seed in range(2):
@@ -377,27 +429,129 @@ def measure_swap(report: Report, scratch: Path, size: str) -> None:
         client.log_model_artifacts(logged.model_id, str(folder))
         client.finalize_logged_model(logged.model_id, "READY")
         registry.register(logged.model_id, run.info.run_id, {}, "a benchmark")
-    registry.client.set_registered_model_alias(registry.name, CHAMPION, "1")
+
+    def move(version: str) -> None:
+        registry.client.set_registered_model_alias(registry.name, CHAMPION, version)
+
+    move("1")
     variables = {
         "ONETRANS_MLFLOW_TRACKING_URI": settings.tracking_uri,
         "ONETRANS_MLFLOW_ARTIFACTS": settings.artifacts,
         "ONETRANS_SERVING_POLL_S": "0.5",
+        "ONETRANS_SERVING_BODY_TIMEOUT_S": "3",
     }
-    calls = Calls(schema, 10)
-    case = f"{size}, 10 candidates, the champion moves"
     with serving(f"models:/{registry.name}@{CHAMPION}", **variables) as service:
+        yield service, schema, move
+
+
+def measure_swap(report: Report, scratch: Path, size: str) -> None:
+    """Move the champion while requests come at a fixed rate."""
+    case = f"{size}, 10 candidates, the champion moves"
+    with following(scratch, size) as (service, schema, move):
+        calls = Calls(schema, 10)
         rate = 0.5 * service.at_once(calls.cold, AT_ONCE * 6).per_second
-
-        def move() -> None:
-            registry.client.set_registered_model_alias(registry.name, CHAMPION, "2")
-
-        load = service.at_rate(calls.cold, rate, int(rate * (20 if report.quick else 40)), move)
-        version = _ready(service.port)["version"]
-        report.add(case, "version at the end", float(version), "", "== 2")
+        number = int(rate * (20 if report.quick else 40))
+        load = service.at_rate(calls.cold, rate, number, lambda: move("2"))
+        report.add(case, "version at the end", float(_ready(service.port)["version"]), "", "== 2")
         report.add(case, "calls at half of the rate", load.latency_S.size + load.failed)
         report.add(case, "failed", load.failed, "", "== 0")
         report.add(case, "p99", load.ms(0.99), "ms")
         report.add(case, "memory of the service", service.memory_mib, "MiB")
+
+
+def measure_mixed(report: Report, scratch: Path, size: str) -> None:
+    """Send an hour of mixed traffic in five minutes; the champion moves half-way and back at three quarters."""
+    seconds = 20.0 if report.quick else 300.0
+    case = f"{size}, mixed traffic"
+    with following(scratch, size) as (service, schema, move):
+        bodies = {candidates: Calls(schema, candidates) for candidates in traffic.SIZES}
+        rng = np.random.default_rng(1)
+        sizes = iter(rng.choice(list(traffic.SIZES), 10_000, p=list(traffic.SIZES.values())).tolist())
+        full = service.at_once(lambda: bodies[next(sizes)].cold(), AT_ONCE * 20).per_second
+        rate = MIXED_SHARE * full
+        before = service.memory_mib
+        planned = traffic.plan(rate, seconds)
+        cpu, began = service.cpu_s, time.perf_counter()
+        outcome = asyncio.run(_mixed(service.port, planned, bodies, {seconds / 2: "2", seconds * 3 / 4: "1"}, move))
+        cpu_s, took = service.cpu_s - cpu, time.perf_counter() - began
+        report.add(case, "most at once, answered", full, "1/s")
+        report.add(case, "calls", len(planned))
+        report.add(case, "of them plain or slow", sum(call.kind in ("plain", "slow") for call in planned))
+        report.add(case, "seconds", took, "s")
+        report.add(case, "of these not answered with 200", _failed(outcome, ("plain", "slow")), "", "== 0")
+        report.add(case, "misbehaving, and not told so", _failed(outcome, tuple(traffic.KINDS)[2:]), "", "== 0")
+        for (kind, status), times in sorted(outcome.unexpected.items()):
+            report.add(case, f"{kind} answered with {status}", times)
+        for candidates in traffic.SIZES:
+            report.add(case, f"p50, {candidates} candidates", outcome.ms(candidates, 0.5), "ms")
+            report.add(case, f"p99, {candidates} candidates", outcome.ms(candidates, 0.99), "ms")
+        report.add(case, "versions that took over", _metric(service.port, "onetrans_model_swaps_total"), "", "== 2")
+        report.add(case, "processor", cpu_s / took, "cores")
+        report.add(case, "memory before", before, "MiB")
+        report.add(case, "memory afterwards", service.memory_mib, "MiB")
+
+
+async def _mixed(
+    port: int,
+    planned: list[traffic.Planned],
+    bodies: Mapping[int, Calls],
+    versions: Mapping[float, str],
+    move: Callable[[str], None],
+) -> traffic.Outcome:
+    connections = Connections(port)
+    try:
+        return await traffic.send_all(
+            port, planned, bodies, connections.call, {at_s: partial(move, v) for at_s, v in versions.items()}
+        )
+    finally:
+        connections.close()
+
+
+def _failed(outcome: traffic.Outcome, kinds: tuple[str, ...]) -> int:
+    return sum(times for (kind, _), times in outcome.unexpected.items() if kind in kinds)
+
+
+def measure_compute(report: Report, size: str, folder: Path, sizes: tuple[int, ...], *, compiled: bool) -> None:
+    """Compare ways to compute the scores of one request whose user is new, in one process and in turns."""
+    engine = OneTransInferenceEngine(str(folder), load_settings())
+    model = engine.model
+    assert isinstance(model, OneTrans)
+    packed = {name: PackedOneTrans(model, name) for name in get_args(Precision)}
+
+    def own(batch: RequestBatch) -> Scores:
+        return model(batch)
+
+    def of(name: Precision) -> Callable[[RequestBatch], Scores]:
+        return lambda batch: packed[name].score(batch, packed[name].encode(batch, event_table(batch)))
+
+    ways: dict[str, Callable[[RequestBatch], Scores]] = {
+        "the model's forward pass": own,
+        **{f"packed, {name}": of(name) for name in packed},
+    }
+    if compiled:
+        ways["torch.compile of the forward pass"] = torch.compile(model, dynamic=True)
+    for candidates in sizes:
+        asked = request(engine.schema, candidates, np.random.default_rng(candidates))
+        batch = latest_events(to_batch([asked], engine.schema, model.config.max_seq_len), model.config.max_seq_len)
+        case = f"{size}, {candidates} candidates, no HTTP"
+        with torch.inference_mode():
+            wanted = model(batch)
+            least = dict.fromkeys(ways, float("inf"))
+            for turn in range(5 if report.quick else 40):
+                for name, way in ways.items():
+                    began = time.perf_counter()
+                    found = way(batch)
+                    least[name] = min(least[name], time.perf_counter() - began)
+                    if not turn:
+                        report.add(case, f"{name}: largest difference of a logit", _difference(found, wanted))
+        for name, spent in least.items():
+            report.add(case, f"{name}: least time", 1000 * spent, "ms")
+        for name in list(ways)[1:]:
+            report.add(case, f"forward pass over {name}", least["the model's forward pass"] / least[name])
+
+
+def _difference(found: Scores, wanted: Scores) -> float:
+    return max(float((ours - theirs).abs().max()) for ours, theirs in zip(found, wanted, strict=True))
 
 
 def _ready(port: int) -> Mapping[str, Any]:
@@ -407,27 +561,47 @@ def _ready(port: int) -> Mapping[str, Any]:
     return found
 
 
+def _metric(port: int, name: str) -> float:
+    import httpx
+
+    lines = httpx.get(f"http://127.0.0.1:{port}/metrics").text.splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith((name + " ", name + "{")))
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark."""
     options = parser(__doc__)
     options.add_argument("--sizes", default="small", help="presets, separated by commas (default: small)")
     options.add_argument(
-        "--parts", default="costs,rates,swap", help="what to measure, separated by commas (default: all)"
+        "--parts", default=",".join(PARTS), help=f"what to measure, separated by commas (default: {','.join(PARTS)})"
     )
+    options.add_argument("--compile", action="store_true", help="compute: torch.compile as well; needs a C++ compiler")
+    options.add_argument("--device", default="cpu", help="where the service scores: cpu, cuda or cuda:N (default: cpu)")
+    options.add_argument("--precision", default="float32", help="of the service: float32 or bfloat16")
     arguments = options.parse_args(argv)
+    os.environ["ONETRANS_SERVING_DEVICE"] = arguments.device
+    os.environ["ONETRANS_SERVING_PRECISION"] = arguments.precision
     report = Report("serving", arguments)
     parts = arguments.parts.split(",")
+    unknown = sorted(set(parts) - set(PARTS))
+    if unknown:
+        options.error(f"--parts: {unknown[0]!r} is none of {', '.join(PARTS)}")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="onetrans-serving-") as scratch:
         for size in arguments.sizes.split(","):
             folder = Path(scratch) / size
             schema = save(folder, size)
             if "costs" in parts:
-                measure_costs(report, size, folder, schema, (10, 100) if report.quick else (1, 10, 100, 500))
+                measure_costs(report, size, folder, schema, (10, 100) if report.quick else COUNTS)
             if "rates" in parts:
                 measure_rates(report, size, folder, schema, 10 if report.quick else 100)
+            if "compute" in parts:
+                measure_compute(report, size, folder, (10, 100) if report.quick else COUNTS, compiled=arguments.compile)
+        small = "tiny" if report.quick else "small"
         if "swap" in parts:
-            measure_swap(report, Path(scratch) / "registry", "tiny" if report.quick else "small")
+            measure_swap(report, Path(scratch) / "swap", small)
+        if "mixed" in parts:
+            measure_mixed(report, Path(scratch) / "mixed", small)
     report.add("machine", "load average at the end", os.getloadavg()[0])
     return report.finish()
 

@@ -317,6 +317,8 @@ class ServingSettings:
     """Memory for keys and values of users, in MiB; 0 encodes every request afresh."""
     batch_candidates: int = 512
     """Most candidates scored together; a request is never divided."""
+    batch_ms: float = 100.0
+    """Time that scoring together may take, judged by how fast recent work went; a request alone may take longer."""
     batch_wait_ms: float = 2.0
     """Longest time a request waits for others to be scored with; 0 scores what is there."""
     deadline_ms: int = 1000
@@ -346,7 +348,7 @@ class ServingSettings:
             "max_body_kib",
         ):  # fmt: skip
             _at_least(f"serving.{name}", getattr(self, name), 1)
-        for name in ("body_timeout_s", "poll_s"):
+        for name in ("body_timeout_s", "poll_s", "batch_ms"):
             _at_least(f"serving.{name}", getattr(self, name), 0.1)
 
 

@@ -1,7 +1,8 @@
 """Requests of several clients scored together, with deadlines, and a queue that does not grow without end.
 
-One thread scores; while it does, requests gather and go together into its next turn.  A request that finds the thread
-idle waits ``serving.batch_wait_ms`` at most for others.
+One thread scores; while it does, requests gather and go together into its next turn, first come, first served, as many
+as ``serving.batch_candidates`` and ``serving.batch_ms`` allow.  A request that finds the thread idle waits
+``serving.batch_wait_ms`` at most for others.
 
 A call is turned away at once (:class:`OverloadedError`) when the queue is full, or when what waits before it will take
 longer than its deadline allows; that is judged by how fast recent work went.  What is past its deadline when its turn
@@ -177,19 +178,22 @@ class Batcher:
     def _next(self) -> list[Work]:
         """Take the next calls out of the queue: those of one model that fit, without those nobody waits for."""
         batch: list[Work] = []
-        taken = 0
+        taken, cost = 0, 0
         while self._waiting:
             work = self._waiting[0]
             if work.future.done() or work.deadline <= time.monotonic():
                 self._take(work)
                 continue
             if batch and (
-                work.scorer is not batch[0].scorer or taken + work.call.candidates > self.settings.batch_candidates
+                work.scorer is not batch[0].scorer
+                or taken + work.call.candidates > self.settings.batch_candidates
+                or (cost + work.cost) * self._seconds_per_work > self.settings.batch_ms / 1000
             ):
                 break
             self._take(work)
             batch.append(work)
             taken += work.call.candidates
+            cost += work.cost
         return batch
 
     def _take(self, work: Work) -> None:

@@ -382,7 +382,7 @@ def _at_once(client, count, request, **kwargs):
 
 
 def test_overload_is_turned_away_and_the_rest_is_answered_together(folder, requests):
-    service = serve_folder(folder, queue_requests=8)
+    service = serve_folder(folder, queue_requests=8, batch_ms=10_000)
     with running(service) as client:
         slow = service.served.engine = SlowEngine(service.served.engine, 0.5)
         answers = _at_once(client, 30, requests[0])
@@ -393,6 +393,15 @@ def test_overload_is_turned_away_and_the_rest_is_answered_together(folder, reque
         refused = next(answer for answer in answers if answer.status_code == 429)
         assert int(refused.headers["retry-after"]) >= 1
         assert client.post("/v1/rank", json=requests[0]).status_code == 200, "it recovers"
+
+
+def test_what_is_scored_together_is_bounded_in_time(folder, requests):
+    service = serve_folder(folder, batch_ms=20)
+    with running(service) as client:
+        slow = service.served.engine = SlowEngine(service.served.engine, 0.1)
+        assert client.post("/v1/rank", json=requests[0]).status_code == 200
+        assert {answer.status_code for answer in _at_once(client, 5, requests[0])} == {200}
+        assert slow.turns == [1] * 6, "two would take longer, by how long the first took"
 
 
 def test_a_deadline_is_kept(folder, requests):

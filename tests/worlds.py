@@ -11,6 +11,7 @@ import json
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, time, timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -172,11 +173,20 @@ def settings_in(folder: Path, **training: object) -> Settings:
 
 def write_schema(path: Path, schema: FeatureSchema) -> Path:
     """Write a schema file; JSON's texts, numbers and lists are TOML too."""
+
+    def written(entry: dict[str, Any]) -> list[str]:
+        return [f"{name} = {json.dumps(value)}" for name, value in entry.items()]
+
     data = schema.to_dict()
-    lines = [f"name = {json.dumps(data['name'])}", f"timezone = {json.dumps(data['timezone'])}"]
-    for section in ("features", "sequences"):
-        for entry in data[section]:
-            lines += [f"[[{section}]]", *(f"{name} = {json.dumps(value)}" for name, value in entry.items())]
+    tables = {"aggregates": data.pop("aggregates")}
+    tables |= {f"columns.{table}": names for table, names in data.pop("columns").items()}
+    lists = {section: data.pop(section) for section in ("features", "sequences")}
+    lines = written(data)
+    for section, entry in tables.items():
+        lines += [f"[{section}]", *written(entry)]
+    for section, entries in lists.items():
+        for entry in entries:
+            lines += [f"[[{section}]]", *written(entry)]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path

@@ -12,15 +12,26 @@ import pyarrow.parquet as pq
 import pytest
 from pyspark.sql import SparkSession
 
-from jobs import behavior_sequences, behaviors, impressions, item_features, pieces, training_requests, user_features
+from jobs import (
+    backfill,
+    behavior_sequences,
+    behaviors,
+    impressions,
+    item_features,
+    pieces,
+    training_requests,
+    user_features,
+)
 from jobs.runner import audit_and_publish, tell_stale
 from jobs.workspace import Workspace
-from onetrans.errors import NotReadyError
+from onetrans.errors import EXIT_BAD_DATA, EXIT_OK, NotReadyError
+from onetrans.lake import Lake
 from onetrans.lineage import stale_days
-from onetrans.settings import AuditSettings
+from onetrans.settings import AuditSettings, SourceSettings, SparkSettings, as_environment
 from tests import oracle
 from tests.oracle import FIRST_DAY, SCHEMA, World, random_world
 from tests.raw_log import open_workspace, publish, write_rows
+from tests.worlds import write_schema
 
 JOBS = (impressions, behaviors, user_features, item_features, behavior_sequences, training_requests)
 DAYS = [FIRST_DAY + timedelta(days=d) for d in range(3)]
@@ -220,6 +231,54 @@ def test_a_hole_before_a_day_is_named(work: Workspace) -> None:
 def test_a_window_that_begins_before_the_log_is_short(work: Workspace) -> None:
     assert work.window("impressions", DAYS[2], 7) == DAYS[:2]
     assert work.window("impressions", DAYS[0], 7) == []
+
+
+def test_a_range_in_one_session_equals_day_by_day(
+    work: Workspace, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A day that fails stops the range and leaves the days before it published; run again, only the rest is built."""
+    write_world(world, tmp_path / "raw")
+    write_schema(tmp_path / "raw" / "schema.toml", SCHEMA)
+    settings = replace(
+        work.settings,
+        source=SourceSettings(path=str(tmp_path / "raw")),
+        lake=replace(work.settings.lake, warehouse=str(tmp_path / "lake")),
+        audit=AuditSettings(data_docs=str(tmp_path / "docs")),
+        spark=SparkSettings(shuffle_partitions=2),
+    )
+    for name, value in as_environment(settings).items():
+        monkeypatch.setenv(name, value)
+    stopped: list[SparkSession] = []
+    monkeypatch.setattr(SparkSession, "stop", lambda session: stopped.append(session))  # it is the session of all tests
+    lake = Lake(settings.lake)
+    days: dict[str, list[date]] = {}
+
+    def backfill_all(*more: str) -> int:
+        stopped.clear()
+        code = backfill.main(["--from", str(DAYS[0]), "--to", str(DAYS[2]), *more])
+        assert stopped == [work.spark], "one session for the whole range"
+        days.update({job.TABLE: lake.days(job.TABLE) for job in JOBS})
+        return code
+
+    (bad,) = (tmp_path / "raw" / "behaviors" / f"ds={DAYS[1]}").glob("*.parquet")
+    whole = bad.read_bytes()
+    bad.write_bytes(whole[:-100])
+    assert backfill_all() == EXIT_BAD_DATA
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith(f"BadDataError: behaviors {DAYS[1]}: file ")
+    assert days == {job.TABLE: DAYS[:1] for job in JOBS} | {"impressions": DAYS[:2]}, "the table before it of that day"
+
+    bad.write_bytes(whole)
+    first = {job.TABLE: lake.files(job.TABLE, DAYS[:1]) for job in JOBS}
+    assert backfill_all("--skip-published") == EXIT_OK
+    assert days == {job.TABLE: DAYS for job in JOBS}
+    assert {job.TABLE: lake.files(job.TABLE, DAYS[:1]) for job in JOBS} == first, "a whole day is left alone"
+    for table in days:
+        for ds in DAYS:
+            assert _as_text(rounded(lake.read(table, [ds]).to_pylist())) == _as_text(rounded(rows_of(work, table, ds)))
+
+    snapshots = {table: lake.snapshot_id(table) for table in days}
+    assert backfill_all("--skip-published") == EXIT_OK
+    assert {table: lake.snapshot_id(table) for table in days} == snapshots
 
 
 def rounded(value: Any) -> Any:

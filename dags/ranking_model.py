@@ -12,7 +12,7 @@ which neither has seen, and makes OneTrans the champion if it is better beyond n
 | `evaluate` | scores the day's rows with both: AUC, per-user AUC, log loss, calibration |
 | `gate` | compares them, paired, by a bootstrap over users, and with the champion; `gate.html` in MLflow says why |
 | `promote` | registers the model and moves the alias `champion`, if the gate says so |
-| `score_candidates` | the champion scores each user's candidates, if `scoring.candidates` is set |
+| `score_candidates` | the champion scores each user's candidates; skipped if `scoring.candidates` is not set |
 
 **No tables, no wait:** if the day's `feature_tables` has failed and the rows are not published, `wait_for_day` fails at
 once and says so.
@@ -259,12 +259,13 @@ with DAG(
         module="jobs.score_candidates",
         arguments=["--ds", DAY, "--publish"],
         pool=SPARK_POOL,
+        nothing_done="nothing is scored",
         execution_timeout=timedelta(hours=6),
         outlets=[
             Asset(name="ranking.candidate_scores", uri="iceberg://ranking/candidate_scores", group="ranking_model")
         ],
         unharmed="The champion is promoted, and scores published before stay as they are.",
-        doc_md="The champion scores each user's candidates, if `scoring.candidates` is set. "
+        doc_md="The champion scores each user's candidates; skipped if `scoring.candidates` is not set. "
         "By hand: `python -m jobs.score_candidates --ds DAY --publish`",
     )
     wait_for_day >> plan >> trained >> evaluate >> gate >> promote >> score_candidates

@@ -34,7 +34,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, NoReturn
 
 from airflow.sdk import BaseOperator
-from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowTaskTimeout
+from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowSkipException, AirflowTaskTimeout
 
 from dags.days import run_day
 from dags.notify import task_failed
@@ -108,6 +108,7 @@ class Step(BaseOperator):
         environment: Mapping[str, str] | None = None,
         unharmed: str = UNHARMED,
         dated: bool = True,
+        nothing_done: str = "",
         **kwargs: Any,
     ) -> None:
         """Describe a step.
@@ -118,10 +119,13 @@ class Step(BaseOperator):
             environment: variables set on top of the worker's; templated; one that renders empty is left as it is.
             unharmed: what a failure of this step leaves as it was, a sentence.
             dated: whether it works on a day; one that does not also runs where the run names none.
+            nothing_done: how its result begins where there was nothing to do; the task is then skipped, so its assets
+                hear of nothing.  Empty: there always is.
             **kwargs: those of every operator.
         """
         super().__init__(**kwargs)
         self.dated = dated
+        self.nothing_done = nothing_done
         self.module = module
         self.arguments = list(arguments)
         self.environment = dict(environment or {})
@@ -147,6 +151,8 @@ class Step(BaseOperator):
         """Run the process to its end; the text it printed last becomes the task's result."""
         ended = self._ended(context)
         self._raise_for(context, ended)
+        if self.nothing_done and (ended.result or "").startswith(self.nothing_done):
+            raise AirflowSkipException(f"{self._title(context)}: {ended.result}")
         self._tell_assets(context, ended.result)
         return ended.result
 

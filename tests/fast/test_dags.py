@@ -18,8 +18,8 @@ import pytest
 # Airflow writes a configuration file into its home as soon as it is imported.
 os.environ.setdefault("AIRFLOW_HOME", tempfile.mkdtemp(prefix="airflow-"))
 
-from airflow.sdk import DAG
-from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowTaskTimeout
+from airflow.sdk import DAG, Asset
+from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowSkipException, AirflowTaskTimeout
 
 from dags import notify, others, steps
 from dags.days import run_day
@@ -402,6 +402,21 @@ def test_a_step_returns_the_last_line_it_printed_and_logs_the_rest(script, capsy
     assert "HOME" not in command
     assert any("[info     ] one " in line for line in lines)
     assert any("[warning  ] WARN late rows" in line for line in lines)
+
+
+@pytest.mark.parametrize("result", ["nothing is scored: there is no champion yet", "12 rows"])
+def test_a_step_that_had_nothing_to_do_is_skipped_and_its_assets_hear_nothing(script, result):
+    asset = Asset("scores")
+    step = script(f"print({result!r})", nothing_done="nothing is scored", outlets=[asset])
+    events = {asset: SimpleNamespace(extra=None)}
+    given = context(logical_date=LOGICAL, outlet_events=events)
+    if result == "12 rows":
+        assert step.execute(given) == result
+        assert events[asset].extra == {"ds": "2022-05-04", "result": result}
+    else:
+        with pytest.raises(AirflowSkipException, match=f"program of 2022-05-04: {result}"):
+            step.execute(given)
+        assert events[asset].extra is None
 
 
 def test_the_error_is_what_the_process_said_last(script):

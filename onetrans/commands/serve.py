@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import ipaddress
 import logging
 import os
@@ -65,6 +66,10 @@ def serve(address: str, settings: Settings) -> None:
     listener = _listener(serving.host, serving.port)
     try:
         service = RankingService(ServedModel(address, settings), token)
+        # A collection of garbage passes over all that lives, and would hold up every request for a tenth of a second
+        # or more; what is there now lives as long as the process.
+        gc.collect()
+        gc.freeze()
         if not token and not _is_loopback(serving.host):
             logger.warning(
                 "listening on %s without a token: whoever reaches the port may ask; set %s",

@@ -191,6 +191,7 @@ def _with(request, change):
         (lambda r: r.update(ts="noon"), "ts is 'noon', needed are microseconds"),
         (lambda r: r.update(ts=10**30), "needed are microseconds"),
         (lambda r: r.update(candidates=r["candidates"][:1] * 1001), "there are 1001 candidates, serving.max_cand"),
+        (lambda r: r["sequences"].update(click=[{}] * 4001), "events, serving.max_events allows 4000"),
         (lambda r: r["sequences"].pop("purchase"), "sequence purchase is absent"),
         (lambda r: r["sequences"]["click"].append({"ts": r["ts"], "event_item": "i", "event_author": "a"}),
          "sequence click: an event has ts"),
@@ -200,6 +201,12 @@ def test_what_does_not_fit_is_named(client, requests, change, words):
     answer = client.post("/v1/rank", json=_with(requests[0], change))
     assert answer.status_code == 422
     assert words in answer.json()["error"]["message"]
+
+
+def test_the_requests_of_a_call_are_limited(client, requests):
+    answer = client.post("/v1/rank", json={"requests": [requests[0]] * 33})
+    assert answer.status_code == 422
+    assert "there are 33 requests, serving.max_requests allows 32" in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(

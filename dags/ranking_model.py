@@ -91,6 +91,11 @@ def refuse(context: Mapping[str, Any]) -> str:
     asked = context["params"]
     if not asked.get("force_reason"):
         return ""
+    if not asked["force_reason"].strip():
+        return (
+            "The reason for a forced promotion is blank; it is kept with the model, so that the next person knows why. "
+            "Write it in words, or leave the field empty and the gate decides."
+        )
     if is_backfill(context):
         return (
             "The backfill has a reason for a forced promotion, which would promote each of its days whatever the gate "
@@ -165,9 +170,10 @@ with DAG(
         "force_reason": Param(
             None,
             type=["null", "string"],
-            pattern=r"\S",
+            # No pattern: Airflow would answer with it. Longer blanks are refused by the first task.
+            minLength=3,
             maxLength=500,
-            hint="a reason in words, of at most 500 characters; or leave the field empty",
+            hint="a reason in words, of 3 to 500 characters; or leave the field empty",
             title="Reason for a forced promotion",
             description="Why this day's model becomes champion whatever the gate says. Empty: the gate decides; leave "
             "it empty in a backfill.",

@@ -257,7 +257,8 @@ class Workspace:
         if refused > limit * rows:
             raise BadDataError(
                 f"{table} {ds}: {text}. lake.max_quarantine_share allows {100 * limit:g} %, so the day stops; "
-                f"the rows are in table {QUARANTINE} (ds = {ds}, table_name = {table})"
+                f"published data is as it was. `onetrans quarantine show {table} --ds {ds}` prints the rows. "
+                "Correct the day's files and build it again, or repair the rows and replay them (docs/audit.md)"
             )
         logger.warning("%s %s: %s; they are in table %s", table, ds, text, QUARANTINE)
 
@@ -291,7 +292,10 @@ class Workspace:
     def _mark(self, staged: Staged, started: float) -> Staged:
         rows = count_rows(staged.path)
         if not rows:
-            raise BadDataError(f"{staged.table} {staged.ds}: no row is left, so there is nothing to publish")
+            raise BadDataError(
+                f"{staged.table} {staged.ds}: no row is left, so there is nothing to publish; what was is as it was. "
+                "See `onetrans quarantine list` for what was refused, and whether the files of the day hold rows"
+            )
         staged = self.lake.mark_staged(replace(staged, rows=rows))
         logger.info(
             "%s %s: staged %s rows in %.1f s, in %s",

@@ -197,6 +197,7 @@ def test_too_many_bad_rows_stop_the_day(
     assert f"{count} x '{reason}', for example {{" in message
     assert example in message
     assert "lake.max_quarantine_share allows 2 %" in message
+    assert f"`onetrans quarantine show impressions --ds {DS}` prints the rows. Correct the day's files" in message
     kept = quarantined(work, "impressions")
     assert [row["reason"] for row in kept] == [reason] * count
 

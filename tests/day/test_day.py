@@ -220,7 +220,7 @@ def test_the_weekly_run_lists_what_it_would_remove(deployment: Deployment, day: 
 def test_a_form_that_cannot_be_meant_is_refused(deployment: Deployment, day: Any) -> None:
     with pytest.raises(AirflowApiError, match="'huge' is not one of"):
         deployment.airflow.api.trigger("ranking_model", {"ds": str(TODAY), "preset": "huge"})
-    with pytest.raises(AirflowApiError, match="a reason in words, of at most 500 characters"):
+    with pytest.raises(AirflowApiError, match="a reason in words, of 3 to 500 characters"):
         deployment.airflow.api.trigger("ranking_model", {"ds": str(TODAY), "force_reason": "  "})
     asked = {"ds": str(TODAY), "force_reason": "a broken baseline", "gate_mode": "off"}
     run = deployment.airflow.api.trigger("ranking_model", asked)

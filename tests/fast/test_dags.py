@@ -251,7 +251,7 @@ def test_the_form_offers_what_the_settings_accept():
         ("preset", "huge", "not one of ['as configured', 'tiny'"),
         ("from_scratch", "yes", "is not of type 'boolean'"),
         ("gate_mode", "on", "not one of ['as configured', 'enabled', 'dry_run', 'off']"),
-        ("force_reason", "  ", "a reason in words, of at most 500 characters"),
+        ("force_reason", "  ", "'  ' is too short|a reason in words, of 3 to 500 characters"),
         ("force_reason", "x" * 501, "is too long|a reason in words"),
     ],
 )
@@ -613,6 +613,7 @@ FORM = {"preset": "as configured", "from_scratch": False, "gate_mode": "as confi
     [
         ({"force_reason": "a broken baseline"}, "manual", ""),
         ({"force_reason": None}, "backfill", ""),
+        ({"force_reason": "    "}, "manual", "forced promotion is blank"),
         ({"force_reason": "a broken baseline"}, "backfill", "would promote each of its days"),
         ({"force_reason": "a broken baseline", "gate_mode": "dry_run"}, "manual", "Gate mode dry_run leaves"),
         ({"force_reason": "a broken baseline", "gate_mode": "off"}, "manual", "Gate mode off leaves"),

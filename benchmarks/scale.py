@@ -88,7 +88,7 @@ def _exchange(report: Report, config: OneTransConfig, schema: FeatureSchema) -> 
 
 
 def _reading(report: Report, schema: FeatureSchema, folder: Path, requests: int) -> None:
-    table = pa.Table.from_batches([_rows(schema, requests, events=298)])
+    table = pa.Table.from_batches([random_requests(schema, requests, events=298)])
     group = max(1, int(requests * ROW_GROUP_BYTES / table.nbytes))
     file = folder / "requests.parquet"
     pq.write_table(table, file, row_group_size=group)
@@ -132,7 +132,7 @@ def _read(data: RequestData, share: Share) -> float:
     return time.process_time() - began
 
 
-def _rows(schema: FeatureSchema, requests: int, events: int) -> pa.RecordBatch:
+def random_requests(schema: FeatureSchema, requests: int, events: int) -> pa.RecordBatch:
     """Return requests with random features, each with as many events in all its sequences together."""
     rng = np.random.default_rng(3)
     last = 1_650_000_000_000_000

@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
@@ -300,14 +300,16 @@ class RequestData:
         skip = start.batch
         for epoch in range(start.epoch, epochs):
             first = start.window if epoch == start.epoch else 0
-            for window, rows, parts in self._windows(
+            for window, rows, ends in self._windows(
                 first, None if shuffle_seed is None else [shuffle_seed, epoch], share
             ):
-                for number in range(skip, len(parts)):
+                for number in range(skip, len(ends) - 1):
                     here = Cursor(epoch, window, number, self.place(window))
-                    packed = _take(rows, parts[number])
-                    yield Loaded(_tensors(packed), here, self._following(here, len(parts)), packed.keys)
+                    packed = _stretch(rows, ends[number], ends[number + 1])
+                    yield Loaded(_tensors(packed), here, self._following(here, len(ends) - 1), packed.keys)
+                    del packed
                 skip = 0
+                del rows
 
     def _check_cursor(self, start: Cursor, epochs: int) -> None:
         if start.epoch >= epochs:
@@ -337,8 +339,11 @@ class RequestData:
         cuts = np.unique(np.searchsorted(reached_R, targets, side="right"))
         return [part for part in np.split(order_R, cuts) if part.shape[0]]
 
-    def _windows(self, first: int, seed: list[int] | None, share: Share) -> Iterator[tuple[int, _Rows, list[Ints]]]:
-        """Yield each window from ``first`` on: its number, the rows to hold, and which of them each batch takes."""
+    def _windows(self, first: int, seed: list[int] | None, share: Share) -> Iterator[tuple[int, _Rows, list[int]]]:
+        """Yield each window from ``first`` on: its number, the rows of its batches end to end, and where each begins.
+
+        The last number is where the last batch ends.
+        """
         reader = self._reader()
         counter = _Reader(self._groups, lambda parquet: [_click_leaf(parquet)], lambda group: _COUNTED_ROWS)
         for window in range(first, self.num_windows):
@@ -355,17 +360,22 @@ class RequestData:
                 low, high = (int(own.min()), int(own.max()) + 1) if own.shape[0] else (0, 1)
                 rows = self._encoded(reader, start + low, start + high)
                 parts = [part - low for part in parts]
-            yield window, rows, parts
+            rows = _take(rows, np.concatenate(parts))
+            yield window, rows, _edges(parts)
             del rows
 
     def _reader(self) -> _Reader:
         return _Reader(self._groups, lambda parquet: _leaves(parquet, self.schema, self.with_keys), self._chunk_rows)
 
     def _pieces(self, reader: _Reader, start: int, stop: int) -> list[_Rows]:
-        return [
-            _encode(chunk, self.schema, self.config.max_seq_len, self.with_keys, where)
-            for chunk, where in reader.read(start, stop)
-        ]
+        """Return some rows, encoded; a chunk that several windows share is encoded once."""
+        pieces = []
+        for chunk, where, first, last in reader.chunks(start, stop):
+            if reader.encoded is None or reader.encoded[0] is not chunk:
+                encoded = _encode(chunk, self.schema, self.config.max_seq_len, self.with_keys, where)
+                reader.encoded = chunk, encoded
+            pieces.append(_stretch(reader.encoded[1], first, last))
+        return pieces
 
     def _encoded(self, reader: _Reader, start: int, stop: int) -> _Rows:
         return _concatenate(self._pieces(reader, start, stop))
@@ -390,16 +400,26 @@ class _Reader:
         self._chunks: Iterator[pa.RecordBatch] = iter(())
         self._chunk: pa.RecordBatch | None = None
         self._begin = self._end = 0  # rows of the chunk
+        self.encoded: tuple[pa.RecordBatch, _Rows] | None = None
+        """The last chunk that was encoded, and what it became; kept for its reader."""
 
-    def read(self, start: int, stop: int) -> Iterator[tuple[pa.RecordBatch, Place]]:
-        """Yield the rows from ``start`` to before ``stop`` in record batches, each with its first row."""
+    def chunks(self, start: int, stop: int) -> Iterator[tuple[pa.RecordBatch, Place, int, int]]:
+        """Yield the record batches that hold the rows from ``start`` to before ``stop``.
+
+        Each with its first row, and which of its rows are wanted: from one number to before another.
+        """
         while start < stop:
             while self._chunk is None or start >= self._end:
                 self._next_chunk(start)
-            piece = self._chunk.slice(start - self._begin, min(stop, self._end) - start)
-            group = self._groups[self._group]
-            yield piece, Place(group.file, group.index, start - int(self._first_row_G[self._group]))
-            start += piece.num_rows
+            group, upto = self._groups[self._group], min(stop, self._end)
+            place = Place(group.file, group.index, self._begin - int(self._first_row_G[self._group]))
+            yield self._chunk, place, start - self._begin, upto - self._begin
+            start = upto
+
+    def read(self, start: int, stop: int) -> Iterator[pa.RecordBatch]:
+        """Yield the rows from ``start`` to before ``stop`` in record batches."""
+        for chunk, _, first, last in self.chunks(start, stop):
+            yield chunk.slice(first, last - first)
 
     def _next_chunk(self, row: int) -> None:
         number = int(np.searchsorted(self._first_row_G, row, side="right")) - 1
@@ -407,11 +427,15 @@ class _Reader:
         if number != self._group:
             if self._parquet is None or group.file != self._file:
                 self._parquet, self._file = _open(group.file), group.file
-            self._chunks = self._parquet.iter_batches(
-                batch_size=self._chunk_rows(group), row_groups=[group.index], columns=self._leaves(self._parquet)
+            # A thread decodes the next chunk while this one is encoded.
+            self._chunks = prefetch(
+                self._parquet.iter_batches(
+                    batch_size=self._chunk_rows(group), row_groups=[group.index], columns=self._leaves(self._parquet)
+                ),
+                depth=1,
             )
             self._group, self._end = number, int(self._first_row_G[number])
-        self._chunk = None  # before the next is decoded, so that only one is held
+        self._chunk = self.encoded = None  # before the next is taken, so that no more are held than need be
         self._chunk = next(self._chunks, None)
         if self._chunk is None:
             found = self._end - int(self._first_row_G[number])
@@ -424,13 +448,13 @@ def _click_leaf(parquet: pq.ParquetFile) -> str:
     return next(path for path in paths if path.startswith(f"{_CANDIDATES}.") and path.endswith(".click"))
 
 
-def _candidate_counts(chunks: Iterator[tuple[pa.RecordBatch, Place]]) -> Ints:
+def _candidate_counts(chunks: Iterator[pa.RecordBatch]) -> Ints:
     """Return the number of candidates of each request."""
-    lengths = [pc.fill_null(pc.list_value_length(chunk.column(_CANDIDATES)), 0) for chunk, _ in chunks]
+    lengths = [pc.fill_null(pc.list_value_length(chunk.column(_CANDIDATES)), 0) for chunk in chunks]
     return np.concatenate([length.to_numpy(zero_copy_only=False) for length in lengths]).astype(np.int64)
 
 
-def prefetch(items: Iterator[T], depth: int = 2) -> Iterator[T]:
+def prefetch(items: Iterator[T], depth: int = 2) -> Generator[T, None, None]:
     """Yield ``items`` while a thread prepares up to ``depth`` ahead; an error in the thread is raised here."""
     ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(maxsize=depth)
     stop = threading.Event()
@@ -607,7 +631,7 @@ def _merge_sequences(
 ) -> tuple[Ints, Ints, Ints, Ints]:
     """Return rows, sequence, time and offsets of all events by (request, time, sequence), the latest ones only."""
     features = schema.of_side("event")
-    owners, times, names, rows = [], [], [], []
+    owners, times, names, flat = [], [], [], []
     for number, sequence in enumerate(schema.sequences):
         offsets_O, members = _flatten(chunk.column(sequence.column))
         length_R = np.diff(offsets_O)
@@ -619,7 +643,7 @@ def _merge_sequences(
         owners.append(np.repeat(np.arange(chunk.num_rows), np.diff(offsets_O)))
         times.append(_int64(members["ts"], f"{sequence.column}.ts", where))
         names.append(np.full(total, number, dtype=np.int64))
-        rows.append(_embed(features, members.__getitem__, total))
+        flat.append(members)
     if not owners:
         none = np.zeros(0, dtype=np.int64)
         return none.reshape(0, len(features)), none, none, np.zeros(chunk.num_rows + 1, dtype=np.int64)
@@ -631,10 +655,12 @@ def _merge_sequences(
     kept_R = np.minimum(length_R, max_seq_len)
     if (kept_R < length_R).any():
         order_E = order_E[_ranges(end_R - kept_R, kept_R)]
+    # One array per feature: the chunk's sequences may be many and short.
+    rows_EV = _embed(features, lambda name: pa.concat_arrays([m[name] for m in flat]), time_E.shape[0])
     return (
-        np.concatenate(rows)[order_E],
-        np.concatenate(names)[order_E],
-        time_E[order_E],
+        rows_EV.take(order_E, 0),
+        np.concatenate(names).take(order_E),
+        time_E.take(order_E),
         _offsets(kept_R),
     )
 
@@ -758,24 +784,56 @@ def _take(rows: _Rows, order_R: Ints) -> _Rows:
     of_E = _ranges(rows.event_offsets_O[order_R], lengths_R)
 
     def taken(vectors: Floats | None, order: Ints) -> Floats | None:
-        return None if vectors is None else vectors[order]
+        return None if vectors is None else vectors.take(order, 0)
 
     return _Rows(
-        user_RU=rows.user_RU[order_R],
-        context_RK=rows.context_RK[order_R],
-        item_NI=rows.item_NI[of_N],
+        user_RU=rows.user_RU.take(order_R, 0),
+        context_RK=rows.context_RK.take(order_R, 0),
+        item_NI=rows.item_NI.take(of_N, 0),
         candidate_offsets_O=_offsets(sizes_R),
-        event_EV=rows.event_EV[of_E],
-        event_sequence_E=rows.event_sequence_E[of_E],
-        event_time_E=rows.event_time_E[of_E],
+        event_EV=rows.event_EV.take(of_E, 0),
+        event_sequence_E=rows.event_sequence_E.take(of_E, 0),
+        event_time_E=rows.event_time_E.take(of_E, 0),
         event_offsets_O=_offsets(lengths_R),
-        request_time_R=rows.request_time_R[order_R],
-        click_N=rows.click_N[of_N],
-        conversion_N=rows.conversion_N[of_N],
+        request_time_R=rows.request_time_R.take(order_R, 0),
+        click_N=rows.click_N.take(of_N, 0),
+        conversion_N=rows.conversion_N.take(of_N, 0),
         user_vector_RX=taken(rows.user_vector_RX, order_R),
         context_vector_RX=taken(rows.context_vector_RX, order_R),
         item_vector_NX=taken(rows.item_vector_NX, of_N),
         keys=None if rows.keys is None else rows.keys.take(pa.array(of_N)),
+    )
+
+
+def _edges(parts: list[Ints]) -> list[int]:
+    """Return where each of some parts begins, end to end, and where the last one ends."""
+    return _offsets(np.array([part.shape[0] for part in parts])).tolist()
+
+
+def _stretch(rows: _Rows, first: int, last: int) -> _Rows:
+    """Return the requests from ``first`` to before ``last``, without a copy of what they hold."""
+    if first == 0 and last == rows.request_time_R.shape[0]:
+        return rows
+    candidates_O = rows.candidate_offsets_O[first : last + 1]
+    events_O = rows.event_offsets_O[first : last + 1]
+    of_R, of_N = slice(first, last), slice(int(candidates_O[0]), int(candidates_O[-1]))
+    of_E = slice(int(events_O[0]), int(events_O[-1]))
+    return _Rows(
+        user_RU=rows.user_RU[of_R],
+        context_RK=rows.context_RK[of_R],
+        item_NI=rows.item_NI[of_N],
+        candidate_offsets_O=candidates_O - candidates_O[0],
+        event_EV=rows.event_EV[of_E],
+        event_sequence_E=rows.event_sequence_E[of_E],
+        event_time_E=rows.event_time_E[of_E],
+        event_offsets_O=events_O - events_O[0],
+        request_time_R=rows.request_time_R[of_R],
+        click_N=rows.click_N[of_N],
+        conversion_N=rows.conversion_N[of_N],
+        user_vector_RX=None if rows.user_vector_RX is None else rows.user_vector_RX[of_R],
+        context_vector_RX=None if rows.context_vector_RX is None else rows.context_vector_RX[of_R],
+        item_vector_NX=None if rows.item_vector_NX is None else rows.item_vector_NX[of_N],
+        keys=None if rows.keys is None else rows.keys.slice(of_N.start, of_N.stop - of_N.start),
     )
 
 

@@ -7,7 +7,8 @@ Both models of a day read the same rows and start from the same earlier day:
   (:data:`~onetrans.models.config.ARCHITECTURES`) as now.
   They go on from its checkpoints and read the days from that day to D-1 (its own
   training ended the day before it).  A checkpoint that cannot be read as it was
-  written is left aside, with its day, and named in the decision;
+  written is left aside, with its day, and named in the decision.  A schema whose
+  hash tables only grew is not another one (:mod:`onetrans.growth`);
 * *look-back*: without such a day both start from fresh weights and read the
   ``lookback_days`` before D, or as many as were ever published.
 
@@ -37,6 +38,7 @@ from onetrans.checkpoint import Checkpoint, DamagedCheckpointError
 from onetrans.days import day_range, days_before, describe_days, parse_day
 from onetrans.errors import BadConfigError, NotReadyError
 from onetrans.forced import add_force_argument, forced_reason
+from onetrans.growth import describe, growth
 from onetrans.lake import Lake
 from onetrans.models.config import ARCHITECTURES, CONFIGS, ModelConfig, config_from_dict, config_to_dict, preset
 from onetrans.optim_config import OptimizerConfig, optimizer_preset
@@ -407,13 +409,14 @@ def _newest_finished(
         for _, path in reversed(whole):
             if not all(storage.exists(storage.join(path, name, CHECKPOINT_FOLDER, CHECKPOINT_FILE)) for name in models):
                 continue  # Retention has removed it: there is nothing to go on from.
-            difference = _difference(records[path], schema, models)
+            grown, difference = _schema_difference(path, records[path], schema)
+            difference = difference or _difference(records[path], models)
             if difference is not None:
                 left_aside.append(f"the training of {day} had {difference}")
                 continue
             unreadable = _damage(path, models)
             if unreadable is None:
-                return _Finished(day, path), damaged
+                return _Finished(day, path), damaged + (f", whose {describe(grown)}," if grown else "")
             logger.warning("plan: the training of %s is left aside: %s", day, unreadable)
             left_aside.append(f"the training of {day} has a damaged checkpoint")
             damaged = f", as that of {day} has a damaged checkpoint,"
@@ -432,13 +435,23 @@ def _damage(path: str, models: Mapping[str, ModelPlan]) -> str | None:
     return None
 
 
-def _difference(
-    records: Mapping[str, Mapping[str, Any]], schema: FeatureSchema, models: Mapping[str, ModelPlan]
-) -> str | None:
-    """Say what keeps a finished training from being continued; None if nothing does."""
+def _schema_difference(
+    path: str, records: Mapping[str, Mapping[str, Any]], schema: FeatureSchema
+) -> tuple[Mapping[str, tuple[int, int]], str | None]:
+    """Return the tables that grew since a finished training, and what else keeps its schema from being today's."""
+    if all(record["schema_fingerprint"] == schema.fingerprint for record in records.values()):
+        return {}, None
+    try:
+        before = FeatureSchema.from_dict(storage.read_json(storage.join(path, PLAN_FILE))["schema"])
+    except (FileNotFoundError, KeyError, BadConfigError):
+        return {}, "another feature schema, which cannot be read any more"
+    grown, difference = growth(before, schema)
+    return grown, f"another feature schema: {difference}" if difference else None
+
+
+def _difference(records: Mapping[str, Mapping[str, Any]], models: Mapping[str, ModelPlan]) -> str | None:
+    """Say what of the models keeps a finished training from being continued; None if nothing does."""
     for name, record in records.items():
-        if record["schema_fingerprint"] != schema.fingerprint:
-            return "another feature schema"
         before = _decided(record)
         for part, now in models[name].decides().items():
             then = before[part]
@@ -474,9 +487,13 @@ def git_revision() -> str:
 
 def add_day_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options that decide a plan, shared by the commands that can make one themselves."""
-    parser.add_argument("--ds", type=parse_day, help="day to evaluate on; training reads the days before it")
+    parser.add_argument(
+        "--ds", type=parse_day, metavar="DAY", help="day to evaluate on, YYYY-MM-DD, with the days before"
+    )
     parser.add_argument("--config", choices=get_args(Preset), help="size of both models (default: training.preset)")
-    parser.add_argument("--from-scratch", action="store_true", help="fresh weights and the look-back window")
+    parser.add_argument(
+        "--from-scratch", action="store_true", help="fresh weights, and the last training.lookback_days days"
+    )
     parser.add_argument("--no-mlflow", action="store_true", help="record nothing in MLflow")
 
 

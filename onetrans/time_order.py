@@ -22,7 +22,19 @@ import pyarrow.parquet as pq
 
 from onetrans import storage
 from onetrans.errors import BadDataError
-from onetrans.loader import Cursor, Ints, Loaded, LoaderConfig, Place, RequestData, Share, _concatenate, _Rows, _take
+from onetrans.loader import (
+    Cursor,
+    Ints,
+    Loaded,
+    LoaderConfig,
+    Place,
+    RequestData,
+    Share,
+    _concatenate,
+    _edges,
+    _Rows,
+    _take,
+)
 from onetrans.schema import FeatureSchema
 
 
@@ -55,7 +67,7 @@ class TimeOrderedData(RequestData):
         group = int(np.searchsorted(self._first_row_G, row, side="right")) - 1
         return Place(self._groups[group].file, self._groups[group].index, row - int(self._first_row_G[group]))
 
-    def _windows(self, first: int, seed: list[int] | None, share: Share) -> Iterator[tuple[int, _Rows, list[Ints]]]:
+    def _windows(self, first: int, seed: list[int] | None, share: Share) -> Iterator[tuple[int, _Rows, list[int]]]:
         """Yield each window from ``first`` on, its rows in order of time; they are neither shuffled nor shared."""
         if seed is not None or share.of > 1:
             raise ValueError("requests in order of time are read by one reader, unshuffled")
@@ -69,7 +81,7 @@ class TimeOrderedData(RequestData):
             ]
             rows = _concatenate(pieces)
             rows = _take(rows, np.argsort(rows.request_time_R, kind="stable"))
-            yield window, rows, self._batch_parts(np.diff(rows.candidate_offsets_O), None)
+            yield window, rows, _edges(self._batch_parts(np.diff(rows.candidate_offsets_O), None))
             del rows
 
 

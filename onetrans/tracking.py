@@ -69,6 +69,9 @@ EXAMPLE_REQUESTS = 8
 SCORE_TOLERANCE = 1e-4
 """Largest difference of a probability between the trained model and the loaded one: float32, GPU against CPU."""
 
+SYSTEM_METRICS_S = 10.0
+"""Seconds between two looks at the machine's load while a run is open."""
+
 _METRICS_PER_CALL = 500
 _SECONDS_BETWEEN_CALLS = 10.0
 _TRIES = 5
@@ -321,7 +324,8 @@ def start_model(settings: Settings, plan: Plan, model_name: str) -> Iterator[Mod
     see_run(settings.mlflow, str(run.info.run_id))
     model_run = ModelRun(settings, plan, model_name, client, str(run.info.run_id))
     try:
-        yield model_run
+        with system_metrics(settings.mlflow, model_run.run_id):
+            yield model_run
         model_run.flush()
     except BaseException as error:
         logger.error("%s of %s failed; its MLflow run is %s", model_name, plan.ds, model_run.run_id)
@@ -329,6 +333,27 @@ def start_model(settings: Settings, plan: Plan, model_name: str) -> Iterator[Mod
         _end_as_failed(client, parent, f"{TAG_ERROR}.{model_name}", error)
         raise
     _again(lambda: client.set_terminated(model_run.run_id, "FINISHED"))
+
+
+@contextmanager
+def system_metrics(settings: MlflowSettings, run_id: str) -> Iterator[None]:
+    """Record processors, memory, disk, network and GPUs of this machine beside a run, every few seconds.
+
+    By MLflow's own monitor, so the figures stand in the run's page "System metrics"; a run that is opened again goes
+    on with them.  A run shorter than :data:`SYSTEM_METRICS_S` has none.  A store that does not take them is no reason
+    for a training to end.
+    """
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)
+    monitor = SystemMetricsMonitor(
+        run_id, sampling_interval=SYSTEM_METRICS_S, resume_logging=True, tracking_uri=settings.tracking_uri
+    )
+    monitor.start()
+    try:
+        yield
+    finally:
+        monitor.finish()
 
 
 @contextmanager
@@ -355,7 +380,8 @@ def start_next_batch(settings: Settings, plan: Plan, model_name: str) -> Iterato
             _again(lambda: client.delete_tag(run.info.run_id, TAG_ERROR))
     opened = NextBatchRun(settings, plan, model_name, client, str(run.info.run_id))
     try:
-        yield opened
+        with system_metrics(settings.mlflow, opened.run_id):
+            yield opened
         opened.flush()
     except BaseException as error:
         _end_as_failed(client, opened.run_id, TAG_ERROR, error)

@@ -44,6 +44,7 @@ from onetrans.batch import RequestBatch
 from onetrans.checkpoint import Checkpoint, DamagedCheckpointError
 from onetrans.distributed import Ranks, is_rank, launch, open_ranks
 from onetrans.errors import EXIT_BAD_CONFIG, BadConfigError, PipelineError
+from onetrans.growth import describe, grown_checkpoint
 from onetrans.guards import UnmovedWeights, blame, largest_embedding
 from onetrans.loader import Cursor, Loaded, LoaderConfig, RequestData, Share, prefetch
 from onetrans.metrics import Metrics
@@ -55,11 +56,15 @@ from onetrans.optim import GradientNorms, Optimizers, build_optimizers
 from onetrans.plan import FINISHED_FILE, Plan, Recipe, add_day_arguments, plan_of
 from onetrans.progress import Progress
 from onetrans.settings import Settings, TrainingSettings, load_settings
+from onetrans.step_profile import BACKWARD, EXCHANGE, OPTIMIZER, StepProfile
 
 logger = logging.getLogger(__name__)
 
 MODEL_FOLDER = "model"
 """Folder of the saved model, within the folder of a model's training."""
+
+PROFILE_FILE = "profile.json"
+"""In a model's folder: where the time of its training went (:mod:`onetrans.step_profile`), since it last began."""
 
 _EPOCH = date(1970, 1, 1)
 
@@ -81,7 +86,10 @@ EXAMPLES = """examples:
   onetrans train --model dcnv2_din --config tiny --ds 2022-05-06 --no-mlflow
   onetrans train --model onetrans --config tiny --epochs 5 --batch-size 2048 --data-dir data/mine
   onetrans train --model onetrans --next-batch --from 2022-04-25 --to 2022-05-06
-  torchrun --nproc-per-node 8 -m onetrans.train --model onetrans --ds 2022-05-06   (or training.processes = 8)"""
+  torchrun --nproc-per-node 8 -m onetrans.train --model onetrans --ds 2022-05-06   (or training.processes = 8)
+
+Seconds between checkpoints, threads, processes, device, learning rates and the like are settings of [training],
+each with its unit: `onetrans config`, docs/configuration.md."""
 
 Validate = Callable[[RankingModel], Metrics]
 """Scores held-out rows with a model in evaluation mode."""
@@ -257,6 +265,7 @@ class Training:
         self.restarted = ""
         if not self._resume():
             self._warm_start()
+        self.profile = StepProfile(self.model, self.device)
         self.tables: sharding.ShardedTables | None = None
         if sharded:
             self.optimizers, self.tables = sharding.shard(self.model, self.optimizers, sharded, self.ranks, self.device)
@@ -335,6 +344,9 @@ class Training:
             raise BadConfigError(
                 f"the plan goes on from {folder}, where there is no checkpoint; plan again with --from-scratch"
             )
+        checkpoint, grown = grown_checkpoint(checkpoint, self.model)
+        if grown:
+            logger.info("%s: %s; every id keeps what it learned", self.model_name, describe(grown))
         # The order of rows and the dropout of a day come from its own seed, not from where yesterday's stopped.
         checkpoint.restore(self.model, self.optimizers, generators=False)
         logger.info("%s: starts from the training of %s", self.model_name, self.plan.warm_start_ds)
@@ -376,7 +388,7 @@ class Training:
         )
         left = self.total_samples - self.samples
         with Progress(left, "samples", self.model_name, shown=self.ranks.leads) as progress:
-            for loaded in batches:
+            for loaded in self.profile.steps_of(batches):
                 due = self.ranks.leads and time.monotonic() - saved >= self.settings.training.checkpoint_seconds
                 # Whatever depends on a clock or a signal is agreed on, in one exchange with the counts of the batch.
                 *counts, stops, saves = self.ranks.total(*_counts(loaded.batch), stop.is_set(), due)
@@ -427,10 +439,13 @@ class Training:
         total, click, conversion = self.ranks.total(*(float(loss.detach()) for loss in losses))
         if not _finite(total):
             raise self._diverged(f"the loss is {total}", cursor, batch, scores)
-        losses.total.backward()
-        self.ranks.add_up_gradients(list(self.model.parameters()))
+        with self.profile.part(BACKWARD):
+            losses.total.backward()
+        with self.profile.part(EXCHANGE):
+            self.ranks.add_up_gradients(list(self.model.parameters()))
         self.unmoved.before_step()
-        norms: GradientNorms = self.optimizers.step()
+        with self.profile.part(OPTIMIZER):
+            norms: GradientNorms = self.optimizers.step()
         if not _finite(sum(norms)):
             told = f"the gradients have norms {norms.dense} (dense) and {norms.embedding} (tables)"
             raise self._diverged(told, cursor, batch)
@@ -567,6 +582,13 @@ class Training:
             self.step,
         )
         tracker.log_artifact(self._losses_file)
+        if self.profile.steps:
+            path = storage.join(self.folder, PROFILE_FILE)
+            storage.write_json(path, self.profile.to_dict())
+            tracker.log_metrics(
+                {f"profile.{name.replace(' ', '_')}": share for name, share in self.profile.shares().items()}, self.step
+            )
+            tracker.log_artifact(path)
         tracker.log_model(model.eval(), model_folder)
         return record
 
@@ -731,8 +753,10 @@ def stop_on_sigterm() -> Iterator[threading.Event]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
-    parser.add_argument("--model", required=True, choices=tuple(CONFIGS), help="model to train")
-    parser.add_argument("--plan", help="folder printed by `onetrans plan`; without it --ds makes the plan")
+    parser.add_argument("--model", required=True, choices=tuple(CONFIGS), help="the model, or its baseline")
+    parser.add_argument(
+        "--plan", metavar="PATH", help="folder printed by `onetrans plan`; without it --ds makes the plan"
+    )
     add_day_arguments(parser)
     from onetrans.plain_runs import add_training_arguments
 

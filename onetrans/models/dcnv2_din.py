@@ -12,7 +12,9 @@ Shape suffixes: those of :mod:`onetrans.batch` and :mod:`onetrans.models.ragged`
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import pairwise
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -132,6 +134,7 @@ class DCNv2DIN(RankingModel):
     """DCNv2 over [user, context, item, DIN of each sequence]."""
 
     config: DCNv2DINConfig
+    parts: ClassVar[Mapping[str, str]] = {"interest pooling": "_interests"}
 
     def __init__(self, config: DCNv2DINConfig, schema: FeatureSchema) -> None:
         super().__init__(config, schema)

@@ -18,9 +18,9 @@ Shape suffixes: those of :mod:`onetrans.batch` and :mod:`onetrans.models.ragged`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -251,6 +251,7 @@ class OneTrans(RankingModel):
     """The unified ranking transformer, with request-level two-stage forward and pyramid."""
 
     config: OneTransConfig
+    parts: ClassVar[Mapping[str, str]] = {"S side": "encode_requests", "NS side": "_score"}
 
     def __init__(self, config: OneTransConfig, schema: FeatureSchema) -> None:
         super().__init__(config, schema)

@@ -7,7 +7,8 @@ Shape suffixes: those of :mod:`onetrans.batch`, and
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,9 @@ class Scores(NamedTuple):
 
 class RankingModel(nn.Module):
     """A model that scores the candidates of a batch; each score depends on its own request and candidate alone."""
+
+    parts: ClassVar[Mapping[str, str]] = {}
+    """What a profile shows beside the embeddings: name of a part of the forward pass, and the method that does it."""
 
     def __init__(self, config: ModelConfig, schema: FeatureSchema) -> None:
         super().__init__()

@@ -33,7 +33,9 @@ from torch import Tensor, nn
 from onetrans.batch import RequestBatch
 from onetrans.schema import FeatureSchema, Side
 
-_COUNT, _USED = "count_", "used_"
+COUNT, USED = "count_", "used_"
+"""What the buffers' names begin with, before the table's."""
+
 _DAY_US = 86_400_000_000
 
 
@@ -48,17 +50,17 @@ class RowUsage(nn.Module):
         self.tables = {f.embedding: f.rows for f in schema.features if f.kind == "hashed"}
         for name, rows in self.tables.items():
             if admit_after > 1:
-                self.register_buffer(_COUNT + name, torch.zeros(rows, dtype=torch.int32))
+                self.register_buffer(COUNT + name, torch.zeros(rows, dtype=torch.int32))
             if evict_after_days:
-                self.register_buffer(_USED + name, torch.zeros(rows, dtype=torch.int32))
+                self.register_buffer(USED + name, torch.zeros(rows, dtype=torch.int32))
 
     def count(self, table: str) -> Tensor:
         """Return how often each row of a table was looked up, (Y,); there is none without admission."""
-        return self.get_buffer(_COUNT + table)
+        return self.get_buffer(COUNT + table)
 
     def used(self, table: str) -> Tensor:
         """Return the day of each row's last lookup, (Y,), in days since 1970; 0: never; none without eviction."""
-        return self.get_buffer(_USED + table)
+        return self.get_buffer(USED + table)
 
     def admitted(self, table: str, rows_M: Tensor) -> Tensor:
         """Return the rows to read: 0 for those that are not admitted yet."""

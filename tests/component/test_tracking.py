@@ -125,7 +125,8 @@ def test_the_run_of_a_day_shows_both_models_figures_and_the_verdict(shop, tracke
         assert child.info.status == "FINISHED"
 
 
-def test_a_training_that_fails_says_so_and_the_next_attempt_goes_on_in_the_same_run(shop):
+def test_a_training_that_fails_says_so_and_the_next_attempt_goes_on_in_the_same_run(shop, monkeypatch):
+    monkeypatch.setattr("onetrans.tracking.SYSTEM_METRICS_S", 0.05)
     plan = shop.plan(shop.days[1])
     with pytest.raises(ZeroDivisionError), start_model(shop.settings, plan, "onetrans") as run:  # noqa: PT012
         run.log_metrics({"loss": 1.0}, step=1)
@@ -149,6 +150,8 @@ def test_a_training_that_fails_says_so_and_the_next_attempt_goes_on_in_the_same_
     assert "error" not in done.data.tags
     assert done.data.params["config.hidden_dim"] == "32"
     assert done.data.tags["restarted"] == "the checkpoint is damaged"
+    assert 0 <= done.data.metrics["system/cpu_utilization_percentage"] <= 100
+    assert done.data.metrics["system/system_memory_usage_megabytes"] > 100
     curve = _client(shop).get_metric_history(run.run_id, "loss")
     assert [m.step for m in curve if m.value < 1.0] == list(range(1, 1200))
 

@@ -88,6 +88,9 @@ def test_a_training_leaves_model_losses_and_record(lake, first_day, model_name):
     assert record["train_days"] == [str(day) for day in lake[1][:3]]
     assert record["seconds"] > 0
     assert record["peak_memory_bytes"] > 50 << 20
+    profile = storage.read_json(storage.join(plan.model_path(model_name), "profile.json"))
+    assert profile["steps_measured"] == record["steps"]
+    assert profile["shares"].keys() >= {"loading", "embedding", "backward", "optimizer"}
     early, late = (np.mean([float(row["loss"]) for row in part]) for part in (losses[:8], losses[-8:]))
     assert late < early
     model, schema, config = load_model(storage.join(plan.model_path(model_name), "model"))
@@ -217,6 +220,20 @@ def test_the_next_day_goes_on_from_this_one(lake, first_day):
             assert_same_bits(weights(second.model_path(name)), weights(first.model_path(name)))
     metrics = evaluate(second, settings)
     assert metrics["onetrans"]["rows"] == RequestData(second.evaluation_files, SCHEMA, LoaderConfig(64, 64)).impressions
+
+
+def test_the_next_day_goes_on_with_larger_hash_tables(lake, first_day):
+    settings, days = lake
+    grown = small_schema(hash_size=2 * 97)
+    second = make_plan(settings, days[4], grown, track=False)
+    assert second.warm_start_ds == days[3]
+    training = Training(second, "dcnv2_din", settings)
+    table = training.model.embeddings.table("item")
+    before = weights(first_day[0].model_path("dcnv2_din"))["embeddings.table_item"]
+    assert torch.equal(table, torch.cat((before, before[1:])))
+    assert training.optimizers.embedding.state[table]["sum"].shape == table.shape
+    training.run(SilentTracker())
+    assert not torch.equal(table[1:98], table[98:])
 
 
 def test_a_day_after_an_outage_is_trained_on(tmp_path):

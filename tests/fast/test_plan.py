@@ -246,7 +246,20 @@ def test_a_changed_optimizer_or_schema_breaks_the_chain_too(settings, days):
     assert changed.warm_start_ds is None
     assert f"dcnv2_din optimizer: embedding_lr = {before}, now 0.5" in changed.decision
     wider = replace(SCHEMA, features=(*SCHEMA.features, Feature("extra", "context", "hashed", "extra", hash_size=3)))
-    assert "another feature schema" in plan_for(settings, days[4], schema=wider).decision
+    told = (
+        f"fresh weights for every model, as the training of {days[3]} had another feature schema: feature extra is new"
+    )
+    assert plan_for(settings, days[4], schema=wider).decision.startswith(told)
+
+
+def test_a_schema_whose_tables_only_grew_is_gone_on_from_and_named(settings, days):
+    finish(plan_for(settings, days[3]))
+    plan = plan_for(settings, days[4], schema=small_schema(hash_size=194))
+    assert plan.warm_start_ds == days[3]
+    assert plan.decision == (
+        f"goes on from the training of {days[3]}, whose table user grows from 98 to 195 rows, "
+        "table item grows from 98 to 195 rows, and reads 2024-02-29"
+    )
 
 
 def test_a_training_older_than_the_look_back_window_is_left_aside(settings, days):

@@ -55,6 +55,7 @@ from onetrans.models.config import CONFIGS
 from onetrans.optim import GradientNorms, Optimizers, build_optimizers
 from onetrans.plan import FINISHED_FILE, Plan, Recipe, add_day_arguments, plan_of
 from onetrans.progress import Progress
+from onetrans.recent_auc import RecentAuc
 from onetrans.settings import Settings, TrainingSettings, load_settings
 from onetrans.step_profile import BACKWARD, EXCHANGE, OPTIMIZER, StepProfile
 
@@ -263,6 +264,7 @@ class Training:
         self.cursor = Cursor()
         self.losses: list[Step] = []
         self.restarted = ""
+        self.recent_auc = RecentAuc()
         if not self._resume():
             self._warm_start()
         self.profile = StepProfile(self.model, self.device)
@@ -387,6 +389,7 @@ class Training:
             )
         )
         left = self.total_samples - self.samples
+        notes: dict[str, float] = {}
         with Progress(left, "samples", self.model_name, shown=self.ranks.leads) as progress:
             for loaded in self.profile.steps_of(batches):
                 due = self.ranks.leads and time.monotonic() - saved >= self.settings.training.checkpoint_seconds
@@ -396,9 +399,12 @@ class Training:
                 row = self._one_step(loaded.batch, loaded.cursor, (counts[0], counts[1]))
                 self.cursor = loaded.following
                 self.losses.append(row)
-                progress.advance(int(counts[0]), loss=row.loss)
+                progress.advance(int(counts[0]), loss=row.loss, **notes)
                 if self.step % report_every == 0:
-                    tracker.log_metrics(_mean(self.losses[-report_every:], progress.rate), self.step)
+                    reached = self.recent_auc.value()
+                    notes = {} if reached is None else {"AUC": reached}
+                    curves = {} if reached is None else {"recent_ctr_auc": reached}
+                    tracker.log_metrics(_mean(self.losses[-report_every:], progress.rate) | curves, self.step)
                 self.seconds = before + time.monotonic() - began
                 if self.cursor.epoch > loaded.cursor.epoch:
                     self._after_pass(tracker)
@@ -451,6 +457,7 @@ class Training:
             raise self._diverged(told, cursor, batch)
         self.unmoved.after_step()
         self.step += 1
+        self.recent_auc.add(batch.click_N, scores.ctr_logit_N)
         self.samples += int(counts[0])
         return Step(self.step, self.samples, total, click, conversion, norms.dense, norms.embedding)
 

@@ -181,8 +181,24 @@ class Connections:
         self._free: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
 
     async def call(self, body: bytes) -> int:
-        """Send one call and return the status of its answer."""
-        reader, writer = self._free.pop() if self._free else await asyncio.open_connection("127.0.0.1", self.port)
+        """Send one call and return the status of its answer.
+
+        A connection that was not used for long may be closed by the service just then: the call is sent once more.
+        """
+        while self._free:
+            reader, writer = self._free.pop()
+            if not reader.at_eof():
+                try:
+                    return await self._ask(reader, writer, body)
+                except asyncio.IncompleteReadError as error:
+                    if error.partial:
+                        raise
+                except ConnectionError:
+                    pass
+            writer.close()
+        return await self._ask(*await asyncio.open_connection("127.0.0.1", self.port), body)
+
+    async def _ask(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, body: bytes) -> int:
         writer.write(b"POST /v1/rank HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
         head = await reader.readuntil(b"\r\n\r\n")
         found = re.search(rb"content-length: (\d+)", head, re.IGNORECASE)

@@ -61,7 +61,7 @@ class Outcome:
     latency_S: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
     """By candidates: seconds from when a plain call was due to its answer."""
     statuses: Counter[tuple[str, int]] = field(default_factory=Counter)
-    """How often a kind of client got a status; 0: no answer."""
+    """How often a kind of client got a status; 0: it did not wait for one; -1: the connection broke."""
 
     @property
     def unexpected(self) -> dict[tuple[str, int], int]:
@@ -100,7 +100,10 @@ async def send_all(
 
     async def make(call: Planned) -> None:
         body = bodies[call.candidates].warm() if call.warm else bodies[call.candidates].cold()
-        status = await (send(body) if call.kind == "plain" else misbehave(port, call.kind, body))
+        try:
+            status = await (send(body) if call.kind == "plain" else misbehave(port, call.kind, body))
+        except (OSError, asyncio.IncompleteReadError):
+            status = -1
         outcome.statuses[call.kind, status] += 1
         if call.kind == "plain" and status == 200:
             outcome.latency_S[call.candidates].append(time.perf_counter() - began - call.at_s)
@@ -143,7 +146,5 @@ async def misbehave(port: int, kind: str, body: bytes) -> int:
             return 0
         head = await reader.readuntil(b"\r\n\r\n")
         return int(head[9:12])
-    except (OSError, asyncio.IncompleteReadError):
-        return -1
     finally:
         writer.close()

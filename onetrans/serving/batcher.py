@@ -37,7 +37,9 @@ logger = logging.getLogger(__name__)
 REQUEST_WORK = 40
 """What a request costs beside its candidates, in candidates (measured for `small`, a history to encode)."""
 
-_FORGET = 0.2
+_REMEMBERED_WORK = 2_000
+"""Work by which speed is judged: enough that one small batch which was held up does not turn calls away."""
+
 _FIRST_GUESS_S = 2e-4
 
 
@@ -101,7 +103,8 @@ class Batcher:
         self._waiting: deque[Work] = deque()
         self._requests = 0
         self._ahead = 0
-        self._seconds_per_work = _FIRST_GUESS_S
+        self._recent_work: float = _REMEMBERED_WORK
+        self._recent_s = _REMEMBERED_WORK * _FIRST_GUESS_S
         self._arrived = asyncio.Event()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="score")
         self._task: asyncio.Task[None] | None = None
@@ -110,6 +113,10 @@ class Batcher:
     def waiting(self) -> int:
         """Requests that wait."""
         return self._requests
+
+    @property
+    def _seconds_per_work(self) -> float:
+        return self._recent_s / self._recent_work
 
     async def start(self) -> None:
         """Begin to score."""
@@ -215,7 +222,9 @@ class Batcher:
         self.batches += 1
         self.scored += sum(work.requests for work in batch)
         self.busy_s += spent
-        self._seconds_per_work += _FORGET * (spent / cost - self._seconds_per_work)
+        still = math.exp(-cost / _REMEMBERED_WORK)
+        self._recent_work = self._recent_work * still + cost
+        self._recent_s = self._recent_s * still + spent
         for work, result in zip(batch, results, strict=True):
             if work.future.done():
                 continue  # its client has gone, or its deadline has passed

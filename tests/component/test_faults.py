@@ -1,7 +1,7 @@
 """Faults in single steps, each a process of its own as in a task: killed, doubled, without MLflow, without disk.
 
 After each, what is published and promoted is what an undisturbed run gives, and the same command, run again, is all
-that is needed.  A publisher that is killed is in ``test_lake.py``.
+that is needed.  A publisher that is killed is in ``test_lake.py``, a scheduler in ``tests/day/test_airflow_faults.py``.
 """
 
 from __future__ import annotations

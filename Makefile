@@ -7,7 +7,7 @@ DATA ?=
 BENCHMARKS := $(filter-out demo accuracy,$(patsubst benchmarks/%.py,%,$(shell grep -l "^def main" benchmarks/*.py)))
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo ui test test-fast torchrec lint format bench clean
+.PHONY: help env demo ui test test-fast torchrec lint format bench screenshots clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -51,6 +51,9 @@ endef
 
 bench: env ## run the quick benchmarks
 	$(foreach name,$(BENCHMARKS),$(call quick_benchmark,$(name)))
+
+screenshots: env ## take the pictures of docs/airflow.md again (needs Chromium)
+	$(PY) -m infra.local.screenshots
 
 clean: ## remove everything a run wrote (var/) and the environment
 	rm -rf var .venv build dist *.egg-info spark-warehouse

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
-from playwright.sync_api import Locator, Page, Response, expect, sync_playwright
+from playwright.sync_api import FloatRect, Locator, Page, Response, expect, sync_playwright
 
 from infra.local.airflow_api import AirflowApiError
 
@@ -100,9 +100,11 @@ class AirflowPage:
         expect(dialog).to_be_hidden()
         return announced
 
-    def picture(self, path: Path) -> None:
-        """Write what the window shows as a PNG."""
-        self.page.screenshot(path=path, animations="disabled")
+    def picture(self, path: Path, height: float | None = None) -> None:
+        """Write what the window shows as a PNG, or its uppermost ``height`` pixels."""
+        shown = min(height or self.size[1], self.size[1])
+        clip: FloatRect = {"x": 0, "y": 0, "width": self.size[0], "height": shown}
+        self.page.screenshot(path=path, animations="disabled", clip=clip)
 
 
 def _creates_a_backfill(answer: Response) -> bool:

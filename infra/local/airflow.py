@@ -35,6 +35,7 @@ from infra.local.processes import (
     stop,
     stop_processes,
     stop_remembered,
+    tail,
     wait_until,
 )
 from onetrans.errors import BadConfigError
@@ -45,6 +46,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 _ON_SQLITE = Path(__file__).parent / "on_sqlite"
 _ON_POSTGRES = REPOSITORY / "infra" / "airflow" / "on_scheduler"
 _PREFERRED_PORT = 8080
+_PORTS_TRIED, _PORT_TAKEN = 3, "address already in use"
 _REVIVALS, _REVIVALS_WITHIN_S = 5, 600.0
 """A server that ends more often than this within so many seconds is not started again."""
 _POSTGRES = re.compile(r"postgresql(?:\+psycopg)?://(?P<rest>.*)")
@@ -208,11 +210,23 @@ class LocalAirflow:
         begun = time.monotonic()
         self.home.mkdir(parents=True, exist_ok=True)
         stop_remembered(self._processes_file)
-        # Not before: minutes may have gone by since this object was made, and another Airflow may have taken the port.
-        self.port = self.port or free_port(_PREFERRED_PORT)
-        self.api = AirflowApi(self.address)
-        self._write_configuration()
-        self._prepare_database()
+        named = self.port
+        for left in reversed(range(_PORTS_TRIED)):
+            # Not before: minutes may have gone by since this object was made, and another may have taken the port.
+            self.port = named or free_port(_PREFERRED_PORT)
+            self.api = AirflowApi(self.address)
+            self._write_configuration()
+            self._prepare_database()
+            try:
+                self._start_servers(seconds)
+                break
+            except ServerError:
+                # Seconds go by until the API server binds its port, and another may take it in them.
+                if named or not left or _PORT_TAKEN not in tail(self.servers[0].log, 50):
+                    raise
+        return time.monotonic() - begun
+
+    def _start_servers(self, seconds: float) -> None:
         self.servers = [
             self._server("api-server", "--host", "127.0.0.1", "--port", str(self.port)),
             self._server("scheduler", "--skip-serve-logs"),
@@ -233,7 +247,6 @@ class LocalAirflow:
         except BaseException:
             self.stop()
             raise
-        return time.monotonic() - begun
 
     def stop(self) -> None:
         """Stop the servers and every step that is still running."""

@@ -5,12 +5,11 @@ and with values, headers and bodies that do not.
 """
 
 import pytest
+import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from served import running, save, serve_folder
 
 from onetrans.serving.app import DEADLINE_HEADER
-
-schemathesis = pytest.importorskip("schemathesis", reason="pip install -c constraints.txt '.[dev]'")
 
 CALLS = 40
 ROUTES = ("GET /healthz", "GET /metrics", "GET /readyz", "POST /v1/rank")

@@ -276,23 +276,27 @@ def _row(request: Any, number: int, schema: FeatureSchema) -> dict[str, Any]:
         at = f"{where}, sequence {sequence.name}"
         if sequence.name not in sequences:
             raise BadDataError(f"{at} is absent; write an empty list if there are no events")
-        given = [_mapping(event, f"{at}, event") for event in _listed(sequences[sequence.name], at)]
-        timed = sorted(((_time(event.get("ts"), at), event) for event in given), key=lambda pair: pair[0])
+        places = [f"{at}, event {n}" for n in range(len(_listed(sequences[sequence.name], at)))]
+        given = [_mapping(event, place) for event, place in zip(sequences[sequence.name], places, strict=True)]
+        timed = sorted(
+            ((_time(event.get("ts"), place), event, place) for event, place in zip(given, places, strict=True)),
+            key=lambda entry: entry[0],
+        )
         row[sequence.column] = [
-            {"ts": ts, **_values(event, schema.of_side("event"), at, also=("ts",))}
-            for ts, event in timed[-sequence.max_length :]
+            {"ts": ts, **_values(event, schema.of_side("event"), place, also=("ts",))}
+            for ts, event, place in timed[-sequence.max_length :]
         ]
     candidates = _listed(request.get("candidates"), f"{where}, candidates")
     if not candidates:
         raise BadDataError(f"{where} has no candidates")
     row["candidates"] = [
         {
-            "item_id": _item_id(_mapping(candidate, f"{where}, candidate"), where),
-            **_values(candidate, schema.of_side("item"), f"{where}, candidate", also=("item_id",)),
+            "item_id": _item_id(_mapping(candidate, f"{where}, candidate {n}"), f"{where}, candidate {n}"),
+            **_values(candidate, schema.of_side("item"), f"{where}, candidate {n}", also=("item_id",)),
             "click": 0,
             "conversion": 0,
         }
-        for candidate in candidates
+        for n, candidate in enumerate(candidates)
     ]
     return row
 

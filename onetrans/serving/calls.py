@@ -229,9 +229,23 @@ def error_schema() -> dict[str, Any]:
 
 
 def shortened(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a request with a user, two events per sequence and two candidates: an example one can read."""
-    sequences = {name: list(events)[-2:] for name, events in (request.get("sequences") or {}).items()}
-    return {**request, "user_id": "u1", "sequences": sequences, "candidates": list(request["candidates"])[:2]}
+    """Return a request with a user, two events per sequence and two candidates: an example one can read and send.
+
+    Stored hashes are shown as text: a browser would round whole numbers of 64 bits, and the scores would be others'.
+    """
+    sequences = {
+        name: [_readable(event, number) for number, event in enumerate(list(events)[-2:], 1)]
+        for name, events in (request.get("sequences") or {}).items()
+    }
+    candidates = [_readable(candidate, number) for number, candidate in enumerate(list(request["candidates"])[:2], 1)]
+    sides = {side: _readable(request.get(side) or {}, 1) for side in ("user", "context")}
+    return {**request, **sides, "user_id": "u1", "sequences": sequences, "candidates": candidates}
+
+
+def _readable(values: Mapping[str, Any], number: int) -> dict[str, Any]:
+    return {
+        name: f"{name}-{number}" if isinstance(value, int) and name != "ts" else value for name, value in values.items()
+    }
 
 
 def _features(features: tuple[Feature, ...], also: dict[str, Any]) -> dict[str, Any]:

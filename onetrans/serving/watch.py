@@ -71,6 +71,8 @@ class ServedModel:
             self.failed_looks += 1
             logger.warning("%s: the registry did not answer, looking again later: %s", self.address, error)
             return False
+        if wanted == self.engine.source.version:
+            self.refused = None  # The alias has left the refused version; when it returns there, that is tried again.
         if wanted is None or wanted in (self.engine.source.version, self.refused) or "@" not in self.address:
             return False
         try:

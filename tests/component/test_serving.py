@@ -186,7 +186,7 @@ def _with(request, change):
         (lambda r: r.update(user_id=7), "user_id is 7, needed is text or null"),
         (lambda r: r.update(user=[1]), "user is [1], needed are names and values"),
         (lambda r: r.update(candidates={}), "candidates: {} is not a list"),
-        (lambda r: r["candidates"].__setitem__(0, 3), "candidate is 3, needed are names and values"),
+        (lambda r: r["candidates"].__setitem__(0, 3), "candidate 0 is 3, needed are names and values"),
         (lambda r: r["candidates"][0].update(item_ctr="high"), "feature 'item_ctr' is 'high', needed is a number"),
         (lambda r: r.update(ts="noon"), "ts is 'noon', needed are microseconds"),
         (lambda r: r.update(ts=10**30), "needed are microseconds"),
@@ -313,7 +313,11 @@ def test_fuzzed_requests_never_break_the_service(client, described, damaged):
 
 def test_the_examples_of_the_description_are_answered(client, described):
     for example in described[1].values():
-        assert client.post("/v1/rank", json=example["value"]).status_code == 200
+        answer = client.post("/v1/rank", json=example["value"])
+        assert answer.status_code == 200
+        rounded = json.loads(json.dumps(example["value"]), parse_int=lambda digits: int(float(digits)))
+        browser = client.post("/v1/rank", json=rounded)
+        assert browser.json() == answer.json(), "a browser's numbers are doubles"
 
 
 # Limits, clients that misbehave, overload

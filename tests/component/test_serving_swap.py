@@ -95,7 +95,12 @@ def test_the_champion_is_followed_without_a_failed_request(shop, requests):
     assert not served.look()
     assert served.refusals == 1, "it is not tried again and again"
     check.write_text(good)
-    served.refused = None
+    # A person goes back, mends the files, and promotes it again: it is tried again.
+    registry = Registry(shop.settings.mlflow)
+    registry.roll_back("its check fails")
+    assert not served.look()
+    assert (served.engine.source.version, served.refused) == ("2", None)
+    registry.promote_by_hand("3", "its files are mended")
     weights = next(Path(fetch_folder(shop.settings.mlflow, version.tags[TAG_MODEL_ID], "model")).glob("*.safetensors"))
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1])

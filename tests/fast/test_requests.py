@@ -91,12 +91,12 @@ def _changed(path, value):
         (("user", "age"), 3, "request r1, user: 'age' is not known"),
         (("user", "user"), 1.5, "feature 'user' is 1.5, needed is text or a 64-bit hash"),
         (("user", "user"), 2**63, "needed is text or a 64-bit hash"),
-        (("candidates", 0, "item_ctr"), "0.1", "feature 'item_ctr' is '0.1', needed is a number"),
+        (("candidates", 0, "item_ctr"), "0.1", "candidate 0: feature 'item_ctr' is '0.1', needed is a number"),
         (("candidates", 1, "item_id"), 7, "item_id is 7, needed is text"),
         (("candidates",), [], "request r1 has no candidates"),
         (("sequences", "purchase"), KeyError, "sequence purchase is absent"),
         (("sequences", "cart"), [], "sequences: 'cart' is not known"),
-        (("sequences", "click", 0, "ts"), "noon", "sequence click: ts is 'noon', needed are microseconds"),
+        (("sequences", "click", 0, "ts"), "noon", "sequence click, event 0: ts is 'noon', needed are microseconds"),
         (("sequences", "click", 0, "ts"), REQUEST["ts"], "events are not before their request"),
         (("ts",), KeyError, "ts is None"),
     ],
@@ -109,7 +109,7 @@ def test_a_request_that_does_not_fit_is_refused(path, value, message):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ([1, 2.5, 3], "request r1, candidate: feature 'image' has 3 numbers, needed is a list of 4 finite numbers"),
+        ([1, 2.5, 3], "request r1, candidate 1: feature 'image' has 3 numbers, needed is a list of 4 finite numbers"),
         ([1, None, 3, 4], "feature 'image' holds None, needed is a list of 4"),
         ([1, True, 3, 4], "feature 'image' holds True, needed"),
         ([1, "2", 3, 4], "feature 'image' holds '2', needed"),

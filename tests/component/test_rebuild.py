@@ -112,8 +112,7 @@ def deploy(lake: Lake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Deplo
     """Makes the lake that of this process's settings."""
 
     def put_in_force(schema: FeatureSchema) -> None:
-        path = write_schema(tmp_path / "raw" / "schema.toml", schema)
-        path.write_text(f"attribution_hours = {schema.attribution_hours}\n" + path.read_text())
+        write_schema(tmp_path / "raw" / "schema.toml", schema)
         settings = Settings(lake=lake.settings, source=SourceSettings(path=str(tmp_path / "raw")))
         for name, value in as_environment(settings).items():
             monkeypatch.setenv(name, value)

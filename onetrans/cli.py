@@ -17,6 +17,8 @@ from onetrans.errors import EXIT_BAD_CONFIG
 from onetrans.process import Parser, exit_code_of
 
 COMMANDS: dict[str, tuple[str, str]] = {
+    "doctor": ("infra.doctor", "check whether everything is here that a day needs, and say how to mend what is not"),
+    "status": ("infra.status", "show the last days, models, the champion and what runs now, on one screen"),
     "simulate": (
         "jobs.sources.simulated.write",
         "write the raw log of a simulated shop, of any size, with faults if wanted",

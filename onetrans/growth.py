@@ -16,15 +16,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from onetrans.checkpoint import Checkpoint
-from onetrans.models import RankingModel
-from onetrans.models.embeddings import TABLE
-from onetrans.models.row_usage import COUNT, USED
 from onetrans.schema import FeatureSchema
+
+if TYPE_CHECKING:  # a plan asks what grew, and does without torch
+    from torch import Tensor
+
+    from onetrans.checkpoint import Checkpoint
+    from onetrans.models import RankingModel
 
 
 def growth(before: FeatureSchema, now: FeatureSchema) -> tuple[Mapping[str, tuple[int, int]], str]:
@@ -58,6 +58,9 @@ def describe(grown: Mapping[str, tuple[int, int]]) -> str:
 
 def grown_checkpoint(checkpoint: Checkpoint, model: RankingModel) -> tuple[Checkpoint, dict[str, tuple[int, int]]]:
     """Return a checkpoint whose hashed tables have the model's sizes, and those that grew, with rows then and now."""
+    from onetrans.models.embeddings import TABLE
+    from onetrans.models.row_usage import COUNT, USED
+
     tensors = dict(checkpoint.tensors)
     grown: dict[str, tuple[int, int]] = {}
     for number, name in enumerate(model.embedding_parameters()):
@@ -75,6 +78,8 @@ def grown_checkpoint(checkpoint: Checkpoint, model: RankingModel) -> tuple[Check
 
 def grown_rows(table: Tensor, rows: int) -> Tensor:
     """Return a table (Z, ...) of so many rows that begins as ``table`` (Y, ...) was; row 0 stays row 0."""
+    import torch
+
     before = table.shape[0] - 1
     source_Z = torch.arange(rows) - 1
     return table[torch.where(source_Z < 0, 0, source_Z % before + 1)]

@@ -202,7 +202,7 @@ class Lake:
         """
         stamped = Staged(**{**staged.__dict__, "created_at": datetime.now(UTC).isoformat(timespec="seconds")})
         storage.write_json(storage.join(staged.path, _BUILT), stamped.to_dict())
-        storage.write_json(self._manifest(staged.table, staged.ds), stamped.to_dict())
+        storage.write_json(self.staged_manifest(staged.table, staged.ds), stamped.to_dict())
         return stamped
 
     def staged(self, table: str, ds: date) -> Staged:
@@ -211,7 +211,7 @@ class Lake:
         Raises:
             NotReadyError: if the day was never staged.
         """
-        path = self._manifest(table, ds)
+        path = self.staged_manifest(table, ds)
         if not storage.exists(path):
             raise NotReadyError(f"{table} {ds} is not staged; run: python -m jobs.{table} --ds {ds}")
         return Staged.from_dict(storage.read_json(path))
@@ -231,7 +231,8 @@ class Lake:
         path = storage.join(folder, _BUILT)
         return Staged.from_dict(storage.read_json(path)) if storage.exists(path) else None
 
-    def _manifest(self, table: str, ds: date) -> str:
+    def staged_manifest(self, table: str, ds: date) -> str:
+        """Return the file that says what was last staged of a day, whether or not it is there."""
         return storage.join(self.warehouse, "staged", _known(table), f"{ds}.json")
 
     # Repairs are part of what a day is built from, so that building it again gives the same rows.

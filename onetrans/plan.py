@@ -34,7 +34,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 from onetrans import storage
-from onetrans.checkpoint import Checkpoint, DamagedCheckpointError
 from onetrans.days import day_range, days_before, describe_days, parse_day
 from onetrans.errors import BadConfigError, NotReadyError
 from onetrans.forced import add_force_argument, forced_reason
@@ -427,6 +426,8 @@ def _newest_finished(
 
 def _damage(path: str, models: Mapping[str, ModelPlan]) -> str | None:
     """Say what is wrong with the checkpoints of a finished training; None if they are as they were written."""
+    from onetrans.checkpoint import Checkpoint, DamagedCheckpointError  # with torch, which takes a second or more
+
     for name in models:
         try:
             Checkpoint.check(storage.join(path, name, CHECKPOINT_FOLDER))

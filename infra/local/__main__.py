@@ -18,17 +18,16 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from infra.local import pages
 from infra.local.airflow import REPOSITORY, LocalAirflow
+from infra.local.homes import airflow_home, chosen_config
 from infra.local.processes import stop
 from onetrans.errors import PipelineError
-from onetrans.settings import OWN_FILE, Settings, load_settings
-
-DEMO_CONFIG = Path("var", "demo", "onetrans.toml")
+from onetrans.settings import Settings, load_settings
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -90,32 +89,6 @@ def run(what: str, config: Path | None, home: Path | None) -> None:
     finally:
         airflow.stop()
         stop(servers)
-
-
-def airflow_home(config: Path | None) -> Path:
-    """Return the folder of Airflow's database and logs, always in one that version control and ``make clean`` know."""
-    if config is None:
-        return REPOSITORY / "var" / "airflow"
-    inside_var = REPOSITORY / "var" in config.parents
-    return (config.parent if inside_var else config.parent / "var") / "airflow"
-
-
-def chosen_config(
-    named: Path | None, environ: Mapping[str, str] = os.environ, folder: Path = REPOSITORY
-) -> Path | None:
-    """Return the configuration file to use, the demo's only where a user has none of their own.
-
-    Args:
-        named: file of ``--config``.
-        environ: environment.
-        folder: the checkout.
-    """
-    own, demo = folder / OWN_FILE, folder / DEMO_CONFIG
-    if named is not None:
-        return named.resolve()
-    if environ.get("ONETRANS_CONFIG"):
-        return Path(environ["ONETRANS_CONFIG"]).resolve()
-    return next((path.resolve() for path in (own, demo) if path.is_file()), None)
 
 
 def _other_pages(settings: Settings, logs: Path) -> list[pages.Page]:

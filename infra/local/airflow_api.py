@@ -94,10 +94,19 @@ class AirflowApi:
             text = error.read().decode(errors="replace")
             raise AirflowApiError(f"Airflow answered {error.code} to {method} {path}: {text}") from error
 
+    def health(self) -> dict[str, Any]:
+        """Return what each server reports of itself, by name.
+
+        Raises:
+            AirflowApiError: if Airflow refuses.
+            OSError: if there is no answer.
+        """
+        return dict(self._request("GET", "/api/v2/monitor/health"))
+
     def healthy(self) -> bool:
         """Tell whether all four servers report to be healthy."""
         try:
-            health = self._request("GET", "/api/v2/monitor/health")
+            health = self.health()
         except (OSError, AirflowApiError):
             return False
         return all(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from infra.airflow import reach
 from infra.local import airflow as local
 from infra.local.processes import free_port, tail
 
@@ -26,3 +27,8 @@ def test_a_port_that_is_lost_before_it_is_bound_costs_another_start(
             assert airflow.port != lost
             assert airflow.api.healthy()
             assert f"127.0.0.1:{airflow.port}" in tail(tmp_path / "airflow" / "airflow.cfg", 100)
+            monkeypatch.setenv("AIRFLOW_HOME", str(tmp_path / "airflow"))
+            where = reach.address()
+            assert where == airflow.address
+            assert set(reach.health(where).values()) == {"healthy"}
+            assert reach.running(where) == []

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from infra.local.__main__ import DEMO_CONFIG, _links, airflow_home, chosen_config
+from infra.local.__main__ import _links
 from infra.local.airflow import REPOSITORY, LocalAirflow, configuration
+from infra.local.homes import DEMO_CONFIG, airflow_home, chosen_config
 from infra.local.pages import Page
 from infra.local.processes import Server, ServerError, wait_until
 from onetrans.errors import BadConfigError

@@ -1,0 +1,61 @@
+"""The Airflow of this deployment as its users reach it: where it is, how its servers are, what it runs now."""
+
+from __future__ import annotations
+
+import configparser
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from infra.local.airflow_api import AirflowApi, AirflowApiError
+from infra.local.homes import airflow_home, chosen_config
+
+SERVERS = ("metadatabase", "scheduler", "dag_processor", "triggerer")
+"""Parts of Airflow whose health it reports."""
+
+_PATIENCE_S = 5.0
+
+
+def address(environ: Mapping[str, str] = os.environ) -> str | None:
+    """Return the address of Airflow's API; None where none was ever set up.
+
+    That is ``AIRFLOW__API__BASE_URL``, else ``[api] base_url`` of the ``airflow.cfg`` in ``AIRFLOW_HOME``, else that of
+    the local Airflow (``make ui``) of this configuration.
+    """
+    named = environ.get("AIRFLOW__API__BASE_URL", "")
+    if named:
+        return named.rstrip("/")
+    home = environ.get("AIRFLOW_HOME", "")
+    file = (Path(home) if home else airflow_home(chosen_config(None, environ))) / "airflow.cfg"
+    written = configparser.ConfigParser(interpolation=None, strict=False)
+    written.read(file, encoding="utf-8")
+    return written.get("api", "base_url", fallback="").rstrip("/") or None
+
+
+def health(where: str) -> dict[str, str]:
+    """Return the health of each of :data:`SERVERS`: ``healthy``, ``unhealthy`` or ``not there``.
+
+    Raises:
+        OSError: if the address does not answer.
+        AirflowApiError: if it refuses.
+    """
+    found = AirflowApi(where, _PATIENCE_S).health()
+    return {part: (found.get(part) or {}).get("status") or "not there" for part in SERVERS}
+
+
+def running(where: str) -> list[str] | None:
+    """Return what runs now, as ``dag_id run_id: tasks``; None if Airflow shows that only to those who log in.
+
+    Raises:
+        OSError: if the address does not answer.
+    """
+    api = AirflowApi(where, _PATIENCE_S)
+    try:
+        runs = api.call("GET", "/dags/~/dagRuns?state=running&limit=100")["dag_runs"]
+        tasks = api.call("GET", "/dags/~/dagRuns/~/taskInstances?state=running&limit=100")["task_instances"]
+    except AirflowApiError:
+        return None
+    busy: dict[tuple[str, str], list[str]] = {(run["dag_id"], run["dag_run_id"]): [] for run in runs}
+    for task in tasks:
+        busy.setdefault((task["dag_id"], task["dag_run_id"]), []).append(task["task_id"])
+    return [f"{dag_id} {run_id}: {', '.join(ids) or 'waits'}" for (dag_id, run_id), ids in busy.items()]

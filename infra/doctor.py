@@ -1,0 +1,528 @@
+"""``onetrans doctor``: is everything here that a day needs, and how is each thing mended that is not?
+
+It looks and changes nothing: no lake, catalog or store is made that was not there.
+Only an object store is written to, a few bytes that are removed again, because
+nothing else tells whether it may be.  Each check is a line; ``FAIL`` stops a day,
+``warn`` may.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
+from infra.airflow import reach
+from infra.local.homes import REPOSITORY
+from onetrans import storage
+from onetrans.errors import EXIT_BAD_CONFIG, EXIT_NOT_READY, EXIT_OK, BadConfigError, PipelineError
+from onetrans.lake import CATALOG_FILE, Lake
+from onetrans.schema import load_schema
+from onetrans.settings import LakeSettings, Settings, config_file, load_settings
+
+EXAMPLES = """examples:
+  onetrans doctor
+  onetrans doctor --json
+  onetrans doctor --only java,mlflow
+
+exit codes: 0 nothing stops a day (warnings may be left), 75 a server or store does not answer,
+78 something here has to be changed first; each line says how"""
+
+State = Literal["ok", "warn", "FAIL", "skip"]
+
+_ANSWERS_WITHIN_S = 10.0
+_LEAST_DISK_GB, _DISK_GB = 1.0, 10.0
+_PYTHON_GIB, _BESIDE_HEAP_GIB = 1.5, 0.5
+"""Of a step with pyarrow or torch, and of a JVM beside its heap; `make demo` takes 3.0 GiB in all."""
+
+_JAVA_HINT = (
+    "Debian/Ubuntu: sudo apt-get install openjdk-17-jre-headless; macOS: brew install openjdk@17; then set JAVA_HOME "
+    "if another Java stands before it on PATH"
+)
+
+
+@dataclass(frozen=True)
+class Check:
+    """What one look found."""
+
+    name: str
+    """What was looked at."""
+    state: State
+    """``ok``, ``warn``, ``FAIL``, or ``skip`` where there was nothing to look at."""
+    found: str
+    """What was found, in words."""
+    mend: str = ""
+    """What to do about it."""
+    exit_code: int = EXIT_BAD_CONFIG
+    """Exit code of the command if this is what failed."""
+
+
+Look = Callable[[Settings], Check | list[Check]]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    parser.add_argument("--only", metavar="NAMES", default="", help=f"some of {', '.join(LOOKS)}; separated by commas")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Look at everything, tell it, and return what is to be done first.
+
+    Raises:
+        BadConfigError: if ``--only`` names no check.
+    """
+    only = [name.strip() for name in arguments.only.split(",") if name.strip()]
+    unknown = sorted(set(only) - set(LOOKS))
+    if unknown:
+        raise BadConfigError(f"--only: there is no check {unknown[0]!r}; there are {', '.join(LOOKS)}")
+    checks = []
+    for check in examine(only or list(LOOKS)):
+        checks.append(check)
+        if not arguments.json:
+            print(told(check), flush=True)
+    failed = [check for check in checks if check.state == "FAIL"]
+    if arguments.json:
+        print(json.dumps({"ok": not failed, "checks": [asdict(check) for check in checks]}, indent=2))
+    else:
+        warned = sum(check.state == "warn" for check in checks)
+        print(f"\n{len(failed)} to mend, {warned} to know of" if failed or warned else "\neverything is here")
+    return max((check.exit_code for check in failed), default=EXIT_OK)
+
+
+def examine(names: list[str]) -> Iterator[Check]:
+    """Yield the checks as they are made; settings that are refused are one, and end what rests on them."""
+    try:
+        settings = load_settings()
+        broken = ""
+    except PipelineError as error:
+        settings, broken = Settings(), str(error)
+    for name in names:
+        look, needs_settings = LOOKS[name]
+        if broken and name == "settings":
+            yield Check(name, "FAIL", broken, "correct the file or the variable; `onetrans config` shows what is read")
+        elif broken and needs_settings:
+            yield Check(name, "skip", "the settings are refused")
+        else:
+            found = look(settings)
+            yield from found if isinstance(found, list) else [found]
+
+
+def told(check: Check) -> str:
+    """Return a check as text: a line, and one more on how to mend it."""
+    line = f"{check.state:<5} {check.name:<10} {check.found}"
+    return f"{line}\n{'':<17}{check.mend}" if check.mend and check.state in ("warn", "FAIL") else line
+
+
+# This machine
+
+
+def _python(_: Settings) -> Check:
+    wanted = importlib.metadata.metadata("onetrans")["Requires-Python"]
+    version = ".".join(map(str, sys.version_info[:3]))
+    fits = SpecifierSet(wanted).contains(version)
+    mend = f"make the environment with Python {wanted}: PYTHON=/path/to/python3.11 make env"
+    return Check("python", "ok" if fits else "FAIL", f"{version} in {sys.prefix}, needed {wanted}", mend)
+
+
+def _java(_: Settings) -> Check:
+    home = os.environ.get("JAVA_HOME", "")
+    program = str(Path(home) / "bin" / "java") if home else "java"
+    if shutil.which(program) is None:
+        where = f"JAVA_HOME={home} has no bin/java" if home else "java is not on PATH"
+        return Check("java", "FAIL", f"{where}; Spark needs Java 17 or newer", _JAVA_HINT)
+    done = subprocess.run([program, "-version"], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    named = re.search(r'version "([^"]*)"', done.stderr)
+    if named is None:
+        return Check("java", "FAIL", f"{program} is no working Java: {done.stderr.strip()[:200]}", _JAVA_HINT)
+    number = re.match(r"\d+", named[1])
+    major = int(number[0]) if number else 0
+    return Check("java", "ok" if major >= 17 else "FAIL", f"{named[1]}, needed 17 or newer", _JAVA_HINT)
+
+
+def _memory(settings: Settings) -> Check:
+    total, free = psutil.virtual_memory().total, psutil.virtual_memory().available
+    limit = _group_limit()
+    if limit is not None and limit < total:
+        total, free = limit, min(free, limit)
+    need = _heap_gib(settings.spark.driver_memory) + _BESIDE_HEAP_GIB + _PYTHON_GIB
+    found = (
+        f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free; one step of a day takes about {need:.1f} "
+        f"with spark.driver_memory = {settings.spark.driver_memory}"
+    )
+    if total < need * 2**30:
+        return Check("memory", "FAIL", found, "a larger machine, or a smaller spark.driver_memory")
+    mend = "end other programs, lower spark.driver_memory, or run fewer steps at once (airflow.spark_slots)"
+    return Check("memory", "ok" if free >= need * 2**30 else "warn", found, mend)
+
+
+def _group_limit() -> int | None:
+    """Return the memory this process's control group may use, in bytes; None: as much as there is."""
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            text = Path(file).read_text(encoding="ascii").strip()
+        except OSError:
+            continue
+        return int(text) if text.isdigit() else None
+    return None
+
+
+def _heap_gib(written: str) -> float:
+    """Return the GiB of a heap as Spark writes it (``900m``, ``4g``; a number alone is MiB)."""
+    found = re.fullmatch(r"(\d+)\s*([kmgt]?)b?", written.strip().lower())
+    if found is None:
+        return 1.0  # Spark itself will refuse it
+    return int(found[1]) * {"k": 2.0**-20, "m": 2.0**-10, "g": 1.0, "t": 2.0**10}[found[2] or "m"]
+
+
+def _disk(settings: Settings) -> list[Check]:
+    folders = {
+        "lake.warehouse": settings.lake.warehouse,
+        "training.runs": settings.training.runs,
+        "mlflow.artifacts": settings.mlflow.artifacts,
+    }
+    checks = []
+    for setting, path in folders.items():
+        if not storage.is_local(path):
+            continue  # the store's own check
+        folder = _nearest(storage.local_path(path))
+        if not (folder.is_dir() and os.access(folder, os.W_OK)):
+            mend = f"choose another folder, or give this one to the user that runs the steps: chown {folder}"
+            checks.append(Check("disk", "FAIL", f"{setting} = {path}: {folder} cannot be written", mend))
+            continue
+        free = shutil.disk_usage(folder).free / 1e9
+        state: State = "FAIL" if free < _LEAST_DISK_GB else "warn" if free < _DISK_GB else "ok"
+        mend = "free some (`onetrans retain --dry-run` says what of the lake may go), or name a folder on another disk"
+        checks.append(Check("disk", state, f"{setting} = {path}: {free:,.0f} GB free", mend))
+    return checks
+
+
+def _nearest(path: Path) -> Path:
+    """Return the path, or the nearest folder above it that is there."""
+    path = path.absolute()
+    return next(folder for folder in (path, *path.parents) if folder.exists())
+
+
+def _ports(settings: Settings) -> list[Check]:
+    wanted = {8080: "Airflow's page", 5000: "MLflow's page", 8088: "Data Docs", settings.serving.port: "serving.port"}
+    checks = []
+    for port, what in wanted.items():
+        if port == 0 or _free(port):
+            continue
+        holder = _holder(port)
+        if what == "serving.port":
+            mend = "if that is not `onetrans serve` itself, set serving.port"
+            checks.append(Check("ports", "warn", f"{port} ({what}) is taken by {holder}", mend))
+        else:
+            checks.append(Check("ports", "ok", f"{port} ({what}) is taken by {holder}; `make ui` takes another"))
+    return checks or [Check("ports", "ok", f"{', '.join(map(str, wanted))} are free on loopback")]
+
+
+def _free(port: int) -> bool:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+def _holder(port: int) -> str:
+    try:
+        for connection in psutil.net_connections("tcp"):
+            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
+                return f"{psutil.Process(connection.pid).name()} (process {connection.pid})"
+    except psutil.Error:
+        pass  # of another user: the system does not say whose
+    return "another program"
+
+
+def _versions(settings: Settings) -> list[Check]:
+    wanted = [Requirement(text) for text in importlib.metadata.requires("onetrans") or ()]
+    extras = {"", *_extras_in_use(settings)}
+    wrong = []
+    for requirement in wanted:
+        if requirement.marker and not any(requirement.marker.evaluate({"extra": extra}) for extra in extras):
+            continue
+        version = _installed(requirement.name)
+        if version is None:
+            wrong.append(f"{requirement.name} is not installed")
+        elif not requirement.specifier.contains(version, prereleases=True):
+            wrong.append(f"{requirement.name} {version}, needed {requirement.specifier}")
+    install = "make env" if (REPOSITORY / "constraints.txt").is_file() else "pip install --upgrade onetrans"
+    if wrong:
+        needed = ",".join(sorted(extras - {""}))
+        mend = f"{install}{f'; for {needed}: pip install onetrans[{needed}]' if needed else ''}"
+        return [Check("versions", "FAIL", "; ".join(wrong), mend)]
+    checks = [Check("versions", "ok", f"onetrans {_installed('onetrans')}: every dependency is in its range")]
+    other = _unlike_constraints()
+    if other:
+        shown = ", ".join(other[:4]) + (f" and {len(other) - 4} more" if len(other) > 4 else "")
+        checks.append(Check("versions", "warn", f"not the versions that are tested: {shown}", "make env"))
+    return checks
+
+
+def _extras_in_use(settings: Settings) -> Iterator[str]:
+    if settings.launch.place == "kubernetes":
+        yield "kubernetes"
+    if any(
+        address.startswith("postgresql")
+        for address in (settings.airflow.database, settings.lake.catalog_uri, settings.mlflow.tracking_uri)
+    ):
+        yield "postgres"
+    if settings.training.shard_rows:
+        yield "torchrec"
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _unlike_constraints() -> list[str]:
+    """Return the installed packages whose version is not that of ``constraints.txt``, where there is that file."""
+    file = REPOSITORY / "constraints.txt"
+    if not file.is_file():
+        return []
+    pinned = dict(
+        line.split("==", 1)
+        for line in (text.split("#")[0].strip() for text in file.read_text(encoding="utf-8").splitlines())
+        if "==" in line
+    )
+    unlike = []
+    for name, version in pinned.items():
+        found = _installed(canonicalize_name(name))
+        if found is not None and found.split("+")[0] != version.split("+")[0]:
+            unlike.append(f"{name} {found} instead of {version}")
+    return unlike
+
+
+def _gpu(settings: Settings) -> Check:
+    device = settings.training.device
+    if not device.startswith("cuda"):
+        return Check("gpu", "skip", f"training.device = {device!r} asks for none")
+    import torch  # seconds, so only where a GPU is asked for
+
+    if torch.cuda.is_available():
+        return Check("gpu", "ok", f"{torch.cuda.device_count()}: {torch.cuda.get_device_name(0)}")
+    build = torch.version.cuda or "none: a CPU build"
+    mend = "install a CUDA build of PyTorch and the driver, or set training.device = 'auto'"
+    return Check(
+        "gpu", "FAIL", f"training.device = {device!r}, but PyTorch {torch.__version__} sees none ({build})", mend
+    )
+
+
+# What the settings name
+
+
+def _settings(_: Settings) -> Check:
+    path = config_file()
+    variables = sum(name.startswith("ONETRANS_") for name in os.environ)
+    where = path.resolve() if path else "no file, defaults"
+    return Check("settings", "ok", f"{where}; {variables} variables ONETRANS_..." if variables else str(where))
+
+
+def _log(settings: Settings) -> list[Check]:
+    path = settings.source.path
+    there = _in_time(lambda: storage.exists(path))
+    if isinstance(there, str):
+        return [Check("log", "FAIL", f"source.path = {path}: {there}", _reach_hint(path), EXIT_NOT_READY)]
+    if not there:
+        mend = "put the log there or name its folder in source.path (docs/input.md); without one, try: make demo"
+        return [Check("log", "warn", f"source.path = {path}: there is nothing", mend)]
+    try:
+        schema = load_schema(settings.source)
+    except PipelineError as error:
+        mend = "onetrans schema check FILE explains every mistake with its line"
+        return [Check("log", "FAIL", str(error), mend)]
+    return [Check("log", "ok", f"{path}, schema {schema.name!r} with {len(schema.features)} features")]
+
+
+def _catalog(settings: Settings) -> Check:
+    lake = settings.lake
+    if not Lake(lake).exists():
+        return Check("catalog", "ok", f"none yet; {CATALOG_FILE} is made in {lake.warehouse} with the first day")
+    where = _shown(lake.catalog_uri) if lake.catalog_uri else f"SQLite in {lake.warehouse}"
+    tables = _in_time(lambda: _tables(lake))
+    if isinstance(tables, str):
+        mend = f"is the {lake.catalog_type} catalog up, lake.catalog_uri its address, and the password in PGPASSWORD?"
+        return Check("catalog", "FAIL", f"{where}: {tables}", mend, EXIT_NOT_READY)
+    return Check("catalog", "ok", f"{where}: {len(tables)} tables in {lake.namespace!r}")
+
+
+def _tables(lake: LakeSettings) -> list[Any]:
+    from pyiceberg.catalog import load_catalog
+    from pyiceberg.exceptions import NoSuchNamespaceError
+
+    uri = lake.catalog_uri or f"sqlite:///{storage.local_path(storage.resolve(lake.warehouse)) / CATALOG_FILE}"
+    properties = {"type": lake.catalog_type, "uri": uri, "warehouse": storage.resolve(lake.warehouse)}
+    try:
+        return list(load_catalog("doctor", **properties, init_catalog_tables="false").list_tables(lake.namespace))
+    except NoSuchNamespaceError:
+        return []
+
+
+def _store(settings: Settings) -> list[Check]:
+    remote = {
+        "lake.warehouse": settings.lake.warehouse,
+        "training.runs": settings.training.runs,
+        "audit.data_docs": settings.audit.data_docs,
+    }
+    checks = []
+    for setting, path in remote.items():
+        if not path or storage.is_local(path):
+            continue
+        refused = _in_time(lambda path=path: _write_and_remove(path))  # type: ignore[misc]
+        if isinstance(refused, str):
+            checks.append(Check("store", "FAIL", f"{setting} = {path}: {refused}", _reach_hint(path), EXIT_NOT_READY))
+        else:
+            checks.append(Check("store", "ok", f"{setting} = {path}: written, read and removed"))
+    return checks or [Check("store", "skip", "every folder is on the local disk")]
+
+
+def _write_and_remove(path: str) -> bool:
+    file, text = storage.join(path, f"_doctor-{uuid.uuid4().hex}"), b"onetrans doctor"
+    storage.write_bytes(file, text)
+    same = storage.read_bytes(file) == text
+    storage.delete_file(file)
+    if not same:
+        raise PipelineError("what was written is not what was read")
+    return same
+
+
+def _mlflow(settings: Settings) -> Check:
+    uri = settings.mlflow.tracking_uri
+    if uri.startswith("sqlite:///"):
+        file = Path(uri.removeprefix("sqlite:///").split("?")[0])
+        if not file.exists():
+            return Check("mlflow", "ok", f"none yet; {file} is made with the first plan")
+        found = _in_time(lambda: _sqlite_revision(file))
+        if not isinstance(found, tuple):
+            return Check(
+                "mlflow", "FAIL", f"{file}: {found}", "restore it from a backup, or name another in mlflow.tracking_uri"
+            )
+        return Check("mlflow", "ok", f"{file}, schema {found[0]}")
+    if not uri.startswith(("http://", "https://")):
+        known = _in_time(lambda: _database_answers(uri))
+        if isinstance(known, str):
+            return Check(
+                "mlflow",
+                "FAIL",
+                f"{_shown(uri)}: {known}",
+                "is the database up, and the address right?",
+                EXIT_NOT_READY,
+            )
+        return Check("mlflow", "ok", f"{_shown(uri)} answers")
+    answer = _in_time(lambda: (_get(f"{uri.rstrip('/')}/version"),))
+    if isinstance(answer, str):
+        mend = "start it (mlflow server), or correct mlflow.tracking_uri; a password goes into MLFLOW_TRACKING_PASSWORD"
+        return Check("mlflow", "FAIL", f"{_shown(uri)}: {answer}", mend, EXIT_NOT_READY)
+    ours, theirs = _installed("mlflow") or "", answer[0].strip()
+    same = ours.split(".")[:1] == theirs.split(".")[:1]
+    mend = f"use the same major version on both sides: pip install mlflow=={theirs}"
+    return Check("mlflow", "ok" if same else "warn", f"{_shown(uri)} is MLflow {theirs}, here is {ours}", mend)
+
+
+def _sqlite_revision(file: Path) -> tuple[str]:
+    with sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True, timeout=5) as connection:
+        return (str(connection.execute("select version_num from alembic_version").fetchone()[0]),)
+
+
+def _database_answers(uri: str) -> bool:
+    from sqlalchemy import create_engine
+
+    engine = create_engine(uri)
+    with engine.connect():
+        return True
+
+
+def _airflow(_: Settings) -> Check:
+    where = reach.address()
+    if where is None:
+        mend = "make ui starts one; of another, name the address in AIRFLOW__API__BASE_URL"
+        return Check("airflow", "skip", f"none is set up here: {mend}")
+    found = _in_time(lambda: reach.health(where))
+    if isinstance(found, str):
+        return Check("airflow", "warn", f"{where}: {found}", "if it should run: make ui, or start your own")
+    ill = [f"{part} is {state}" for part, state in found.items() if state != "healthy"]
+    mend = "see the logs of that server; nothing is scheduled, parsed or waited for meanwhile"
+    return Check("airflow", "warn" if ill else "ok", f"{where}: {', '.join(ill) or 'all servers are healthy'}", mend)
+
+
+def _in_time(ask: Callable[[], Any]) -> Any:
+    """Return what ``ask`` returns, or a sentence if it fails or has not answered in time.
+
+    A library that hangs is left behind in its thread, which ends with the process.
+    """
+    answer: list[Any] = []
+
+    def work() -> None:
+        try:
+            answer.append(ask())
+        except Exception as error:  # whatever the library raises is what there is to say
+            text = str(error).strip().splitlines() or [""]
+            answer.append(f"{type(error).__name__}: {_shown(text[0])[:300]}")
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(_ANSWERS_WITHIN_S)
+    return answer[0] if answer else f"no answer in {_ANSWERS_WITHIN_S:.0f} s"
+
+
+def _get(address: str) -> str:
+    local = "127.0.0.1" in address or "localhost" in address
+    opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if local else []))
+    with opener.open(address, timeout=_ANSWERS_WITHIN_S / 2) as answer:
+        return str(answer.read(1000).decode(errors="replace"))
+
+
+def _shown(address: str) -> str:
+    """Return an address without a user's name and password."""
+    return re.sub("(?<=://)[^/@]*@", "", address)
+
+
+def _reach_hint(path: str) -> str:
+    if path.startswith("s3://"):
+        return "set AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION; AWS_ENDPOINT_URL for a store of your own"
+    return "is the path right, and may this user read it?"
+
+
+LOOKS: dict[str, tuple[Look, bool]] = {
+    "python": (_python, False),
+    "java": (_java, False),
+    "versions": (_versions, False),
+    "settings": (_settings, False),
+    "memory": (_memory, True),
+    "disk": (_disk, True),
+    "ports": (_ports, True),
+    "gpu": (_gpu, True),
+    "log": (_log, True),
+    "catalog": (_catalog, True),
+    "store": (_store, True),
+    "mlflow": (_mlflow, True),
+    "airflow": (_airflow, False),
+}
+"""Name of a check -> the look, and whether it needs settings that were accepted."""

@@ -1,0 +1,38 @@
+"""Which configuration a local deployment goes by, and where its Airflow keeps its database and logs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from onetrans.settings import OWN_FILE
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+DEMO_CONFIG = Path("var", "demo", "onetrans.toml")
+
+
+def airflow_home(config: Path | None) -> Path:
+    """Return the folder of Airflow's database and logs, always in one that version control and ``make clean`` know."""
+    if config is None:
+        return REPOSITORY / "var" / "airflow"
+    inside_var = REPOSITORY / "var" in config.parents
+    return (config.parent if inside_var else config.parent / "var") / "airflow"
+
+
+def chosen_config(
+    named: Path | None, environ: Mapping[str, str] = os.environ, folder: Path = REPOSITORY
+) -> Path | None:
+    """Return the configuration file to use, the demo's only where a user has none of their own.
+
+    Args:
+        named: file of ``--config``.
+        environ: environment.
+        folder: the checkout.
+    """
+    own, demo = folder / OWN_FILE, folder / DEMO_CONFIG
+    if named is not None:
+        return named.resolve()
+    if environ.get("ONETRANS_CONFIG"):
+        return Path(environ["ONETRANS_CONFIG"]).resolve()
+    return next((path.resolve() for path in (own, demo) if path.is_file()), None)

@@ -1,0 +1,135 @@
+"""`onetrans doctor` on this machine: what is here, what is spoilt on purpose, and that a look makes nothing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from infra import doctor
+from onetrans import cli
+from onetrans.errors import EXIT_BAD_CONFIG, EXIT_NOT_READY
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def looked(capsys: pytest.CaptureFixture[str], only: str) -> tuple[int, list[dict[str, Any]]]:
+    code = cli.main(["doctor", "--json", "--only", only])
+    return code, json.loads(capsys.readouterr().out)["checks"]
+
+
+def test_nothing_is_made_by_looking(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ("java", "memory", "disk", "ports", "log", "catalog", "store", "mlflow")
+    code, checks = looked(capsys, ",".join(names))
+    assert code == 0
+    assert {check["name"] for check in checks} == set(names)
+    assert [check for check in checks if check["state"] == "FAIL"] == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_line_that_fails_says_how_to_mend_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("JAVA_HOME", str(tmp_path / "no-java"))
+    monkeypatch.setenv("ONETRANS_SPARK_DRIVER_MEMORY", "9000g")
+    Path("onetrans.toml").write_text("[source]\npath = 'log'\n[lake]\nwarehouse = 'onetrans.toml/lake'\n")
+    Path("log").mkdir()
+    Path("log", "schema.toml").write_text("name = 'x'\nfeaturs = 1\n")
+    assert cli.main(["doctor", "--only", "java,memory,disk,log"]) == EXIT_BAD_CONFIG
+    printed = capsys.readouterr().out
+    assert "FAIL  java       JAVA_HOME=" in printed
+    assert "openjdk-17-jre-headless" in printed
+    assert "or a smaller spark.driver_memory" in printed
+    assert "onetrans.toml cannot be written" in printed
+    assert "onetrans schema check FILE" in printed
+    assert "4 to mend" in printed
+
+
+def test_a_server_that_does_not_answer_can_be_tried_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # bound and not listening: refused at once
+        port = nobody.getsockname()[1]
+        monkeypatch.setenv("ONETRANS_MLFLOW_TRACKING_URI", f"http://user:secret@127.0.0.1:{port}")
+        monkeypatch.setenv("ONETRANS_LAKE_CATALOG_URI", f"http://127.0.0.1:{port}")
+        monkeypatch.setenv("ONETRANS_LAKE_CATALOG_TYPE", "rest")
+        monkeypatch.setenv("AIRFLOW__API__BASE_URL", f"http://127.0.0.1:{port}")
+        code, checks = looked(capsys, "catalog,mlflow,airflow")
+    assert code == EXIT_NOT_READY
+    assert [check["state"] for check in checks] == ["FAIL", "FAIL", "warn"]
+    assert "MLFLOW_TRACKING_PASSWORD" in checks[1]["mend"]
+    assert "secret" not in str(checks)
+
+
+def test_a_taken_port_is_named_with_its_holder(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        monkeypatch.setenv("ONETRANS_SERVING_PORT", str(taken.getsockname()[1]))
+        code, checks = looked(capsys, "ports")
+    assert code == 0
+    found = next(check for check in checks if "serving.port" in check["found"])
+    assert found["state"] == "warn"
+    assert f"process {doctor.os.getpid()}" in found["found"]
+
+
+def test_a_package_out_of_its_range_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    declared = importlib.metadata.requires("onetrans")
+    assert declared
+    monkeypatch.setattr(
+        doctor.importlib.metadata,
+        "requires",
+        lambda _: [*declared, "numpy<1", "no-such-package>=2", 'absent; extra == "kubernetes"'],
+    )
+    code, checks = looked(capsys, "versions")
+    assert code == EXIT_BAD_CONFIG
+    assert "numpy 2" in checks[0]["found"]
+    assert "no-such-package is not installed" in checks[0]["found"]
+    assert "absent" not in checks[0]["found"]
+    monkeypatch.setenv("ONETRANS_LAUNCH_PLACE", "kubernetes")
+    assert "absent is not installed" in looked(capsys, "versions")[1][0]["found"]
+
+
+def test_settings_that_are_refused_are_one_line_and_the_rest_is_looked_at(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ONETRANS_SPARK_SHUFFLE_PARTITIONS", "0")
+    code, checks = looked(capsys, "python,settings,disk")
+    assert code == EXIT_BAD_CONFIG
+    assert [check["state"] for check in checks] == ["ok", "FAIL", "skip"]
+    assert "spark.shuffle_partitions = 0" in checks[1]["found"]
+
+
+def test_a_check_that_is_none_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", "--only", "jaba"]) == EXIT_BAD_CONFIG
+    assert "there is no check 'jaba'; there are python, java" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("written", ["900m", "4g", "1024", "1 g", "2gb"])
+def test_heaps_are_read_as_spark_writes_them(written: str) -> None:
+    known = {"900m": 900 / 1024, "4g": 4.0, "1024": 1.0, "1 g": 1.0, "2gb": 2.0}
+    assert doctor._heap_gib(written) == pytest.approx(known[written])
+
+
+def test_it_starts_without_the_heavy_libraries() -> None:
+    code = (
+        "import sys, infra.doctor, infra.status, onetrans.plan, onetrans.report, onetrans.registry; "
+        "sys.exit(str({'torch', 'pyspark', 'mlflow', 'pandas'} & set(sys.modules)) if "
+        "{'torch', 'pyspark', 'mlflow', 'pandas'} & set(sys.modules) else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=doctor.REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

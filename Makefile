@@ -30,8 +30,8 @@ test-fast: env ## run the tests that need no Spark, Airflow or MLflow
 # TorchRec asks for fbgemm-gpu, whose CUDA build would be installed over the CPU build: so it comes without what it asks
 # for, and that by name.
 torchrec: env ## add TorchRec with FBGEMM for CPUs, for training.shard_rows (with GPUs: pip install '.[torchrec]')
-	$(PY) -m pip install --quiet --no-deps torchrec==1.8.0 fbgemm-gpu-cpu==1.8.0
-	PIP_CONSTRAINT=constraints.txt $(PY) -m pip install --quiet --no-warn-conflicts tensordict==0.15.3 torchmetrics==1.0.3 pyre-extensions==0.0.32
+	$(PY) -m pip install --quiet --constraint constraints.txt --no-deps torchrec fbgemm-gpu-cpu
+	$(PY) -m pip install --quiet --constraint constraints.txt --no-warn-conflicts tensordict torchmetrics pyre-extensions
 	$(PY) -c "import torchrec.distributed.embedding"
 
 lint: env ## style and types

@@ -36,7 +36,7 @@ from onetrans.artifact import load_model
 from onetrans.champion import Opponent, current_champion
 from onetrans.days import day_bounds, describe_days
 from onetrans.distributed import Ranks
-from onetrans.errors import BadDataError, NotReadyError
+from onetrans.errors import BadConfigError, BadDataError, NotReadyError
 from onetrans.history import History
 from onetrans.lake import Lake
 from onetrans.loader import LoaderConfig, RequestData, prefetch
@@ -404,6 +404,8 @@ def run(arguments: argparse.Namespace) -> int:
     settings = load_settings()
     if plain_runs.chosen(arguments, ["data_dir", "model_path"], ["plan", "ds"]):
         return plain_runs.evaluate_files(arguments, settings)
+    if arguments.overlapping_times:
+        raise BadConfigError("--overlapping-times needs --data-dir; of a day of the lake only later rows are scored")
     plan = plan_of(arguments, settings)
     metrics = evaluate(plan, settings)
     print(figures_table(metrics))

@@ -11,14 +11,14 @@ Shape suffixes: those of :mod:`onetrans.batch`, and
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from onetrans.batch import RequestBatch
 from onetrans.models import RankingModel, Scores
-from onetrans.models.embeddings import SPARSE_FROM_NUMBERS, TABLE
+from onetrans.models.embeddings import MAP, SPARSE_FROM_NUMBERS, TABLE
 from onetrans.schema import Feature, Side
 
 
@@ -156,6 +156,14 @@ def largest_embedding(model: RankingModel, batch: RequestBatch) -> str:
     return f"the largest embedding, {sizes[name]:.3g}, is of feature {name}"
 
 
+def looked_up_in(model: RankingModel, parameters: Iterable[str]) -> list[str]:
+    """Return the names of the features that look up in some of a model's parameters, in the schema's order."""
+    named = set(parameters)
+    return [
+        f.name for f in model.schema.features if _parameter(f.embedding, MAP if f.kind == "vector" else TABLE) in named
+    ]
+
+
 def _looked_up(model: RankingModel, batch: RequestBatch) -> Iterator[tuple[Feature, Tensor]]:
     """Yield each feature and the rows of its table that the batch looks up."""
     sides: tuple[tuple[Side, Tensor], ...] = (
@@ -165,8 +173,8 @@ def _looked_up(model: RankingModel, batch: RequestBatch) -> Iterator[tuple[Featu
         yield from zip(model.schema.of_side(side), rows_MF.unbind(1), strict=True)
 
 
-def _parameter(table: str) -> str:
-    return f"embeddings.{TABLE}{table}"
+def _parameter(table: str, prefix: str = TABLE) -> str:
+    return f"embeddings.{prefix}{table}"
 
 
 def _finite(gradient: Tensor | None) -> bool:

@@ -339,7 +339,7 @@ def chosen(arguments: argparse.Namespace) -> bool:
     absent = [name for name in named if name not in given]
     if absent:
         raise BadConfigError(f"{absent[0]} is needed beside {given[0]}")
-    for name in ("plan", "ds", "data_dir", "epochs", "batch_size"):
+    for name in ("plan", "ds", "data_dir", "epochs", "batch_size", "overlapping_times"):
         if getattr(arguments, name) is not None:
             hint = "; the size of a batch is training.batch_size" if name == "batch_size" else ""
             raise BadConfigError(f"--{name.replace('_', '-')} does not go with --next-batch{hint}")

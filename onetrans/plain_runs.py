@@ -41,6 +41,9 @@ logger = logging.getLogger(__name__)
 _FOLDER = "plain"
 """Folder of these runs beside the days' runs."""
 
+_BEFORE: Mapping[Split, tuple[Split, ...]] = {"train": (), "val": ("train",), "test": ("train", "val")}
+"""Per split those that a model may have seen."""
+
 
 def train_on_files(
     arguments: argparse.Namespace, settings: Settings, stop: threading.Event, ranks: Ranks | None = None
@@ -63,7 +66,7 @@ def train_on_files(
     settings, ranks = replace(settings, training=training), ranks or Ranks()
     plan = Plan.load(ranks.decide(lambda: plan_files(arguments.data_dir, settings).path))
     validate = None
-    held_out = ranks.decide(lambda: _held_out(arguments.data_dir, plan, settings))
+    held_out = ranks.decide(lambda: _held_out(arguments, plan, settings))
     if held_out:
         measured = replace(plan, evaluation_files=tuple(held_out))
 
@@ -86,12 +89,13 @@ def train_on_files(
     return 0
 
 
-def _held_out(directory: str, plan: Plan, settings: Settings) -> list[str]:
+def _held_out(arguments: argparse.Namespace, plan: Plan, settings: Settings) -> list[str]:
     """Return the files to measure every pass on; none without a ``val`` split."""
+    directory = arguments.data_dir
     if not plain_files.split_files(directory, "val"):
         return []
     files = plain_files.prepare(directory, "val", plan.schema, _out(settings))
-    _refuse_common(plan.train_files, files, "train", "val")
+    _require_new(plan.train_files, files, "train", "val", bool(arguments.overlapping_times))
     return list(files)
 
 
@@ -138,7 +142,8 @@ def evaluate_files(arguments: argparse.Namespace, settings: Settings) -> int:
     """Score a split of ``--data-dir`` with the model at ``--model-path`` and print its figures.
 
     Raises:
-        BadDataError: if there is no model, or its schema is not the folder's.
+        BadDataError: if there is no model, its schema is not the folder's, or the split has rows of the folder's
+            ``train``, or from before its end.
         BadConfigError: if the split is not there.
     """
     folder = storage.resolve(arguments.model_path)
@@ -153,6 +158,11 @@ def evaluate_files(arguments: argparse.Namespace, settings: Settings) -> int:
         )
     split: Split = arguments.split
     files = plain_files.prepare(arguments.data_dir, split, schema, _out(settings))
+    for earlier in _BEFORE[split]:
+        if plain_files.split_files(arguments.data_dir, earlier):
+            known = plain_files.prepare(arguments.data_dir, earlier, schema, _out(settings))
+            # Choosing the best pass learns from val too, but no weights.
+            _require_new(known, files, earlier, split, bool(arguments.overlapping_times) or earlier == "val")
     name = model_name(config)
     plan = _evaluation_plan(name, ModelPlan(config, optimizer_preset("tiny"), None), schema, files, settings)
     scores, metrics = measure({name: model}, plan, settings)
@@ -196,12 +206,28 @@ def _evaluation_plan(
     )
 
 
-def _refuse_common(one: Sequence[str], other: Sequence[str], first: str, second: str) -> None:
-    """Refuse splits that share requests: a figure on rows that were trained on says nothing."""
-    seen = pa.concat_arrays([_column(file, "request_id") for file in one])
-    both = [pc.sum(pc.is_in(_column(file, "request_id"), seen)).as_py() or 0 for file in other]
-    if sum(both):
-        raise BadDataError(f"{sum(both):,} requests stand both in {first} and in {second}")
+def _require_new(known: Sequence[str], files: Sequence[str], first: Split, second: Split, overlapping: bool) -> None:
+    """Refuse to measure on rows that were trained on, or on some that are not later: such a figure says too much.
+
+    Raises:
+        BadDataError: if the splits share requests, or, unless ``overlapping`` is allowed, ``second`` begins before
+            ``first`` ends.
+    """
+    seen = pa.concat_arrays([_column(file, "request_id") for file in known])
+    shared = pa.concat_arrays([ids.filter(pc.is_in(ids, seen)) for ids in (_column(f, "request_id") for f in files)])
+    if len(shared):
+        raise BadDataError(
+            f"{len(shared):,} requests stand both in {first} and in {second}, for example {shared[0].as_py()!r}"
+        )
+    end = max(pc.max(_column(file, "ts")).as_py() for file in known)
+    times = pa.chunked_array([_column(file, "ts") for file in files])
+    early = pc.sum(pc.less_equal(times, pa.scalar(end, times.type))).as_py()
+    if early and not overlapping:
+        raise BadDataError(
+            f"{early:,} of {len(times):,} requests of {second} are not later than the last of {first} ({end}), the "
+            f"first is of {pc.min(times).as_py()}: a model that knows what came after looks better than it will be "
+            "tomorrow. Divide the log by time; if it was divided at random on purpose, give --overlapping-times"
+        )
 
 
 def _last_day(files: Sequence[str]) -> date:
@@ -226,11 +252,20 @@ def _told(figures: Mapping[str, Any]) -> str:
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of a training on plain files."""
     group = parser.add_argument_group("plain files, without a lake")
-    group.add_argument("--data-dir", metavar="DIR", help="folder with schema.toml, train, and if you like val and test")
-    group.add_argument("--epochs", type=int, metavar="N", help="passes over train (default: training.epochs)")
     group.add_argument(
-        "--batch-size", type=int, metavar="N", help="impressions of a step (default: training.batch_size)"
+        "--data-dir",
+        metavar="DIR",
+        help="folder with schema.toml and train.csv (.jsonl, .parquet, or a folder of such files); if you like, val, "
+        "which is measured after every pass, and test",
     )
+    group.add_argument("--epochs", type=int, metavar="N", help="number of passes over train (default: training.epochs)")
+    group.add_argument(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="impressions (rows) of one optimizer step, about: requests stay whole (default: training.batch_size)",
+    )
+    _add_overlapping(group, "val")
 
 
 def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
@@ -240,6 +275,16 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--data-dir", metavar="DIR", help="folder with schema.toml and the split")
     group.add_argument("--split", choices=get_args(Split), default="test", help="what to score (default: test)")
     group.add_argument("--out", metavar="DIR", help="also write scores.parquet and metrics.json there")
+    _add_overlapping(group, "the split")
+
+
+def _add_overlapping(group: argparse._ArgumentGroup, what: str) -> None:
+    group.add_argument(
+        "--overlapping-times",
+        action="store_true",
+        default=None,
+        help=f"accept that {what} begins before train ends, as in a log that was divided at random; else it is refused",
+    )
 
 
 def chosen(arguments: argparse.Namespace, needed: Sequence[str], excluded: Sequence[str]) -> bool:

@@ -347,10 +347,11 @@ def _decide(
     else:
         found, reason = _newest_finished(settings, window, schema, models)
         if found is not None:
-            days = [day for day in day_range(found.ds, window[-1]) if day not in absent]
+            since = day_range(found.ds, window[-1])
+            days = [day for day in since if day not in absent]
             _require_published(published, [*days, ds])
             text = f"goes on from the training of {found.ds}{reason} and reads {describe_days(days)}"
-            return _Start(days, text, found.ds, found.folder)
+            return _Start(days, text + _told_absent(since, absent), found.ds, found.folder)
     earlier = [day for day in published if day < ds]
     if ds in published and not earlier:
         # Tables are built in order, so no day before the first is still to come: waiting would not help.
@@ -358,7 +359,8 @@ def _decide(
             f"{ds} is the first published day of table {TABLE}; there is nothing to train on: begin with "
             f"{ds + timedelta(days=1)}"
         )
-    days = [day for day in window if day not in absent and (not earlier or day >= earlier[0])]
+    reach = [day for day in window if not earlier or day >= earlier[0]]
+    days = [day for day in reach if day not in absent]
     if not days:
         raise BadConfigError(
             f"source.absent_days names every day that training.lookback_days = {len(window)} reach back from {ds}, "
@@ -366,7 +368,12 @@ def _decide(
         )
     # Without any earlier day the day before is named as missing, not the whole window.
     _require_published(published, [*(days if earlier else window[-1:]), ds])
-    return _Start(days, f"{reason}; reads {describe_days(days)}")
+    return _Start(days, f"{reason}; reads {describe_days(days)}" + _told_absent(reach, absent))
+
+
+def _told_absent(days: list[date], absent: set[date]) -> str:
+    lost = [day for day in days if day in absent]
+    return f", without {describe_days(lost)}, which source.absent_days names" if lost else ""
 
 
 def _require_published(published: list[date], needed: list[date]) -> None:
@@ -489,11 +496,17 @@ def git_revision() -> str:
 def add_day_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options that decide a plan, shared by the commands that can make one themselves."""
     parser.add_argument(
-        "--ds", type=parse_day, metavar="DAY", help="day to evaluate on, YYYY-MM-DD, with the days before"
+        "--ds", type=parse_day, metavar="DAY", help="day to evaluate on, YYYY-MM-DD; training reads days before it"
     )
-    parser.add_argument("--config", choices=get_args(Preset), help="size of both models (default: training.preset)")
     parser.add_argument(
-        "--from-scratch", action="store_true", help="fresh weights, and the last training.lookback_days days"
+        "--config",
+        choices=get_args(Preset),
+        help="size of both models: tiny for trials, base and large as in the paper (default: training.preset)",
+    )
+    parser.add_argument(
+        "--from-scratch",
+        action="store_true",
+        help="fresh weights, trained on the last training.lookback_days days (default: go on from an earlier day's)",
     )
     parser.add_argument("--no-mlflow", action="store_true", help="record nothing in MLflow")
 

@@ -45,7 +45,7 @@ from onetrans.checkpoint import Checkpoint, DamagedCheckpointError
 from onetrans.distributed import Ranks, is_rank, launch, open_ranks
 from onetrans.errors import EXIT_BAD_CONFIG, BadConfigError, PipelineError
 from onetrans.growth import describe, grown_checkpoint
-from onetrans.guards import UnmovedWeights, blame, largest_embedding
+from onetrans.guards import UnmovedWeights, blame, largest_embedding, looked_up_in
 from onetrans.loader import Cursor, Loaded, LoaderConfig, RequestData, Share, prefetch
 from onetrans.metrics import Metrics
 from onetrans.models import RankingModel, Scores, build_model
@@ -56,6 +56,7 @@ from onetrans.optim import GradientNorms, Optimizers, build_optimizers
 from onetrans.plan import FINISHED_FILE, Plan, Recipe, add_day_arguments, plan_of
 from onetrans.progress import Progress
 from onetrans.recent_auc import RecentAuc
+from onetrans.scores import CANDIDATE
 from onetrans.settings import Settings, TrainingSettings, load_settings
 from onetrans.step_profile import BACKWARD, EXCHANGE, OPTIMIZER, StepProfile
 
@@ -89,8 +90,8 @@ EXAMPLES = """examples:
   onetrans train --model onetrans --next-batch --from 2022-04-25 --to 2022-05-06
   torchrun --nproc-per-node 8 -m onetrans.train --model onetrans --ds 2022-05-06   (or training.processes = 8)
 
-Seconds between checkpoints, threads, processes, device, learning rates and the like are settings of [training],
-each with its unit: `onetrans config`, docs/configuration.md."""
+settings of [training], in onetrans.toml or as ONETRANS_TRAINING_<NAME> (docs/configuration.md), with their defaults:
+{settings}"""
 
 Validate = Callable[[RankingModel], Metrics]
 """Scores held-out rows with a model in evaluation mode."""
@@ -380,6 +381,7 @@ class Training:
             tracker.log_tags({"restarted": self.restarted})
         self.model.train()
         self.unmoved = UnmovedWeights(self.model)
+        first: Cursor | None = None
         began, before = time.monotonic(), self.seconds
         saved, steps_before = began, self.step
         report_every = max(1, round(self.total_samples / self.plan.recipe.batch_size / CURVE_POINTS))
@@ -395,6 +397,7 @@ class Training:
                 due = self.ranks.leads and time.monotonic() - saved >= self.settings.training.checkpoint_seconds
                 # Whatever depends on a clock or a signal is agreed on, in one exchange with the counts of the batch.
                 *counts, stops, saves = self.ranks.total(*_counts(loaded.batch), stop.is_set(), due)
+                first = first or loaded.cursor
                 self._before_step(loaded)
                 row = self._one_step(loaded.batch, loaded.cursor, (counts[0], counts[1]))
                 self.cursor = loaded.following
@@ -417,8 +420,8 @@ class Training:
                 if saves:
                     self.save()
                     saved = time.monotonic()
-        if self.step > steps_before:
-            self._check_moved()
+        if first is not None:
+            self._check_moved(steps_before + 1, first)
         self.save()
 
     def _before_step(self, loaded: Loaded) -> None:
@@ -500,16 +503,20 @@ class Training:
             f"losses of the steps before: {recent}. The checkpoint on disk is the last sound one"
         )
 
-    def _check_moved(self) -> None:
+    def _check_moved(self, first_step: int, first: Cursor) -> None:
         names, total = self.unmoved.names, self.unmoved.total
+        if not names:
+            return
+        features = ", ".join(looked_up_in(self.model, names))
+        of = f"; the features that are looked up there: {features}" if features else ""
+        steps = f"{self.model_name}, steps {first_step} to {self.step}, which began with {first}"
         if 2 * len(names) > total:
             raise DivergedError(
-                f"{self.model_name}: {len(names)} of {total} weight tensors never changed, for example "
-                f"{names[0]}; a learning rate is too small, or no gradient reaches them"
+                f"{steps}: {len(names)} of {total} weight tensors never changed, for example {names[0]}{of}. "
+                "A learning rate is too small, or no gradient reaches them"
             )
-        if names:
-            # Possible without a defect: a behaviour sequence that has no event in the data trains nothing.
-            logger.warning("%s: weights that never changed: %s", self.model_name, ", ".join(names))
+        # Possible without a defect: a behaviour sequence that has no event in the data trains nothing.
+        logger.warning("%s: weights that never changed: %s%s", steps, ", ".join(names), of)
 
     # Files
 
@@ -635,6 +642,8 @@ def train(
         if threads or ranks.local_count > 1:
             torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // ranks.local_count))
         with open_tracker(settings, plan, model_name) if ranks.leads else nullcontext(SilentTracker()) as tracker:
+            if ranks.leads:
+                logger.info("%s of %s: %s", model_name, plan.ds, plan.decision)
             training = Training(plan, model_name, settings, validate, ranks)
             if not training.finished:
                 training.run(tracker, stop)
@@ -760,7 +769,9 @@ def stop_on_sigterm() -> Iterator[threading.Event]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
-    parser.add_argument("--model", required=True, choices=tuple(CONFIGS), help="the model, or its baseline")
+    parser.add_argument(
+        "--model", choices=tuple(CONFIGS), default=CANDIDATE, help="the model, or its baseline (default: %(default)s)"
+    )
     parser.add_argument(
         "--plan", metavar="PATH", help="folder printed by `onetrans plan`; without it --ds makes the plan"
     )
@@ -771,6 +782,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from onetrans.next_batch import add_arguments as add_next_batch_arguments
 
     add_next_batch_arguments(parser)
+    from onetrans.commands.config import settings_help
+
+    parser.epilog = EXAMPLES.replace("{settings}", settings_help(TrainingSettings))
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -796,6 +810,8 @@ def _run(arguments: argparse.Namespace, settings: Settings, ranks: Ranks, stop: 
 
     if plain_runs.chosen(arguments, ["data_dir"], ["plan", "ds"]):
         return plain_runs.train_on_files(arguments, settings, stop, ranks)
+    if arguments.overlapping_times:
+        raise BadConfigError("--overlapping-times needs --data-dir; a day of the lake is never trained on")
     for name in ("epochs", "batch_size"):
         if getattr(arguments, name) is not None:
             raise BadConfigError(f"--{name.replace('_', '-')} needs --data-dir; for days it is training.{name}")

@@ -29,12 +29,12 @@ sequences = [{name = "click", event = "click", max_length = 8}, {name = "buy", e
 START = datetime(2026, 3, 28, 20, 0, tzinfo=UTC)  # the night before Berlin's clocks go forward
 
 
-def rows(requests: int, seed: int = 0, prefix: str = "r") -> list[dict[str, Any]]:
-    """Return impressions with raw values; times are aware, sequences lists of events."""
+def rows(requests: int, seed: int = 0, prefix: str = "r", after: int = 0) -> list[dict[str, Any]]:
+    """Return impressions with raw values, later than so many requests; times are aware, sequences lists of events."""
     rng = np.random.default_rng(seed)
     found = []
     for number in range(requests):
-        ts = START + timedelta(minutes=17 * number, microseconds=int(rng.integers(1_000_000)))
+        ts = START + timedelta(minutes=17 * (after + number), microseconds=int(rng.integers(1_000_000)))
         user = int(rng.integers(20))
         past = {
             name: [

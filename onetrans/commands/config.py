@@ -11,6 +11,7 @@ import ast
 import inspect
 import json
 import os
+import textwrap
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -66,6 +67,20 @@ def field_meanings(cls: type[Any]) -> dict[str, str]:
         ):
             meanings[statement.target.id] = " ".join(str(following.value.value).split())
     return meanings
+
+
+def settings_help(cls: type[Any]) -> str:
+    """Return a section's fields with default and meaning as the end of a command's help."""
+    meanings = field_meanings(cls)
+    lines: list[str] = []
+    for name, value in vars(cls()).items():
+        lines += textwrap.wrap(
+            f"{name} = {_toml(value)}: {meanings[name].replace('`', '')}",
+            118,
+            initial_indent="  ",
+            subsequent_indent="      ",
+        )
+    return "\n".join(lines)
 
 
 def reference_page() -> str:

@@ -67,7 +67,7 @@ def plain_log(folder):
     log.mkdir()
     (log / "schema.toml").write_text(PLAIN_SCHEMA)
     write(log / "train.csv", rows(12, 1, "train"))
-    write(log / "val.jsonl", rows(41, 2, "val"))
+    write(log / "val.jsonl", rows(41, 2, "val", after=12))
     return log
 
 
@@ -114,7 +114,7 @@ def test_through_the_settings_and_measured_over_all_rows_of_both_processes(tmp_p
     model, schema, _ = load_model(folder)
     held_out = plain_files.prepare(str(log), "val", schema, str(tmp_path / "again"))
     scores = score_files(held_out, schema, 64, {"dcnv2_din": model}, settings, "val")
-    assert scores.num_rows == figures["rows"] == len(rows(41, 2, "val"))
+    assert scores.num_rows == figures["rows"] == len(rows(41, 2, "val", after=12))
     assert compute_metrics(scores, ["dcnv2_din"])["dcnv2_din"].to_dict() == pytest.approx(figures, rel=1e-6)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -21,13 +22,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     log.mkdir()
     (log / "schema.toml").write_text(SCHEMA)
     write(log / "train.csv", rows(400, 1, "train"))
-    write(log / "val.jsonl", rows(120, 2, "val"))
-    write(log / "test.parquet", rows(120, 3, "test"))
+    write(log / "val.jsonl", rows(120, 2, "val", after=401))
+    write(log / "test.parquet", rows(120, 3, "test", after=521))
     return log
 
 
 def command(folder: Path, *more: str) -> list[str]:
-    return ["train", "--model", "onetrans", "--config", "tiny", "--data-dir", str(folder), "--batch-size", "64", *more]
+    return ["train", "--config", "tiny", "--data-dir", str(folder), "--batch-size", "64", *more]
 
 
 def test_the_best_pass_on_held_out_rows_is_kept_and_evaluated(folder, capsys):
@@ -67,6 +68,24 @@ def test_options_that_contradict_each_other_and_rows_in_two_splits_are_refused(f
     assert "--ds belongs to a day of the lake" in capsys.readouterr().err
     assert cli(["evaluate", "--data-dir", str(folder)]) == EXIT_BAD_CONFIG
     assert "--model-path is needed beside --data-dir" in capsys.readouterr().err
-    write(folder / "val.jsonl", rows(50, 2, "train"))
+    write(folder / "val.jsonl", rows(50, 2, "train", after=401))
     assert cli(command(folder)) == EXIT_BAD_DATA
-    assert "50 requests stand both in train and in val" in capsys.readouterr().err
+    assert "50 requests stand both in train and in val, for example 'train0000'" in capsys.readouterr().err
+
+
+def test_rows_that_are_not_later_than_those_trained_on_are_refused_unless_it_is_meant(folder, capsys):
+    (folder / "val.jsonl").unlink()
+    assert cli(command(folder, "--epochs", "1")) == EXIT_OK
+    (path,) = capsys.readouterr().out.strip().splitlines()
+    write(folder / "val.jsonl", rows(120, 2, "val", after=390))
+    told = r"10 of 120 requests of val are not later than the last of train \(2026-04-02 .*, the first is of 2026-04-02"
+    evaluation = ["evaluate", "--model-path", path, "--data-dir", str(folder), "--split", "val"]
+    for refused in (command(folder, "--epochs", "1"), evaluation):
+        assert cli(refused) == EXIT_BAD_DATA
+        assert re.search(told, capsys.readouterr().err)
+        assert cli([*refused, "--overlapping-times"]) == EXIT_OK
+    write(folder / "test.parquet", rows(120, 3, "val", after=600))
+    assert cli([*evaluation[:-1], "test"]) == EXIT_BAD_DATA
+    assert "120 requests stand both in val and in test" in capsys.readouterr().err
+    # What the model was trained on may be scored, if that is asked for.
+    assert cli([*evaluation[:-1], "train"]) == EXIT_OK

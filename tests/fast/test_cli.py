@@ -66,7 +66,7 @@ def test_a_day_that_is_none_is_bad_configuration(arguments: list[str], capsys: p
     assert capsys.readouterr().err.splitlines()[-1].startswith("BadConfigError: ")
 
 
-@pytest.mark.parametrize("arguments", [["plan", "--day", "2022-05-04"], ["train", "--ds", "2022-05-04"], ["publish"]])
+@pytest.mark.parametrize("arguments", [["plan", "--day", "2022-05-04"], ["train", "--model", "dcn"], ["publish"]])
 def test_a_wrong_argument_is_bad_configuration(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """Airflow would try the 2 of argparse again and again."""
     with pytest.raises(SystemExit) as stop:

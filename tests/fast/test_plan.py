@@ -322,11 +322,15 @@ def test_days_the_log_lost_are_trained_without(own):
     lost = replace(own, source=replace(own.source, absent_days=(days[2], days[4])))
     plan = plan_for(lost, days[3])
     assert list(plan.train_days) == days[:2]
+    assert plan.decision.endswith("reads 2024-02-26..2024-02-27, without 2024-02-28, which source.absent_days names")
     finish(plan)
     publish_day(lake, days[5], SCHEMA, WORLD)
     later = plan_for(lost, days[5])
     assert (later.warm_start_ds, list(later.train_days)) == (days[3], [days[3]])
-    assert later.decision == "goes on from the training of 2024-02-29 and reads 2024-02-29"
+    assert later.decision == (
+        "goes on from the training of 2024-02-29 and reads 2024-02-29, without 2024-03-01, which source.absent_days "
+        "names"
+    )
     assert list(plan_for(lost, days[5], from_scratch=True).train_days) == [days[3]], "three days back, two of them lost"
     with pytest.raises(BadConfigError, match=r"2024-03-01 is named in source.absent_days"):
         plan_for(lost, days[4])

@@ -7,11 +7,11 @@ this to name a missing or mistyped column before Spark reads a row, and
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-from onetrans.errors import BadConfigError
-from onetrans.schema import CONTEXT_FROM_CLOCK, Feature, FeatureSchema, InputTable, Kind, Side
+from onetrans.schema import CONTEXT_FROM_CLOCK, Feature, FeatureSchema, InputTable, Kind, Mistake, Side, refuse
 
 ValueKind = Literal["id", "category", "number", "vector", "time", "label", "position"]
 
@@ -47,15 +47,35 @@ def contract(schema: FeatureSchema, table: InputTable) -> tuple[Column, ...]:
             contract does not have.
     """
     check_schema(schema)
-    columns = _columns(schema, table)
-    known = [column.name for column in columns]
+    refuse(_unknown_columns(schema, table))
+    return _columns(schema, table)
+
+
+def contract_mistakes(schema: FeatureSchema) -> Iterator[Mistake]:
+    """Yield what the input tables cannot provide, for a person who wants to see all of it at once."""
+    yield from _wrong_kinds(schema)
+    twofold = [mistake for side in get_args(Side) for mistake in schema.unlike_kinds(side)]
+    yield from twofold
+    if twofold:
+        return  # which columns a table has is not decided
+    for table in get_args(InputTable):
+        yield from _unknown_columns(schema, table)
+
+
+def _unknown_columns(schema: FeatureSchema, table: InputTable) -> Iterator[Mistake]:
+    known = column_names(schema, table) if schema.columns.get(table) else []
     for name in schema.columns.get(table, {}):
         if name not in known:
-            raise BadConfigError(
+            yield Mistake(
+                ("columns", table, name),
                 f"schema {schema.name!r}: [columns.{table}] {name} is no column of the contract, which has "
-                f'{", ".join(known)}; write: column of the contract = "column of your files"'
+                f'{", ".join(known)}; write: column of the contract = "column of your files"',
             )
-    return columns
+
+
+def column_names(schema: FeatureSchema, table: InputTable) -> list[str]:
+    """Return the names of the columns that an input table of this log may have."""
+    return [column.name for column in _columns(schema, table)]
 
 
 def _columns(schema: FeatureSchema, table: InputTable) -> tuple[Column, ...]:
@@ -121,20 +141,25 @@ def check_schema(schema: FeatureSchema) -> None:
     Raises:
         BadConfigError: naming the feature and its column.
     """
+    refuse(_wrong_kinds(schema))
+
+
+def _wrong_kinds(schema: FeatureSchema) -> Iterator[Mistake]:
     keys: dict[Side, tuple[str, ...]] = {"user": ("user",), "item": ("item", *schema.aggregates.item_keys)}
-    for feature in schema.features:
+    ids = {"user": ("user_id",), "item": ("item_id", *schema.aggregates.item_keys), "event": EVENT_OWN}
+    for number, feature in enumerate(schema.features):
         figures = [c for key in keys.get(feature.side, ()) for c in schema.aggregates.columns(key)]
         if feature.column in figures and feature.kind != "bucketized":
-            raise _wrong_kind(feature, "a computed number", "bucketized")
-        ids = {"user": ("user_id",), "item": ("item_id", *schema.aggregates.item_keys), "event": EVENT_OWN}
-        if feature.column in ids.get(feature.side, ()) and feature.kind != "hashed":
-            raise _wrong_kind(feature, "an id", "hashed")
-        if feature.side == "context" and feature.column in CONTEXT_FROM_CLOCK and feature.kind == "vector":
-            raise _wrong_kind(feature, "computed from the clock", "hashed")
+            yield _wrong_kind(number, feature, "a computed number", "bucketized")
+        elif feature.column in ids.get(feature.side, ()) and feature.kind != "hashed":
+            yield _wrong_kind(number, feature, "an id", "hashed")
+        elif feature.side == "context" and feature.column in CONTEXT_FROM_CLOCK and feature.kind == "vector":
+            yield _wrong_kind(number, feature, "computed from the clock", "hashed")
 
 
-def _wrong_kind(feature: Feature, what: str, kind: Kind) -> BadConfigError:
-    return BadConfigError(f"feature {feature.name!r}: column {feature.column!r} is {what}; its kind must be {kind!r}")
+def _wrong_kind(number: int, feature: Feature, what: str, kind: Kind) -> Mistake:
+    text = f"feature {feature.name!r}: column {feature.column!r} is {what}; its kind must be {kind!r}"
+    return Mistake(("features", number, "kind"), text)
 
 
 def _declared(columns: dict[str, Kind], dims: dict[str, int], required: bool = True) -> tuple[Column, ...]:

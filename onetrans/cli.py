@@ -35,6 +35,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "promote": ("onetrans.registry", "register the candidate and move the aliases the gate allows"),
     "registry": ("onetrans.commands.registry", "list, show, compare, promote or roll back registered models"),
     "serve": ("onetrans.commands.serve", "answer ranking requests over HTTP with the champion"),
+    "schema": ("jobs.schema_check", "explain every mistake of a feature schema file, line by line"),
     "config": ("onetrans.commands.config", "print every setting in force"),
     "report": ("onetrans.report", "print figures and verdicts of a range of days"),
 }

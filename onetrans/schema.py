@@ -31,12 +31,12 @@ import json
 import re
 import tomllib
 from collections import abc
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from datetime import date, datetime, timedelta
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import numpy as np
@@ -61,6 +61,9 @@ _SMALLEST_SQUARE, _LARGEST_SQUARE = 1e-30, 1e30  # Between them a sum of squares
 
 CONTEXT_FROM_CLOCK = ("hour_of_day", "day_of_week")
 """Context columns every log has: they are computed from a request's time in the log's time zone."""
+
+EPOCHS = ("", "s", "ms", "us")
+"""Units of times that are whole numbers; empty: times are no numbers."""
 
 DERIVED_EVENTS = ("impression", "click", "conversion")
 """Types of the events that can be derived from impressions."""
@@ -108,6 +111,15 @@ def hash64(value: str) -> int:
     return unsigned - (1 << 64) if unsigned >= 1 << 63 else unsigned
 
 
+class Mistake(NamedTuple):
+    """What is wrong with a schema file, and where: each rule is told in these, so that all can be shown at once."""
+
+    place: tuple[str | int, ...]
+    """Keys that lead to it from the top of the file, with the number of an entry in a list of tables."""
+    text: str
+    """The rule that is broken, with the value."""
+
+
 @dataclass(frozen=True)
 class Feature:
     """One feature: where it is read and how it becomes a row of an embedding table."""
@@ -130,58 +142,60 @@ class Feature:
     """Numbers of a vector feature's value."""
 
     def __post_init__(self) -> None:
+        refuse(self.mistakes())
+        if not self.embedding:
+            object.__setattr__(self, "embedding", self.name)
+
+    def mistakes(self) -> Iterator[Mistake]:
+        """Yield what is wrong with this feature taken alone."""
         where = f"feature {self.name!r}"
         if not _NAME.fullmatch(self.name):
-            raise BadConfigError(f"{where}: a name is lower-case letters, digits and '_', at most 63 of them")
+            yield Mistake(("name",), f"{where}: a name is lower-case letters, digits and '_', at most 63 of them")
         if not self.column:
-            raise BadConfigError(f"{where}: column is empty")
+            yield Mistake(("column",), f"{where}: column is empty")
         if self.side not in get_args(Side):
-            raise BadConfigError(f"{where}: side = {self.side!r} is none of {', '.join(get_args(Side))}")
+            yield Mistake(("side",), f"{where}: side = {self.side!r} is none of {', '.join(get_args(Side))}")
         if self.kind == "hashed":
             if self.hash_size < 1:
-                raise BadConfigError(f"{where}: hash_size = {self.hash_size} must be at least 1")
+                yield Mistake(("hash_size",), f"{where}: hash_size = {self.hash_size} must be at least 1")
             if self.boundaries:
-                raise BadConfigError(f"{where}: boundaries belong to a bucketized feature, this one is hashed")
-            self._refuse_dim(where)
+                text = f"{where}: boundaries belong to a bucketized feature, this one is hashed"
+                yield Mistake(("boundaries",), text)
         elif self.kind == "bucketized":
             if not self.boundaries:
-                raise BadConfigError(f"{where}: boundaries are missing")
+                yield Mistake(("boundaries",), f"{where}: boundaries are missing")
             if any(not np.isfinite(b) for b in self.boundaries) or any(
                 a >= b for a, b in zip(self.boundaries, self.boundaries[1:], strict=False)
             ):
-                raise BadConfigError(f"{where}: boundaries = {list(self.boundaries)} must be finite and increasing")
+                text = f"{where}: boundaries = {list(self.boundaries)} must be finite and increasing"
+                yield Mistake(("boundaries",), text)
             if self.hash_size:
-                raise BadConfigError(f"{where}: hash_size belongs to a hashed feature, this one is bucketized")
-            self._refuse_dim(where)
+                text = f"{where}: hash_size belongs to a hashed feature, this one is bucketized"
+                yield Mistake(("hash_size",), text)
         elif self.kind == "vector":
             if not isinstance(self.dim, int) or self.dim < 1:
-                raise BadConfigError(f"{where}: dim = {self.dim!r} must be a whole number, at least 1")
+                yield Mistake(("dim",), f"{where}: dim = {self.dim!r} must be a whole number, at least 1")
             for name, given in (
                 ("hash_size", self.hash_size),
                 ("boundaries", self.boundaries),
                 ("embedding", self.embedding not in ("", self.name)),
             ):
                 if given:
-                    raise BadConfigError(
-                        f"{where}: {name} does not belong to a vector, which has a dim and nothing else"
-                    )
+                    text = f"{where}: {name} does not belong to a vector, which has a dim and nothing else"
+                    yield Mistake((name,), text)
             if self.side == "event":
-                raise BadConfigError(
+                yield Mistake(
+                    ("side",),
                     f"{where}: side = 'event' cannot hold a vector: every request would carry it once per past event. "
-                    f"Let the event read its item's id and share the item's embedding instead"
+                    f"Let the event read its item's id and share the item's embedding instead",
                 )
         else:
-            raise BadConfigError(f"{where}: kind = {self.kind!r} is none of {', '.join(get_args(Kind))}")
-        if not self.embedding:
-            object.__setattr__(self, "embedding", self.name)
-        if not _NAME.fullmatch(self.embedding):
-            raise BadConfigError(
-                f"{where}: embedding = {self.embedding!r} must be lower-case letters, digits and '_', at most 63"
-            )
-
-    def _refuse_dim(self, where: str) -> None:
-        if self.dim:
-            raise BadConfigError(f"{where}: dim belongs to a vector feature, this one is {self.kind}")
+            yield Mistake(("kind",), f"{where}: kind = {self.kind!r} is none of {', '.join(get_args(Kind))}")
+        if self.dim and self.kind in ("hashed", "bucketized"):
+            yield Mistake(("dim",), f"{where}: dim belongs to a vector feature, this one is {self.kind}")
+        if self.embedding not in ("", self.name) and not _NAME.fullmatch(self.embedding):
+            text = f"{where}: embedding = {self.embedding!r} must be lower-case letters, digits and '_', at most 63"
+            yield Mistake(("embedding",), text)
 
     @property
     def rows(self) -> int:
@@ -246,13 +260,17 @@ class Sequence:
     """Events kept, the latest ones."""
 
     def __post_init__(self) -> None:
+        refuse(self.mistakes())
+
+    def mistakes(self) -> Iterator[Mistake]:
+        """Yield what is wrong with this sequence taken alone."""
         where = f"sequence {self.name!r}"
         if not _NAME.fullmatch(self.name):
-            raise BadConfigError(f"{where}: a name is lower-case letters, digits and '_', at most 63 of them")
+            yield Mistake(("name",), f"{where}: a name is lower-case letters, digits and '_', at most 63 of them")
         if not self.event:
-            raise BadConfigError(f"{where}: event is empty")
+            yield Mistake(("event",), f"{where}: event is empty")
         if self.max_length < 1:
-            raise BadConfigError(f"{where}: max_length = {self.max_length} must be at least 1")
+            yield Mistake(("max_length",), f"{where}: max_length = {self.max_length} must be at least 1")
 
     @property
     def column(self) -> str:
@@ -272,10 +290,15 @@ class Aggregates:
     """Impressions (or clicks, for a conversion rate) of prior weight that pull a small rate to the overall one."""
 
     def __post_init__(self) -> None:
+        refuse(self.mistakes())
+
+    def mistakes(self) -> Iterator[Mistake]:
+        """Yield what is wrong with them."""
         if not self.windows or any(w < 1 for w in self.windows) or list(self.windows) != sorted(set(self.windows)):
-            raise BadConfigError(f"aggregates.windows = {list(self.windows)} must be increasing and at least 1")
+            text = f"aggregates.windows = {list(self.windows)} must be increasing and at least 1"
+            yield Mistake(("windows",), text)
         if self.smoothing < 0:
-            raise BadConfigError(f"aggregates.smoothing = {self.smoothing} must not be negative")
+            yield Mistake(("smoothing",), f"aggregates.smoothing = {self.smoothing} must not be negative")
 
     def columns(self, key: str) -> list[str]:
         """Return the aggregate columns of ``key`` ("user", "item" or an item key), in table order."""
@@ -314,61 +337,106 @@ class FeatureSchema:
     """Per input table: column of the contract -> column of the team's own files, where they differ."""
 
     def __post_init__(self) -> None:
-        _refuse_repeats("feature", [f.name for f in self.features])
-        _refuse_repeats("sequence", [s.name for s in self.sequences])
-        _refuse_repeats("sequence event", [s.event for s in self.sequences])
+        refuse(self.mistakes())
+
+    def mistakes(self) -> Iterator[Mistake]:
+        """Yield what is wrong with the whole, its parts being right each for itself."""
+        yield from _repeats("feature", "features", "name", [f.name for f in self.features])
+        yield from _repeats("sequence", "sequences", "name", [s.name for s in self.sequences])
+        yield from _repeats("sequence event", "sequences", "event", [s.event for s in self.sequences])
         try:
             ZoneInfo(self.timezone)
-        except (ZoneInfoNotFoundError, ValueError) as error:
-            raise BadConfigError(f"schema {self.name!r}: timezone = {self.timezone!r} is not known") from error
+        except (ZoneInfoNotFoundError, ValueError):
+            yield Mistake(("timezone",), f"schema {self.name!r}: timezone = {self.timezone!r} is not known")
         if not 0 <= self.day_tolerance_minutes <= 720:
-            raise BadConfigError(
-                f"schema {self.name!r}: day_tolerance_minutes = {self.day_tolerance_minutes} must be in 0..720"
-            )
-        if self.epoch not in ("", "s", "ms", "us"):
-            raise BadConfigError(f"schema {self.name!r}: epoch = {self.epoch!r} is none of '', 's', 'ms', 'us'")
+            text = f"schema {self.name!r}: day_tolerance_minutes = {self.day_tolerance_minutes} must be in 0..720"
+            yield Mistake(("day_tolerance_minutes",), text)
+        if self.epoch not in EPOCHS:
+            text = f"schema {self.name!r}: epoch = {self.epoch!r} is none of {', '.join(map(repr, EPOCHS))}"
+            yield Mistake(("epoch",), text)
         for event in self.derived_behaviors:
             if event not in DERIVED_EVENTS:
-                raise BadConfigError(
+                text = (
                     f"schema {self.name!r}: derived_behaviors names {event!r}, "
                     f"which is none of {', '.join(DERIVED_EVENTS)}"
                 )
+                yield Mistake(("derived_behaviors",), text)
         if self.outcome_delay_minutes < 0:
-            raise BadConfigError(f"schema {self.name!r}: outcome_delay_minutes must not be negative")
+            text = f"schema {self.name!r}: outcome_delay_minutes must not be negative"
+            yield Mistake(("outcome_delay_minutes",), text)
         if not 0 <= self.attribution_hours <= 24 * 365:
-            raise BadConfigError(
-                f"schema {self.name!r}: attribution_hours = {self.attribution_hours} must be in 0..8760 (a year)"
-            )
+            text = f"schema {self.name!r}: attribution_hours = {self.attribution_hours} must be in 0..8760 (a year)"
+            yield Mistake(("attribution_hours",), text)
         for side in ("user", "item"):
             if not self.of_side(side):
-                raise BadConfigError(f"schema {self.name!r}: no feature has side = {side!r}")
+                yield Mistake(("features",), f"schema {self.name!r}: no feature has side = {side!r}")
         if self.sequences and not self.of_side("event"):
-            raise BadConfigError(f"schema {self.name!r}: sequences need at least one feature with side = 'event'")
+            text = f"schema {self.name!r}: sequences need at least one feature with side = 'event'"
+            yield Mistake(("features",), text)
         for table in self.columns:
             if table not in get_args(InputTable):
-                raise BadConfigError(f"schema {self.name!r}: [columns.{table}] is none of {get_args(InputTable)}")
-        vectors = {c: side for side in ("item", "context") for c in self.vector_columns(side)}
-        for feature in self.of_side("event"):
-            if feature.column in vectors:
-                raise BadConfigError(
+                text = f"schema {self.name!r}: [columns.{table}] is none of {get_args(InputTable)}"
+                yield Mistake(("columns", table), text)
+        for side in get_args(Side):
+            yield from self._unlike_lengths(side)
+        vectors = {f.column: f.side for f in self.features if f.kind == "vector" and f.side in ("item", "context")}
+        for number, feature in enumerate(self.features):
+            if feature.side == "event" and feature.column in vectors:
+                text = (
                     f"feature {feature.name!r}: column {feature.column!r} is a vector of side "
                     f"{vectors[feature.column]!r}; an event cannot read one"
                 )
-        for feature in self.features:
+                yield Mistake(("features", number, "column"), text)
+        for number, feature in enumerate(self.features):
             if feature.name in RESERVED_NAMES or feature.name.startswith("seq_"):
-                raise BadConfigError(
+                text = (
                     f"feature {feature.name!r}: the name belongs to a column every table has; choose another name, "
                     f"its column may stay {feature.column!r}"
                 )
+                yield Mistake(("features", number, "name"), text)
             reason = _UNREADABLE.get(feature.side, {}).get(feature.column)
             if reason is not None:
-                raise BadConfigError(f"feature {feature.name!r}: column {feature.column!r} {reason}")
+                text = f"feature {feature.name!r}: column {feature.column!r} {reason}"
+                yield Mistake(("features", number, "column"), text)
             if feature.column.startswith("true_"):
-                raise BadConfigError(
+                text = (
                     f"feature {feature.name!r}: column {feature.column!r} holds a simulator's truth; "
                     "columns that begin with 'true_' may not be features"
                 )
-        self.embedding_tables()
+                yield Mistake(("features", number, "column"), text)
+        yield from self._unlike_tables()
+
+    def _unlike_lengths(self, side: Side) -> Iterator[Mistake]:
+        """Yield vector features that read a column with another length than one before."""
+        dims: dict[str, int] = {}
+        for number, feature in enumerate(self.features):
+            if feature.side != side or feature.kind != "vector":
+                continue
+            first = dims.setdefault(feature.column, feature.dim)
+            if first != feature.dim:
+                text = f"column {feature.column!r} is read with dim = {first} and with dim = {feature.dim}"
+                yield Mistake(("features", number, "dim"), text)
+
+    def unlike_kinds(self, side: Side) -> Iterator[Mistake]:
+        """Yield features that read a column as another kind than one before."""
+        kinds: dict[str, Kind] = {}
+        for number, feature in enumerate(self.features):
+            if feature.side == side and kinds.setdefault(feature.column, feature.kind) != feature.kind:
+                both = " and as ".join((kinds[feature.column], feature.kind))
+                yield Mistake(("features", number, "kind"), f"column {feature.column!r} is read both as {both}")
+
+    def _unlike_tables(self) -> Iterator[Mistake]:
+        """Yield features that share an embedding table with one before and disagree about it."""
+        tables: dict[str, Feature] = {}
+        for number, feature in enumerate(self.features):
+            first = tables.setdefault(feature.embedding, feature)
+            both = f"features {first.name!r} and {feature.name!r} share embedding {feature.embedding!r}"
+            if "vector" in (first.kind, feature.kind) and first is not feature:
+                text = f"{both}, but a vector has an embedding of its own; rename one"
+                yield Mistake(("features", number, "embedding"), text)
+            elif (first.kind, first.rows, first.boundaries) != (feature.kind, feature.rows, feature.boundaries):
+                text = f"{both} but differ in kind, hash_size or boundaries"
+                yield Mistake(("features", number, "embedding"), text)
 
     def labels_close(self, ds: date) -> datetime:
         """Return the instant (UTC) after which no conversion of a day can still come: the end of the day's window."""
@@ -388,25 +456,8 @@ class FeatureSchema:
         return {feature.name: feature for feature in self.features}[name]
 
     def embedding_tables(self) -> dict[str, int]:
-        """Return every embedding table's name and rows.
-
-        Raises:
-            BadConfigError: if features that share a table disagree on its rows.
-        """
-        tables: dict[str, Feature] = {}
-        for feature in self.features:
-            first = tables.setdefault(feature.embedding, feature)
-            if "vector" in (first.kind, feature.kind) and first is not feature:
-                raise BadConfigError(
-                    f"features {first.name!r} and {feature.name!r} share embedding {feature.embedding!r}, "
-                    f"but a vector has an embedding of its own; rename one"
-                )
-            if (first.kind, first.rows, first.boundaries) != (feature.kind, feature.rows, feature.boundaries):
-                raise BadConfigError(
-                    f"features {first.name!r} and {feature.name!r} share embedding {feature.embedding!r} "
-                    f"but differ in kind, hash_size or boundaries"
-                )
-        return {name: feature.rows for name, feature in tables.items()}
+        """Return every embedding table's name and rows."""
+        return {feature.embedding: feature.rows for feature in self.features}
 
     def source_columns(self, side: Side) -> dict[str, Kind]:
         """Return the columns that features of ``side`` read, each with the kind that decides its type.
@@ -414,30 +465,16 @@ class FeatureSchema:
         Raises:
             BadConfigError: if one column is read as two kinds.
         """
-        kinds: dict[str, Kind] = {}
-        for feature in self.of_side(side):
-            if kinds.setdefault(feature.column, feature.kind) != feature.kind:
-                both = " and as ".join((kinds[feature.column], feature.kind))
-                raise BadConfigError(f"column {feature.column!r} is read both as {both}")
-        return kinds
+        refuse(self.unlike_kinds(side))
+        return {feature.column: feature.kind for feature in self.of_side(side)}
 
     def vectors(self, side: Side) -> tuple[Feature, ...]:
         """Return the vector features of one side, in schema order: the order of a batch's numbers."""
         return tuple(f for f in self.of_side(side) if f.kind == "vector")
 
     def vector_columns(self, side: Side) -> dict[str, int]:
-        """Return the columns that vector features of ``side`` read, each with the numbers of a value.
-
-        Raises:
-            BadConfigError: if one column is read with two lengths.
-        """
-        dims: dict[str, int] = {}
-        for feature in self.vectors(side):
-            if dims.setdefault(feature.column, feature.dim) != feature.dim:
-                raise BadConfigError(
-                    f"column {feature.column!r} is read with dim = {dims[feature.column]} and with dim = {feature.dim}"
-                )
-        return dims
+        """Return the columns that vector features of ``side`` read, each with the numbers of a value."""
+        return {feature.column: feature.dim for feature in self.vectors(side)}
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data that :meth:`from_dict` reads back; keys are those of the schema file."""
@@ -476,7 +513,9 @@ class FeatureSchema:
         try:
             return cls.from_dict(data)
         except BadConfigError as error:
-            raise BadConfigError(f"schema file {path}: {error}") from error
+            raise BadConfigError(
+                f"schema file {path}: {error} (with lines, and all there are: onetrans schema check {path})"
+            ) from error
 
     @property
     def fingerprint(self) -> str:
@@ -491,19 +530,28 @@ def load_schema(source: SourceSettings) -> FeatureSchema:
     Raises:
         BadConfigError: if there is none of them, or it is refused.
     """
+    return FeatureSchema.load(schema_file(source))
+
+
+def schema_file(source: SourceSettings) -> str:
+    """Return the path of the schema file that :func:`load_schema` reads.
+
+    Raises:
+        BadConfigError: if there is none.
+    """
     if source.schema:
         if not storage.exists(source.schema):
             raise BadConfigError(
                 f"source.schema = {source.schema!r}: there is no file {storage.resolve(source.schema)}. A relative "
                 "path is taken from the working directory; without this setting schema.toml in source.path is read"
             )
-        return FeatureSchema.load(source.schema)
+        return source.schema
     own = storage.join(source.path, "schema.toml")
     if storage.exists(own):
-        return FeatureSchema.load(own)
+        return own
     with importlib.resources.as_file(_adapter(source.kind)) as adapter:
         if (adapter / "schema.toml").is_file():
-            return FeatureSchema.load(adapter / "schema.toml")
+            return str(adapter / "schema.toml")
     raise BadConfigError(f"there is no feature schema: source.schema is not set and there is no {own}")
 
 
@@ -521,12 +569,88 @@ def _adapter(kind: str) -> Traversable:
     return Path(found.origin).parent
 
 
-def _refuse_repeats(what: str, names: Iterable[str]) -> None:
+def _repeats(what: str, section: str, key: str, names: Iterable[str]) -> Iterator[Mistake]:
     seen: set[str] = set()
-    for name in names:
+    for number, name in enumerate(names):
         if name in seen:
-            raise BadConfigError(f"{what} {name!r} is declared twice")
+            yield Mistake((section, number, key), f"{what} {name!r} is declared twice")
         seen.add(name)
+
+
+def refuse(mistakes: Iterable[Mistake]) -> None:
+    """Raise the first of some mistakes.
+
+    Raises:
+        BadConfigError: if there is one.
+    """
+    for mistake in mistakes:
+        raise BadConfigError(mistake.text)
+
+
+def mistakes_in(data: Mapping[str, Any]) -> tuple[list[Mistake], FeatureSchema]:
+    """Return every mistake in the content of a schema file, and what can be made of it all the same.
+
+    A part that cannot be made is left out of the rules for the whole.  Without mistakes the second is the schema.
+    """
+    top, found = dict(data), list[Mistake]()
+    parts: dict[str, list[Any]] = {"features": [], "sequences": []}
+    whole = True
+    for section, cls in (("features", Feature), ("sequences", Sequence)):
+        try:
+            entries = list(_entries(top, section))
+        except BadConfigError as error:
+            found.append(Mistake((section,), str(error)))
+            whole = False
+            continue
+        for number, entry in enumerate(entries):
+            part = _attempt(cls, f"{section}[{number}]", (section, number), entry, found)
+            parts[section] += [part]
+            whole &= part is not None
+    aggregates = _attempt(Aggregates, "aggregates", ("aggregates",), top.pop("aggregates", {}), found)
+    # A part that is missing would move the numbers of those after it.
+    features = tuple(
+        part or Feature(f"left_out_{n}", "user", "hashed", f"left_out_{n}", 1)
+        for n, part in enumerate(parts["features"])
+    )
+    sequences = tuple(
+        part or Sequence(f"left_out_{n}", f"left_out_{n}", 1) for n, part in enumerate(parts["sequences"])
+    )
+    alone = len(found)
+    together = {**top, "features": features, "sequences": sequences, "aggregates": aggregates or Aggregates()}
+    schema: FeatureSchema = _attempt(FeatureSchema, "schema", (), together, found)
+    return [m for number, m in enumerate(found) if number < alone or whole or m.place != ("features",)], schema
+
+
+def _attempt(cls: type[Any], where: str, place: tuple[str | int, ...], data: Any, found: list[Mistake]) -> Any:
+    """Return an instance made without its checks, all mistakes of which are added to ``found``; None: it cannot be."""
+    mistakes = list(_value_mistakes(cls, where, data))
+    found += [Mistake((*place, *mistake.place), mistake.text) for mistake in mistakes]
+    if not isinstance(data, Mapping):
+        return None
+    missing = {f.name for f in _needed(cls) if f.name not in data}
+    wrong = {mistake.place[0] for mistake in mistakes} | missing
+    unusable = bool(wrong & {f.name for f in _needed(cls)}) and cls is not FeatureSchema
+    made = object.__new__(cls)
+    for part in fields(cls):
+        if part.name in data and part.name not in wrong:
+            value = _value(data[part.name])
+        elif part.default is not MISSING:
+            value = part.default
+        elif part.default_factory is not MISSING:
+            value = part.default_factory()
+        else:
+            value = 0 if part.name == "max_length" else ""
+        object.__setattr__(made, part.name, value)
+    if cls is Feature and not made.embedding:
+        object.__setattr__(made, "embedding", made.name)
+    own = [mistake for mistake in made.mistakes() if not mistake.place or mistake.place[0] not in wrong]
+    found += [Mistake((*place, *mistake.place), mistake.text) for mistake in own]
+    return None if unusable else made
+
+
+def _needed(cls: type[Any]) -> list[Field[Any]]:
+    """Return the fields that have no default."""
+    return [f for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
 
 
 def _entries(top: dict[str, Any], name: str) -> Iterable[Any]:
@@ -539,22 +663,30 @@ def _entries(top: dict[str, Any], name: str) -> Iterable[Any]:
 
 def _build(cls: type[Any], where: str, data: Any) -> Any:
     """Construct a dataclass from file data: lists become tuples; unknown, missing and mistyped keys are named."""
+    refuse(_value_mistakes(cls, where, data))
+    return cls(**{key: _value(value) for key, value in data.items()})
+
+
+def _value(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _value_mistakes(cls: type[Any], where: str, data: Any) -> Iterator[Mistake]:
+    """Yield unknown keys of a table, values of the wrong type, and keys that are missing."""
     if not isinstance(data, Mapping):
-        raise BadConfigError(f"{where} = {data!r} is not a table of keys and values")
+        yield Mistake((), f"{where} = {data!r} is not a table of keys and values")
+        return
     known = {f.name: f for f in fields(cls)}
-    unknown = sorted(set(data) - set(known))
-    if unknown:
-        raise BadConfigError(f"{where}: unknown key {unknown[0]!r}; known keys are {', '.join(known)}")
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
+    for key in sorted(set(data) - set(known)):
+        yield Mistake((key,), f"{where}: unknown key {key!r}; known keys are {', '.join(known)}")
     label = f" ({data['name']})" if isinstance(data.get("name"), str) else ""
     hints = get_type_hints(cls)
-    for key, value in values.items():
-        if not _fits(value, hints[key]):
-            raise BadConfigError(f"{where}{label}: {key} = {data[key]!r} is not {_told(hints[key])}")
-    try:
-        return cls(**values)
-    except TypeError as error:
-        raise BadConfigError(f"{where}{label}: {str(error).replace('__init__() ', '')}") from error
+    for key, value in data.items():
+        if key in known and not _fits(_value(value), hints[key]):
+            yield Mistake((key,), f"{where}{label}: {key} = {value!r} is not {_told(hints[key])}")
+    missing = [f.name for f in _needed(cls) if f.name not in data]
+    if missing:
+        yield Mistake((missing[0],), f"{where}{label}: {', '.join(map(repr, missing))} must be given")
 
 
 def _fits(value: Any, kind: Any) -> bool:

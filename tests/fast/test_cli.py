@@ -154,4 +154,4 @@ def test_the_library_knows_nothing_of_what_is_built_on_it() -> None:
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             assert not above & {name.split(".")[0] for name in names}, file
     implemented = {module for module, _ in cli.COMMANDS.values() if module.split(".")[0] in above}
-    assert implemented == {"jobs.sources.simulated.write", "jobs.quarantine"}
+    assert implemented == {"jobs.sources.simulated.write", "jobs.quarantine", "jobs.schema_check"}

@@ -18,6 +18,7 @@ recent one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -115,6 +116,23 @@ class RequestBatch:
             context_vector_RX=rows(self.context_vector_RX, requests),
             item_vector_NX=rows(self.item_vector_NX, candidate),
         )
+
+    @classmethod
+    def join(cls, batches: Sequence[RequestBatch]) -> RequestBatch:
+        """Return the requests of batches of one schema as one batch, in their order."""
+        if len(batches) == 1:
+            return batches[0]
+        joined: dict[str, Any] = {}
+        for name in (f.name for f in fields(cls)):
+            tensors = [getattr(batch, name) for batch in batches]
+            if tensors[0] is None:
+                continue
+            if name in ("candidate_offsets_O", "event_offsets_O"):
+                lengths_R = torch.cat([offsets_O.diff() for offsets_O in tensors])
+                joined[name] = torch.cat((lengths_R.new_zeros(1), lengths_R.cumsum(0)))
+            else:
+                joined[name] = torch.cat(tensors)
+        return cls(**joined)
 
     def check(self) -> None:
         """Refuse a batch whose parts do not fit together.

@@ -15,18 +15,16 @@ number, that of a vector feature a list of ``dim`` finite numbers.
 None stands for "missing" and has to be written: a feature that is merely left
 out is refused, since a forgotten one would cost quality and never be noticed.
 
-A request becomes the same Arrow row that ``training_requests`` holds and goes
-through the same encoder, so there is one path from values to embedding rows.
-Values are converted column by column; requests in which something is unusual go
-through a slower conversion value by value, which names what does not fit.
+A request in which nothing is unusual is encoded column by column
+(:mod:`onetrans.plain_batch`).  Any other becomes, value by value, the same Arrow row
+that ``training_requests`` holds, which names what does not fit, and goes through the
+encoder of these rows.  Both ways give the same batch; tests hold one against the other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from itertools import chain
-from types import NoneType
 from typing import Any, NoReturn
 
 import numpy as np
@@ -38,12 +36,11 @@ from onetrans.batch import RequestBatch
 from onetrans.errors import BadDataError
 from onetrans.loader import batch_of
 from onetrans.models.ranking import RankingModel
+from onetrans.plain_batch import EARLIEST_US, LATEST_US, PlainBatches, UnusualError, shown, vector_of
 from onetrans.schema import Feature, FeatureSchema, Kind, hash64
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _TIME = pa.timestamp("us", tz="UTC")
-_LATEST = 2**53
-_SHOWN = 200
 _SHORTEST_INT64, _LONGEST_INT64 = -(2**63), 2**63 - 1
 _STORED: dict[Kind, pa.DataType] = {
     "hashed": pa.int64(),
@@ -104,32 +101,38 @@ def to_rows(requests: Sequence[Mapping[str, Any]], schema: FeatureSchema) -> pa.
     Raises:
         BadDataError: naming the request, the feature and the value that does not fit.
     """
-    try:
-        return _columnwise(requests, schema)
-    except (
-        _UnusualError,
-        BadDataError,
-        KeyError,
-        TypeError,
-        ValueError,
-        OverflowError,
-        AttributeError,
-        pa.ArrowException,
-    ):
-        return pa.RecordBatch.from_pylist(
-            [_row(request, number, schema) for number, request in enumerate(requests)], schema=request_columns(schema)
-        )
+    return pa.RecordBatch.from_pylist(
+        [_row(request, number, schema) for number, request in enumerate(requests)], schema=request_columns(schema)
+    )
+
+
+class RequestEncoder:
+    """Turns requests into batches for one model."""
+
+    def __init__(self, schema: FeatureSchema, max_seq_len: int) -> None:
+        """Prepare to read requests with a schema's features, of each the latest ``max_seq_len`` events."""
+        self._schema, self._max_seq_len = schema, max_seq_len
+        self._plain = PlainBatches(schema, max_seq_len)
+
+    def __call__(self, requests: Sequence[Mapping[str, Any]]) -> RequestBatch:
+        """Return requests as one batch on the CPU.
+
+        Raises:
+            BadDataError: on no requests, a value that does not fit, or an event that is not before its request.
+        """
+        if not requests:
+            raise BadDataError("there are no requests to score")
+        try:
+            return self._plain(requests)
+        except UnusualError:
+            rows = to_rows(requests, self._schema)
+            _check_times(rows, requests, self._schema)
+            return batch_of(rows, self._schema, self._max_seq_len)
 
 
 def to_batch(requests: Sequence[Mapping[str, Any]], schema: FeatureSchema, max_seq_len: int) -> RequestBatch:
-    """Return requests as one batch on the CPU.
-
-    Raises:
-        BadDataError: on no requests, a value that does not fit, or an event that is not before its request.
-    """
-    if not requests:
-        raise BadDataError("there are no requests to score")
-    return batch_of(to_rows(requests, schema), schema, max_seq_len)
+    """Return requests as one batch on the CPU; raises as :class:`RequestEncoder` does."""
+    return RequestEncoder(schema, max_seq_len)(requests)
 
 
 def score(model: RankingModel, requests: Sequence[Mapping[str, Any]]) -> pa.Table:
@@ -158,104 +161,6 @@ def score(model: RankingModel, requests: Sequence[Mapping[str, Any]]) -> pa.Tabl
     )
 
 
-# Plain data to rows, column by column
-
-
-class _UnusualError(Exception):
-    """Something that the conversion by columns leaves to the one by values."""
-
-
-_LEFT_TO_VALUES = (
-    *(_UnusualError, BadDataError, pa.ArrowException),
-    *(KeyError, TypeError, ValueError, OverflowError, AttributeError),
-)
-"""Whatever stops the conversion by columns: the one by values names it, or finds that it is all right."""
-
-
-def _columnwise(requests: Sequence[Mapping[str, Any]], schema: FeatureSchema) -> pa.RecordBatch:
-    """Return the rows of requests in which nothing is unusual; anything else raises."""
-    request_ids = [request.get("request_id") for request in requests]
-    if not set(map(type, request_ids)) <= {str, NoneType}:
-        raise _UnusualError
-    columns: list[pa.Array] = [
-        pa.array(request_ids, pa.string()),
-        _times([request["ts"] for request in requests]),
-    ]
-    for side in ("user", "context"):
-        features = schema.of_side("user" if side == "user" else "context")
-        columns += _arrays([request.get(side) or {} for request in requests], features)
-    none: Mapping[str, Any] = {}
-    given = [request.get("sequences") or none for request in requests]
-    if any(len(sequences) != len(schema.sequences) for sequences in given):
-        raise _UnusualError
-    for sequence in schema.sequences:
-        kept = [_latest(sequences[sequence.name], sequence.max_length) for sequences in given]
-        events = list(chain.from_iterable(kept))
-        members = [_times([event["ts"] for event in events]), *_arrays(events, schema.of_side("event"), also=1)]
-        columns.append(_lists(kept, ["ts", *(f.name for f in schema.of_side("event"))], members))
-    asked = [request["candidates"] for request in requests]
-    if not all(asked) or not set(map(type, asked)) <= {list}:
-        raise _UnusualError
-    candidates = list(chain.from_iterable(asked))
-    items = [candidate["item_id"] for candidate in candidates]
-    if not set(map(type, items)) <= {str}:
-        raise _UnusualError
-    labels = pa.array(np.zeros(len(candidates), dtype=np.int32))
-    members = [pa.array(items, pa.string()), *_arrays(candidates, schema.of_side("item"), also=1), labels, labels]
-    columns.append(
-        _lists(asked, ["item_id", *(f.name for f in schema.of_side("item")), "click", "conversion"], members)
-    )
-    return pa.RecordBatch.from_arrays(columns, schema=request_columns(schema))
-
-
-def _latest(events: list[Mapping[str, Any]], limit: int) -> list[Mapping[str, Any]]:
-    """Return a sequence's latest events, oldest first."""
-    if type(events) is not list:
-        raise _UnusualError
-    times = [event["ts"] for event in events]
-    if not set(map(type, times)) <= {int}:
-        raise _UnusualError
-    if times != sorted(times):
-        events = sorted(events, key=lambda event: event["ts"])
-    return events[-limit:]
-
-
-def _times(times: list[int]) -> pa.Array:
-    if not set(map(type, times)) <= {int} or (times and not 0 <= min(times) <= max(times) < _LATEST):
-        raise _UnusualError
-    return pa.array(times, pa.int64()).cast(_TIME)
-
-
-def _arrays(given: Sequence[Mapping[str, Any]], features: tuple[Feature, ...], also: int = 0) -> list[pa.Array]:
-    """Return an array per feature; every mapping has exactly these features and ``also`` other keys."""
-    if not set(map(len, given)) <= {len(features) + also}:
-        raise _UnusualError
-    return [_array([values[feature.name] for values in given], feature) for feature in features]
-
-
-def _array(values: list[Any], feature: Feature) -> pa.Array:
-    kinds = set(map(type, values))
-    if feature.kind == "hashed":
-        if not kinds <= {str, int, NoneType}:
-            raise _UnusualError
-        if str in kinds:
-            values = [hash64(value) if type(value) is str else value for value in values]
-    elif feature.kind == "vector":
-        values = [None if value is None else _vector(value, feature, "") for value in values]
-    elif not kinds <= {float, int, NoneType}:
-        raise _UnusualError
-    array = pa.array(values, _STORED[feature.kind])
-    if feature.kind == "bucketized" and float in kinds and np.isinf(array.to_numpy(zero_copy_only=False)).any():
-        raise _UnusualError
-    return array
-
-
-def _lists(parts: Sequence[Sequence[Any]], names: list[str], members: list[pa.Array]) -> pa.Array:
-    offsets = np.zeros(len(parts) + 1, dtype=np.int32)
-    np.cumsum([len(part) for part in parts], out=offsets[1:])
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.StructArray.from_arrays(members, names=names))
-
-
 # Plain data to rows, value by value
 
 
@@ -263,7 +168,7 @@ def _row(request: Any, number: int, schema: FeatureSchema) -> dict[str, Any]:
     request = _mapping(request, f"request {number}")
     request_id = request.get("request_id")
     if request_id is not None and not isinstance(request_id, str):
-        raise BadDataError(f"request {number}: request_id is {_shown(request_id)}, needed is text or null")
+        raise BadDataError(f"request {number}: request_id is {shown(request_id)}, needed is text or null")
     _encodable(request_id, f"request {number}: request_id")
     where = f"request {request_id or number}"
     user, context = schema.of_side("user"), schema.of_side("context")
@@ -315,7 +220,7 @@ def _value(given: Mapping[str, Any], feature: Feature, where: str) -> int | floa
     if value is None:
         return None
     if feature.kind == "vector":
-        return _vector(value, feature, where)
+        return vector_of(value, feature, where)
     whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     if feature.kind == "hashed":
         if isinstance(value, str):
@@ -323,32 +228,29 @@ def _value(given: Mapping[str, Any], feature: Feature, where: str) -> int | floa
             return hash64(value)
         if whole and _SHORTEST_INT64 <= value <= _LONGEST_INT64:
             return int(value)
-        raise BadDataError(f"{where}: feature {feature.name!r} is {_shown(value)}, needed is text or a 64-bit hash")
+        raise BadDataError(f"{where}: feature {feature.name!r} is {shown(value)}, needed is text or a 64-bit hash")
     if whole and abs(value) < 1 << 1023:
         return float(value)
     if isinstance(value, (float, np.floating)) and not np.isinf(value):
         return float(value)
-    raise BadDataError(f"{where}: feature {feature.name!r} is {_shown(value)}, needed is a number, and a finite one")
+    raise BadDataError(f"{where}: feature {feature.name!r} is {shown(value)}, needed is a number, and a finite one")
 
 
-def _vector(value: Any, feature: Feature, where: str) -> npt.NDArray[np.float32]:
-    needed = f"needed is a list of {feature.dim} finite numbers"
-    if not isinstance(value, (list, tuple, np.ndarray)):
-        raise BadDataError(f"{where}: feature {feature.name!r} is {_shown(value)}, {needed}")
-    if len(value) != feature.dim:
-        raise BadDataError(f"{where}: feature {feature.name!r} has {len(value)} numbers, {needed}")
-    for number in value:
-        if not isinstance(number, (int, float, np.number)) or isinstance(number, bool):
-            raise BadDataError(f"{where}: feature {feature.name!r} holds {_shown(number)}, {needed}")
-        if isinstance(number, int) and abs(number) >= 1 << 1023:
-            raise BadDataError(f"{where}: feature {feature.name!r} holds {_shown(number)}, {needed}")
-    with np.errstate(over="ignore"):  # beyond float32 is infinite, and refused as such
-        numbers = np.asarray(value, dtype=np.float64).astype(np.float32)
-    if not np.isfinite(numbers).all():
-        raise BadDataError(
-            f"{where}: feature {feature.name!r} holds {value[np.argmin(np.isfinite(numbers))]!r}, {needed}"
-        )
-    return numbers
+def _check_times(rows: pa.RecordBatch, requests: Sequence[Mapping[str, Any]], schema: FeatureSchema) -> None:
+    """Refuse an event that is not before its request: the model never saw one, and a label could leak."""
+    ts_R = rows.column("ts").view(pa.int64()).to_numpy()
+    for sequence in schema.sequences:
+        events = rows.column(sequence.column)
+        owner_E = np.repeat(np.arange(len(requests)), np.diff(events.offsets.to_numpy()))
+        ts_E = events.values.field("ts").view(pa.int64()).to_numpy()
+        late_E = ts_E >= ts_R[owner_E]
+        if late_E.any():
+            event = int(np.argmax(late_E))
+            number = int(owner_E[event])
+            raise BadDataError(
+                f"request {requests[number].get('request_id') or number}, sequence {sequence.name}: an event has ts "
+                f"{ts_E[event]}, which is not before the request's, {ts_R[number]}"
+            )
 
 
 def _time(value: Any, where: str) -> int:
@@ -360,22 +262,22 @@ def _time(value: Any, where: str) -> int:
         if read.tzinfo is None or read.year < 1971:
             _bad_time(value, where)
         return (read - _EPOCH) // timedelta(microseconds=1)
-    if isinstance(value, (int, np.integer)) and not isinstance(value, bool) and 0 <= value < _LATEST:
+    if isinstance(value, (int, np.integer)) and not isinstance(value, bool) and EARLIEST_US <= value < LATEST_US:
         return int(value)
     _bad_time(value, where)
 
 
 def _bad_time(value: Any, where: str) -> NoReturn:
     raise BadDataError(
-        f"{where}: ts is {_shown(value)}, needed are microseconds since 1970-01-01 UTC, a whole number, or ISO 8601 "
-        "text with an offset, such as 2026-01-31T12:00:00Z"
+        f"{where}: ts is {shown(value)}, needed are microseconds since 1970-01-01 UTC, a whole number (seconds and "
+        "milliseconds are refused, as times before 1971), or ISO 8601 text with an offset, such as 2026-01-31T12:00:00Z"
     )
 
 
 def _item_id(candidate: Mapping[str, Any], where: str) -> str:
     item_id = candidate.get("item_id")
     if not isinstance(item_id, str):
-        raise BadDataError(f"{where}: a candidate's item_id is {_shown(item_id)}, needed is text")
+        raise BadDataError(f"{where}: a candidate's item_id is {shown(item_id)}, needed is text")
     _encodable(item_id, f"{where}: a candidate's item_id")
     return item_id
 
@@ -385,33 +287,25 @@ def _encodable(text: str | None, what: str) -> None:
     try:
         (text or "").encode()
     except UnicodeEncodeError as error:
-        raise BadDataError(f"{what} is {_shown(text)}, which is no valid text") from error
+        raise BadDataError(f"{what} is {shown(text)}, which is no valid text") from error
 
 
 def _mapping(value: Any, where: str) -> Mapping[str, Any]:
     if isinstance(value, Mapping):
         return value
-    raise BadDataError(f"{where} is {_shown(value)}, needed are names and values")
+    raise BadDataError(f"{where} is {shown(value)}, needed are names and values")
 
 
 def _listed(value: Any, where: str) -> list[Any]:
     if isinstance(value, (list, tuple, np.ndarray)):
         return list(value)
-    raise BadDataError(f"{where}: {_shown(value)} is not a list")
+    raise BadDataError(f"{where}: {shown(value)} is not a list")
 
 
 def _refuse_unknown(given: Mapping[str, Any], known: Iterable[str], where: str) -> None:
     unknown = sorted(set(given) - set(known), key=str)
     if unknown:
-        raise BadDataError(f"{where}: {_shown(unknown[0])} is not known; the model was trained with {', '.join(known)}")
-
-
-def _shown(value: Any) -> str:
-    """Return a value as a message can hold it."""
-    if isinstance(value, int) and abs(value) >= 1 << 1023:
-        return "a number of more than 300 digits"
-    text = ascii(value) if isinstance(value, str) else repr(value)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+        raise BadDataError(f"{where}: {shown(unknown[0])} is not known; the model was trained with {', '.join(known)}")
 
 
 # Rows

@@ -56,7 +56,7 @@ _NAME = re.compile(r"[a-z][a-z0-9_]{0,62}")
 _COMPARED_BOUNDARIES = 64
 """Fewer boundaries than this are compared with one by one."""
 
-_HASH_SEED = 42  # Spark's xxhash64 starts from this seed, so Spark and Python agree on every id.
+HASH_SEED = 42  # Spark's xxhash64 starts from this seed, so Spark and Python agree on every id.
 _SMALLEST_SQUARE, _LARGEST_SQUARE = 1e-30, 1e30  # Between them a sum of squares is exact enough in float32.
 
 CONTEXT_FROM_CLOCK = ("hour_of_day", "day_of_week")
@@ -107,7 +107,7 @@ def _modulo(values: npt.NDArray[np.int64], divisor: int) -> npt.NDArray[np.int64
 
 def hash64(value: str) -> int:
     """Return the signed 64-bit xxHash of ``value``; equal to Spark's ``xxhash64(value)`` on a string."""
-    unsigned = xxhash.xxh64_intdigest(value.encode("utf-8"), seed=_HASH_SEED)
+    unsigned = xxhash.xxh64_intdigest(value.encode("utf-8"), seed=HASH_SEED)
     return unsigned - (1 << 64) if unsigned >= 1 << 63 else unsigned
 
 

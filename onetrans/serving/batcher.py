@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-import pyarrow as pa
 
+from onetrans.batch import RequestBatch
 from onetrans.errors import BadDataError
 from onetrans.serving.calls import Call
 from onetrans.serving.engine import Probabilities
@@ -48,12 +48,12 @@ class Scorer(Protocol):
 
     def score(
         self,
-        rows: pa.RecordBatch,
+        batch: RequestBatch,
         users: Sequence[str | None],
         known: Sequence[UserState | None],
         digests: Sequence[bytes | None],
     ) -> Probabilities:
-        """Return the scores of all candidates of ``rows``."""
+        """Return the scores of all candidates of a batch."""
 
 
 class OverloadedError(Exception):
@@ -73,7 +73,7 @@ class Work:
     """A call that waits for its scores."""
 
     scorer: Scorer
-    """The model its rows were encoded for."""
+    """The model it was encoded for."""
     call: Call
     """Its requests."""
     deadline: float
@@ -237,9 +237,8 @@ class Batcher:
 def score_together(batch: Sequence[Work]) -> list[Probabilities | Exception]:
     """Score calls of one model at once; if that fails each by itself, so that one bad call fails alone."""
     try:
-        rows = pa.Table.from_batches([work.call.rows for work in batch]).combine_chunks().to_batches()[0]
         scores = batch[0].scorer.score(
-            rows,
+            RequestBatch.join([work.call.batch for work in batch]),
             [user for work in batch for user in work.call.users],
             [kept for work in batch for kept in work.call.known],
             [digest for work in batch for digest in work.call.digests],

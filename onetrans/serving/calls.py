@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
-import numpy as np
-import pyarrow as pa
 
+from onetrans.batch import RequestBatch
 from onetrans.errors import BadDataError
-from onetrans.requests import to_rows
+from onetrans.plain_batch import EARLIEST_US, LATEST_US
 from onetrans.schema import Feature, FeatureSchema
 from onetrans.serving.engine import OneTransInferenceEngine, Probabilities, ranked, user_of
 from onetrans.serving.prefix import UserState
@@ -26,12 +25,12 @@ FIELDS = ("request_id", "user_id", "ts", "user", "context", "sequences", "candid
 class Call:
     """A call that can be scored."""
 
-    rows: pa.RecordBatch
+    batch: RequestBatch
     """Its requests."""
     users: list[str | None]
     """User of each."""
     known: list[UserState | None]
-    """What is kept of each, where the events came in the same text as before; such rows hold no events."""
+    """What is kept of each, where the events came in the same text as before; such requests hold no events."""
     digests: list[bytes | None]
     """Digest of the text of each one's events; None without a user."""
     request_ids: list[str | None]
@@ -73,10 +72,8 @@ def read_call(body: bytes, engine: OneTransInferenceEngine, limits: ServingSetti
         requests.append(request)
         known.append(kept)
         digests.append(digest)
-    rows = to_rows(requests, schema)
-    _check_times(rows, requests, schema)
     return Call(
-        rows,
+        engine.encode(requests),
         [user_of(request) for request in requests],
         known,
         digests,
@@ -142,23 +139,6 @@ def _check_limits(request: dict[str, Any], number: int, limits: ServingSettings)
             raise BadDataError(f"{where}: there are {events} events, serving.max_events allows {limits.max_events}")
 
 
-def _check_times(rows: pa.RecordBatch, requests: list[dict[str, Any]], schema: FeatureSchema) -> None:
-    """Refuse an event that is not before its request: the model never saw one, and a label could leak."""
-    ts_R = rows.column("ts").view(pa.int64()).to_numpy()
-    for sequence in schema.sequences:
-        events = rows.column(sequence.column)
-        owner_E = np.repeat(np.arange(len(requests)), np.diff(events.offsets.to_numpy()))
-        ts_E = events.values.field("ts").view(pa.int64()).to_numpy()
-        late_E = ts_E >= ts_R[owner_E]
-        if late_E.any():
-            event = int(np.argmax(late_E))
-            number = int(owner_E[event])
-            raise BadDataError(
-                f"request {requests[number].get('request_id') or number}, sequence {sequence.name}: an event has ts "
-                f"{ts_E[event]}, which is not before the request's, {ts_R[number]}"
-            )
-
-
 # The interface as a JSON schema
 
 
@@ -175,7 +155,10 @@ def request_schema(schema: FeatureSchema, limits: ServingSettings) -> dict[str, 
     """Return the JSON schema of one request."""
     time = {
         "description": "microseconds since 1970-01-01 UTC, or ISO 8601 with an offset",
-        "anyOf": [{"type": "integer", "minimum": 0, "maximum": 2**53 - 1}, {"type": "string", "format": "date-time"}],
+        "anyOf": [
+            {"type": "integer", "minimum": EARLIEST_US, "maximum": LATEST_US - 1},
+            {"type": "string", "format": "date-time"},
+        ],
     }
     text_or_null = {"anyOf": [{"type": "string"}, {"type": "null"}]}
     event = _features(schema.of_side("event"), {"ts": time})

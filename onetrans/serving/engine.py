@@ -17,19 +17,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import torch
 from torch import Tensor
 
 from onetrans.artifact import load_model
 from onetrans.batch import RequestBatch
 from onetrans.errors import BadConfigError, BadDataError
-from onetrans.loader import batch_of
 from onetrans.models import OneTrans, RankingModel
 from onetrans.models.compute import Compute
-from onetrans.models.ragged import latest_events
 from onetrans.models.ranking import Scores
-from onetrans.requests import to_rows
+from onetrans.requests import RequestEncoder
 from onetrans.serving.cache import UserCache
 from onetrans.serving.packed import PackedOneTrans, packable
 from onetrans.serving.prefix import UserState, appendable, event_table, extend, join, reusable, split
@@ -86,6 +83,7 @@ class OneTransInferenceEngine:
         self.device = _device(serving.device)
         self.model: RankingModel
         self.model, self.schema, self.config = load_model(source.folder)
+        self.encode = RequestEncoder(self.schema, self.config.max_seq_len)
         self.model.to(self.device).use(Compute(serving.precision))
         model = self.model
         self.packed: PackedOneTrans | None = None
@@ -100,7 +98,7 @@ class OneTransInferenceEngine:
         if kept is None:
             return None
         requests, scores = kept
-        found = self.score(to_rows(requests, self.schema), [None] * len(requests))
+        found = self.score(self.encode(requests), [None] * len(requests))
         difference = max(
             float(np.abs(found.ctr_N - np.array([row["ctr"] for row in scores])).max()),
             float(np.abs(found.cvr_N - np.array([row["cvr"] for row in scores])).max()),
@@ -120,7 +118,7 @@ class OneTransInferenceEngine:
         kept = fixed_batch(self.source)
         if kept is not None:
             for _ in range(2):
-                self.score(to_rows(kept[0], self.schema), [None] * len(kept[0]))
+                self.score(self.encode(kept[0]), [None] * len(kept[0]))
         return time.perf_counter() - began
 
     # Answers
@@ -177,7 +175,7 @@ class OneTransInferenceEngine:
         """Answer several requests at once; as :meth:`rank`."""
         if not requests:
             return []
-        scores = self.score(to_rows(requests, self.schema), [user_of(request) for request in requests])
+        scores = self.score(self.encode(requests), [user_of(request) for request in requests])
         answers, start = [], 0
         for request in requests:
             count = len(request["candidates"])
@@ -197,23 +195,23 @@ class OneTransInferenceEngine:
     @torch.inference_mode()
     def score(
         self,
-        rows: pa.RecordBatch,
+        batch: RequestBatch,
         users: Sequence[str | None],
         known: Sequence[UserState | None] = (),
         digests: Sequence[bytes | None] = (),
     ) -> Probabilities:
-        """Score the candidates of rows that :func:`onetrans.requests.to_rows` made.
+        """Score the candidates of requests that ``encode`` made a batch of.
 
         Args:
-            rows: one per request.
+            batch: the requests, on the CPU.
             users: user id of each request; None if nothing is to be kept.
-            known: what :meth:`known` gave for each; the events of such a row are not read, and may be left out.
+            known: what :meth:`known` gave for each; the events of such a request are not read, and may be left out.
             digests: digest of the text of each request's events, if there is one.
 
         Raises:
-            BadDataError: if an event is not before its request.
+            BadDataError: if a score is not finite.
         """
-        batch = batch_of(rows, self.schema, self.config.max_seq_len).to(self.device)
+        batch = batch if self.device.type == "cpu" else batch.to(self.device)
         asked = _Asked(users, known or [None] * len(users), digests or [None] * len(users))
         logits = self._logits(batch, asked)
         ctr_N = torch.sigmoid(logits.ctr_logit_N.double()).cpu().numpy()
@@ -230,7 +228,6 @@ class OneTransInferenceEngine:
             keeps = reusable(model.config) and self.cache.max_bytes > 0 and any(u is not None for u in asked.users)
             if self.packed is None and not keeps:
                 return model(batch)
-            batch = latest_events(batch, model.config.max_seq_len)
             events_EW = event_table(batch)
             states = self._states(model, batch, events_EW, asked) if keeps else self._encode(model, batch, events_EW)
             if self.packed is not None:

@@ -190,6 +190,7 @@ def _with(request, change):
         (lambda r: r["candidates"][0].update(item_ctr="high"), "feature 'item_ctr' is 'high', needed is a number"),
         (lambda r: r.update(ts="noon"), "ts is 'noon', needed are microseconds"),
         (lambda r: r.update(ts=10**30), "needed are microseconds"),
+        (lambda r: r.update(ts=r["ts"] // 10**6, sequences={name: [] for name in r["sequences"]}), "seconds and milli"),
         (lambda r: r.update(candidates=r["candidates"][:1] * 1001), "there are 1001 candidates, serving.max_cand"),
         (lambda r: r["sequences"].update(click=[{}] * 4001), "events, serving.max_events allows 4000"),
         (lambda r: r["sequences"].pop("purchase"), "sequence purchase is absent"),
@@ -372,10 +373,10 @@ class SlowEngine:
     def __getattr__(self, name):
         return getattr(self.engine, name)
 
-    def score(self, rows, users, *others):
+    def score(self, batch, users, *others):
         self.turns.append(len(users))
         time.sleep(self.seconds)
-        return self.engine.score(rows, users, *others)
+        return self.engine.score(batch, users, *others)
 
 
 def _at_once(client, count, request, **kwargs):
@@ -431,10 +432,10 @@ def test_one_bad_call_of_a_batch_fails_alone(folder, requests):
     service = serve_folder(folder, batch_wait_ms=300)
 
     class Picky(SlowEngine):
-        def score(self, rows, users, *others):
+        def score(self, batch, users, *others):
             if "bad" in users:
                 raise BadDataError("request bad: refused")
-            return super().score(rows, users, *others)
+            return super().score(batch, users, *others)
 
     with running(service) as client:
         service.served.engine = Picky(service.served.engine, 0)

@@ -6,11 +6,15 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from worlds import FIRST_DAY, World, small_schema, write_requests
 
+from onetrans.batch import RequestBatch
 from onetrans.errors import BadDataError
 from onetrans.loader import batch_of
-from onetrans.requests import from_rows, to_batch
+from onetrans.plain_batch import PlainBatches, UnusualError
+from onetrans.requests import from_rows, to_batch, to_rows
 from onetrans.schema import Feature, hash64
 
 SCHEMA = small_schema()
@@ -51,6 +55,74 @@ def test_stored_rows_survive_the_way_through_json_to_the_same_batch(rows, tmp_pa
             assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
     assert ours.click_N.sum() == 0, "a request has no outcome yet"
     assert "click" not in requests[0]["candidates"][0]
+
+
+_VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**64), 2**64),
+    st.floats(),
+    st.text(st.characters(exclude_categories=()), max_size=3),
+    st.lists(st.one_of(st.integers(-3, 3), st.floats(width=32)), min_size=3, max_size=4),
+    st.sampled_from([hash64("i1"), REQUEST["ts"] - 1, "2022-05-03T23:00:00Z", [], {}]),
+)
+
+
+@st.composite
+def _requests(draw):
+    """Return requests in which some values are replaced by others, fitting or not, taken away or added."""
+    requests = [copy.deepcopy(REQUEST) for _ in range(draw(st.integers(1, 3)))]
+    for request in requests:
+        for candidate in request["candidates"]:
+            candidate["image"] = draw(st.none() | st.lists(st.floats(-9, 9), min_size=4, max_size=4))
+        seconds = draw(st.lists(st.integers(1, 5), max_size=20))  # equal times, in any order
+        names = draw(st.lists(st.sampled_from(["click", "purchase"]), min_size=len(seconds), max_size=len(seconds)))
+        for name, ago in zip(names, seconds, strict=True):
+            event = {"ts": request["ts"] - ago, "event_item": f"i{ago}", "event_author": None}
+            request["sequences"][name].append(event)
+    for _ in range(draw(st.integers(0, 2))):
+        part = draw(st.sampled_from(requests))
+        while isinstance(part, dict | list) and part:
+            key = draw(st.sampled_from(sorted(part))) if isinstance(part, dict) else draw(st.integers(0, len(part) - 1))
+            if not isinstance(part[key], dict | list) or draw(st.integers(0, 9)) == 0:
+                if draw(st.integers(0, 9)) == 0 and isinstance(part, dict):
+                    del part[key]
+                else:
+                    part[key] = draw(_VALUES)
+                break
+            part = part[key]
+    return requests
+
+
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(_requests())
+def test_the_short_way_gives_the_batch_of_the_way_through_rows_or_leaves_it_to_that(requests):
+    schema = replace(SCHEMA, features=(*SCHEMA.features, Feature("image", "item", "vector", "image", dim=4)))
+    try:
+        ours = PlainBatches(schema, 64)(requests)
+    except UnusualError:
+        return
+    theirs = batch_of(to_rows(requests, schema), schema, 64)
+    ours.check()
+    for name in (f.name for f in fields(theirs)):
+        ours_X, theirs_X = getattr(ours, name), getattr(theirs, name)
+        assert (ours_X is None and theirs_X is None) or torch.equal(ours_X, theirs_X), name
+
+
+def test_what_is_usual_takes_the_short_way(rows):
+    requests = json.loads(json.dumps(from_rows(rows, SCHEMA)))
+    assert PlainBatches(SCHEMA, 64)(requests).num_requests == 40
+    with pytest.raises(UnusualError):
+        PlainBatches(SCHEMA, 64)([_changed(("ts",), "2026-01-31T12:00:00Z")])
+
+
+def test_batches_are_joined(rows):
+    requests = from_rows(rows, SCHEMA)
+    whole = to_batch(requests, SCHEMA, 64)
+    joined = RequestBatch.join([to_batch(part, SCHEMA, 64) for part in (requests[:7], requests[7:8], requests[8:])])
+    for name in (f.name for f in fields(whole)):
+        ours_X, theirs_X = getattr(joined, name), getattr(whole, name)
+        assert (ours_X is None and theirs_X is None) or torch.equal(ours_X, theirs_X), name
 
 
 def test_text_and_its_stored_hash_are_the_same_value():
@@ -97,8 +169,15 @@ def _changed(path, value):
         (("sequences", "purchase"), KeyError, "sequence purchase is absent"),
         (("sequences", "cart"), [], "sequences: 'cart' is not known"),
         (("sequences", "click", 0, "ts"), "noon", "sequence click, event 0: ts is 'noon', needed are microseconds"),
-        (("sequences", "click", 0, "ts"), REQUEST["ts"], "events are not before their request"),
+        (("sequences", "click", 0, "ts"), REQUEST["ts"], "sequence click: an event has ts .*, which is not before"),
         (("ts",), KeyError, "ts is None"),
+        (("ts",), REQUEST["ts"] // 10**6, "ts is 1651622400, needed are microseconds"),
+        (("ts",), REQUEST["ts"] // 10**3, "seconds and milliseconds are refused"),
+        (
+            ("sequences", "click", 0, "ts"),
+            REQUEST["ts"] // 10**6 - 9,
+            "click, event 0: ts is 1651622391, needed are mic",
+        ),
     ],
 )
 def test_a_request_that_does_not_fit_is_refused(path, value, message):

@@ -4,7 +4,7 @@ import asyncio
 import time
 
 import numpy as np
-import pyarrow as pa
+from batches import model_schema, random_batch
 
 from onetrans.serving.batcher import Batcher, DeadlineError
 from onetrans.serving.calls import Call
@@ -15,8 +15,9 @@ HELD_UP_S = 0.3
 
 
 def _call(candidates):
-    rows = pa.record_batch({"request": [0]})
-    return Call(rows, [None], [None], [None], [None], [["item"] * candidates])
+    return Call(
+        random_batch(model_schema(), [candidates], [0]), [None], [None], [None], [None], [["item"] * candidates]
+    )
 
 
 class Scorer:
@@ -25,7 +26,7 @@ class Scorer:
     def __init__(self):
         self.batches = 0
 
-    def score(self, rows, users, known, digests):
+    def score(self, batch, users, known, digests):
         self.batches += 1
         if self.batches == 1:
             time.sleep(HELD_UP_S)

@@ -1,42 +1,48 @@
-"""What each choice of OneTrans is worth on the simulated shop: the paper's ablation table, and what goes beyond it.
+"""What each choice of OneTrans is worth, on the simulated shop or a real log: the paper's ablation and beyond it.
 
-Every variant changes one thing of its base and is trained as in
-:mod:`benchmarks.learning`: same days, same order, one pass.  A difference is
-taken seed by seed against the base, so that what a seed does to both cancels;
-its mean and its standard deviation over the seeds are shown.  Beside it stands
+Every variant changes one thing of its base and is trained on the same days, in the same
+order, in one pass.  A difference is taken seed by seed against the base, so that what a
+seed does to both cancels; its mean and its standard deviation over the seeds are shown, then
+its interval at 90 % over users (a paired bootstrap of the mean over the seeds).  Beside it stands
 the sign of the paper's table (arXiv 2510.26104, table 3, CTR AUC of OneTrans_S).
 
+Without ``--ds`` the simulated shop is the log, as in :mod:`benchmarks.learning`.  With ``--ds DAY`` it is the lake in
+force: trained on the published days before DAY, scored on the days from there to ``--to``, without training on any of
+them.  Learning rates are then those of the settings (``training.dense_lr``), else the preset's.
+
 The base is the tiny preset.  It has two blocks, of which the top one has no
-S-queries: there the pyramid has nothing to prune.  So what concerns the pyramid is
+S-queries: on the shop the pyramid has nothing to prune there.  So what concerns the pyramid is
 measured on a second base, with four blocks and a pyramid that begins at the
 length of the shop's sequences.
 
 Training time is that of the processor, on one thread.
 
-Options: ``--days`` training days, ``--seeds`` how many seeds, ``--batch`` requests of a batch, ``--only`` variants.
+Options: ``--days`` training days of the shop, ``--seeds`` how many seeds, ``--batch``, ``--only`` variants, ``--keep``.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
+from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import torch
 
 from benchmarks.common import Report, parser
-from benchmarks.learning import learn, pack
-from jobs.sources.simulated.world import WorldConfig
-from jobs.sources.simulated.write import SCHEMA_FILE
+from benchmarks.fitting import LabelledDay
+from benchmarks.trials import FIGURES, Kept, Log, Published, Shop, Trial, drawn, lift, measured, run_kept
+from onetrans.bootstrap import Lift
+from onetrans.days import parse_day
 from onetrans.models import OneTransConfig, preset
-from onetrans.schema import FeatureSchema
+from onetrans.optim_config import optimizer_preset
+from onetrans.plan import configured_models
+from onetrans.settings import load_settings
 
 logger = logging.getLogger(__name__)
-
-FIGURES = ("CTR AUC", "CTR UAUC", "CVR AUC", "CVR UAUC")
 
 
 @dataclass(frozen=True)
@@ -81,8 +87,6 @@ VARIANTS = (
 QUICK = ["group-wise tokenizer", "all parameters shared"]
 """Rows of the quick table."""
 
-Figures = dict[str, float]
-
 
 def with_bases(names: list[str]) -> list[Variant]:
     """Return the named variants and the bases they are compared with; all for no names.
@@ -101,33 +105,49 @@ def _with_spread(values: list[float], form: str) -> str:
     return f"{mean(values):{form}}" + (f" ± {stdev(values):.4f}" if len(values) > 1 else "")
 
 
-def markdown(variants: list[Variant], found: dict[str, list[Figures]], seconds: dict[str, list[float]]) -> str:
-    """Return the table of means, spreads and differences."""
-    heading = ("variant", "CTR AUC", "to its base", "paper", "CTR UAUC", "CVR AUC", "to its base", "CVR UAUC", "time")
+def markdown(variants: list[Variant], trials: Mapping[str, list[Trial]], days: Sequence[LabelledDay]) -> str:
+    """Return the table of means, spreads and differences; differences with their interval over users."""
+    draws = drawn(days, {variant.name: [trial.scores for trial in trials[variant.name]] for variant in variants})
+    found = {name: [measured(days, trial.scores) for trial in each] for name, each in trials.items()}
+    heading = ["variant"]
+    for figure in FIGURES:
+        heading += [figure, "to its base"] + (["paper"] if figure == "CTR AUC" else [])
+    heading.append("time")
     lines = [f"| {' | '.join(heading)} |", "|---" * len(heading) + "|"]
     for variant in variants:
-        runs, bases = found[variant.name], found[variant.base]
         cells = [variant.name]
+        lifts = lift(draws[variant.name], draws[variant.base])
         for figure in FIGURES:
-            values = [run[figure] for run in runs]
-            cells.append(_with_spread(values, ".4f"))
-            if figure.endswith(" AUC"):
-                differences = [run[figure] - base[figure] for run, base in zip(runs, bases, strict=True)]
-                is_base = variant.name == variant.base
-                cells.append("" if is_base else _with_spread(differences, "+.4f"))
+            cells.append(_with_spread([run[figure] for run in found[variant.name]], ".4f"))
+            cells.append("" if variant.name == variant.base else _difference(variant, found, figure, lifts[figure]))
             if figure == "CTR AUC":
                 cells.append("" if variant.paper is None else f"{variant.paper:+.2f} %")
-        cells.append(f"{mean(seconds[variant.name]):.0f} s")
+        cells.append(f"{mean(trial.seconds for trial in trials[variant.name]):.0f} s")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _differences(variant: Variant, found: Mapping[str, list[dict[str, float]]], figure: str) -> list[float]:
+    runs, bases = found[variant.name], found[variant.base]
+    return [run[figure] - base[figure] for run, base in zip(runs, bases, strict=True)]
+
+
+def _difference(variant: Variant, found: Mapping[str, list[dict[str, float]]], figure: str, over_users: Lift) -> str:
+    shown = _with_spread(_differences(variant, found, figure), "+.4f")
+    return f"{shown} [{over_users.low:+.4f}, {over_users.high:+.4f}]"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark."""
     options = parser(__doc__)
-    options.add_argument("--days", type=int, help="training days (default: 8, quick: 1)")
+    options.add_argument("--days", type=int, help="training days (default: 8 of the shop, quick: 1; all of the lake)")
+    options.add_argument("--ds", type=parse_day, metavar="DAY", help="first scored day of the lake (default: simulate)")
+    options.add_argument("--to", type=parse_day, metavar="DAY", help="last scored day of the lake (default: that one)")
     options.add_argument("--seeds", type=int, help="seeds (default: 3, quick: 1)")
-    options.add_argument("--batch", type=int, default=24, help="requests of a batch (default: %(default)s)")
+    options.add_argument(
+        "--batch", type=int, help="requests of a batch of the shop (24), impressions of the lake (256)"
+    )
+    options.add_argument("--keep", type=Path, metavar="DIR", help="folder of finished trials, read before one is run")
     options.add_argument(
         "--only",
         nargs="+",
@@ -137,41 +157,45 @@ def main(argv: list[str] | None = None) -> int:
     )
     arguments = options.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    training_days = arguments.days or (1 if arguments.quick else 8)
     seeds = arguments.seeds or (1 if arguments.quick else 3)
     variants = with_bases(arguments.only or (QUICK if arguments.quick else []))
     torch.set_num_threads(1)
-    report = Report("ablation", arguments)
-    schema, world = FeatureSchema.load(SCHEMA_FILE), WorldConfig()
-    days = list(pack(world, schema, world.epoch + timedelta(days=training_days)).values())
-    default = preset("onetrans", "tiny")
+    report, kept = Report("ablation", arguments), Kept(arguments.keep)
+    default, optimizer = preset("onetrans", "tiny"), optimizer_preset("tiny")
     assert isinstance(default, OneTransConfig)
-    found: dict[str, list[Figures]] = {variant.name: [] for variant in variants}
-    seconds: dict[str, list[float]] = {variant.name: [] for variant in variants}
+    log: Log
+    if arguments.ds:
+        last, longest = arguments.to or arguments.ds, default.max_seq_len
+        log = Published(arguments.ds, last, arguments.batch or 256, longest, arguments.days)
+        optimizer = configured_models(replace(load_settings().training, preset="tiny"))["onetrans"].optimizer
+    else:
+        log = Shop(arguments.days or (1 if arguments.quick else 8), arguments.batch or 24)
+    trials: dict[str, list[Trial]] = {variant.name: [] for variant in variants}
     for seed in range(seeds):
         for number, variant in enumerate(variants, 1):
-            run, took = learn(replace(default, **variant.change), schema, days, arguments.batch, seed)
-            found[variant.name].append(run)
-            seconds[variant.name].append(took)
+            trial = run_kept(kept, log, replace(default, **variant.change), optimizer, seed)
+            trials[variant.name].append(trial)
             logger.info(
-                "seed %d of %d, variant %d of %d, %s: %s, %.0f s", seed + 1, seeds, number, len(variants),
-                variant.name, ", ".join(f"{name} {value:.4f}" for name, value in run.items()), took,
+                "seed %d of %d, variant %d of %d, %s: %s, %.0f s", seed + 1, seeds, number, len(variants), variant.name,
+                ", ".join(f"{name} {value:.4f}" for name, value in measured(log.days, trial.scores).items()),
+                trial.seconds,
             )  # fmt: skip
+    found = {name: [measured(log.days, trial.scores) for trial in each] for name, each in trials.items()}
     for variant in variants:
         for figure in FIGURES:
             values = [run[figure] for run in found[variant.name]]
-            bases = [run[figure] for run in found[variant.base]]
             report.add(variant.name, figure, mean(values))
             if seeds > 1:
                 report.add(variant.name, f"{figure}, spread", stdev(values))
             if variant.name != variant.base:
-                differences = [value - base for value, base in zip(values, bases, strict=True)]
+                differences = _differences(variant, found, figure)
                 report.add(variant.name, f"{figure}, against {variant.base}", mean(differences))
                 if seeds > 1:
                     report.add(variant.name, f"{figure}, against {variant.base}, spread", stdev(differences))
-        report.add(variant.name, "training, processor time", mean(seconds[variant.name]), "s")
+        seconds = mean(trial.seconds for trial in trials[variant.name])
+        report.add(variant.name, "training, processor time", seconds, "s")
     code = report.finish()
-    print(f"\n{markdown(variants, found, seconds)}")
+    print(f"\n{markdown(variants, trials, log.days)}")
     return code
 
 

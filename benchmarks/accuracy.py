@@ -11,6 +11,9 @@ without past events.
 
 Learning rates are those of the settings (``training.dense_lr``, ``training.embedding_lr``), else the preset's.
 
+A lift is that of OneTrans over the baseline on all scored days, a row being compared with rows of its own day only,
+with its interval at 90 % over users (a paired bootstrap): for the mean over the seeds and for each seed.
+
 Every day is scored twice: as in production, with every event known before a
 request, and with events up to the day's beginning only.  The second shows how much
 of a UAUC is the metric's own: UAUC compares a user's impressions of one day with
@@ -22,9 +25,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import date
+from functools import partial
+from pathlib import Path
 from typing import cast
 
 import lightgbm
@@ -33,23 +37,23 @@ import torch
 from torch import nn
 
 from benchmarks.common import Report, parser
-from benchmarks.fitting import LabelledDay, PublishedDays, figures, probabilities, train_pass
+from benchmarks.fitting import LabelledDay, PublishedDays, probabilities, train_pass
+from benchmarks.trials import FIGURES, Kept, Scores, Trial, drawn, lift, measured
 from onetrans.batch import RequestBatch
-from onetrans.bootstrap import Lift, ResampledAuc, paired_lifts
 from onetrans.days import day_bounds, day_range, parse_day
 from onetrans.errors import NotReadyError
 from onetrans.metrics import user_auc
-from onetrans.models import build_model, preset
-from onetrans.models.ranking import RankingModel, Scores
+from onetrans.models import build_model
+from onetrans.models.ranking import RankingModel
+from onetrans.models.ranking import Scores as Logits
 from onetrans.optim import build_optimizers
-from onetrans.plan import configured_models
+from onetrans.plan import ModelPlan, configured_models
 from onetrans.settings import Preset, load_settings
 
 MODELS = ("onetrans", "dcnv2_din")
-FIGURES = ("ctr_auc", "ctr_uauc", "cvr_auc", "cvr_uauc")
 ALL, EARLIER = "all events", "events before the day"
 REFERENCE = {
-    ("kuairand", date(2022, 5, 6)): {"ctr_auc": ">= 0.740", "ctr_uauc": ">= 0.625", "cvr_auc": ">= 0.654"},
+    ("kuairand", date(2022, 5, 6)): {"CTR AUC": ">= 0.740", "CTR UAUC": ">= 0.625", "CVR AUC": ">= 0.654"},
 }
 """What a model should reach on a public log: within 0.01 of untuned gradient-boosted trees on the same split.
 
@@ -65,7 +69,7 @@ class UpTo(nn.Module):
         self.model = model
         self.instant_us = instant_us
 
-    def forward(self, batch: RequestBatch) -> Scores:
+    def forward(self, batch: RequestBatch) -> Logits:
         """Score the batch without its later events."""
         kept_E = batch.event_time_E < self.instant_us
         before_O = torch.cat((kept_E.new_zeros(1, dtype=torch.int64), kept_E.long().cumsum(0)))
@@ -80,33 +84,33 @@ class UpTo(nn.Module):
         )
 
 
-@dataclass(frozen=True)
-class Scored:
-    """Both probabilities of a day's impressions under one view."""
+def chain(model: ModelPlan, lake: PublishedDays, days: list[date], scored: dict[date, LabelledDay], seed: int) -> Trial:
+    """Train through the days; each is scored under both views before it is trained on.
 
-    ds: date
-    view: str
-    ctr_N: np.ndarray
-    cvr_N: np.ndarray
-
-
-def chain(model_name: str, lake: PublishedDays, days: list[date], scored: dict[date, LabelledDay], seed: int,
-          preset_name: str) -> Iterator[Scored]:  # fmt: skip
-    """Train through the days, yielding each scored day's probabilities before it is trained on."""
+    The scores are in the order day by day, ``ALL`` before ``EARLIER``.
+    """
     torch.manual_seed(seed)
-    model = build_model(preset(model_name, preset_name), lake.schema)
-    training = replace(load_settings().training, preset=cast(Preset, preset_name))
-    optimizers = build_optimizers(model, configured_models(training)[model_name].optimizer)
-    train_pass(model, optimizers, lake.training(lake.before(days[0]), seed))
+    network = build_model(model.config, lake.schema)
+    optimizers = build_optimizers(network, model.optimizer)
+    scores: list[Scores] = []
+    seconds = 0.0
+
+    def learn(of: list[date]) -> float:
+        batches = lake.training(of, seed)
+        begun = time.process_time()
+        train_pass(network, optimizers, batches)
+        return time.process_time() - begun
+
+    seconds += learn(lake.before(days[0]))
     for ds in days:
         midnight_us = int(day_bounds(ds, lake.schema.timezone)[0].timestamp()) * 1_000_000
-        for view, scorer in ((ALL, model), (EARLIER, UpTo(model, midnight_us))):
-            yield Scored(ds, view, *probabilities(scorer, scored[ds].batches))
+        scores += [probabilities(scorer, scored[ds].batches) for scorer in (network, UpTo(network, midnight_us))]
         if ds != days[-1]:
-            train_pass(model, optimizers, lake.training([ds], seed))
+            seconds += learn([ds])
+    return Trial(tuple(scores), seconds, sum(weight.numel() for weight in network.dense_parameters().values()))
 
 
-def trees(lake: PublishedDays, ds: date) -> Scored:
+def trees(lake: PublishedDays, ds: date) -> Scores:
     """Return the probabilities of gradient-boosted trees that were trained on the published days before ``ds``."""
     x_NF, click_N, conversion_N = lake.numbers(lake.before(ds))
     at_NF, _, _ = lake.numbers([ds])
@@ -115,7 +119,7 @@ def trees(lake: PublishedDays, ds: date) -> Scored:
         np.asarray(_grown(x, label).predict_proba(at_NF))[:, 1]
         for x, label in ((x_NF, click_N), (x_NF[clicked], conversion_N[clicked]))
     )
-    return Scored(ds, EARLIER, ctr_N, cvr_N)
+    return ctr_N, cvr_N
 
 
 def _grown(x_NF: np.ndarray, label_N: np.ndarray) -> lightgbm.LGBMClassifier:
@@ -130,26 +134,6 @@ def uauc_error(day: LabelledDay, ctr_N: np.ndarray) -> float:
     return float(np.sqrt((weight_U**2 * (users.auc_U - users.mean()) ** 2).sum()))
 
 
-def pooled_lifts(scored: dict[date, LabelledDay], candidate: list[Scored], baseline: list[Scored]) -> dict[str, Lift]:
-    """Return the paired lift of both tasks over all scored days together, drawn by user."""
-    days = [entry.ds for entry in candidate]
-    users = np.concatenate([scored[ds].user_N for ds in days])
-    found, user_N = np.unique(users, return_inverse=True)
-    click_N = np.concatenate([scored[ds].click_N for ds in days])
-    conversion_N = np.concatenate([scored[ds].conversion_N for ds in days])
-    clicked = click_N > 0
-
-    def prepared(entries: list[Scored]) -> tuple[ResampledAuc, ResampledAuc]:
-        ctr_N, cvr_N = (np.concatenate([getattr(e, task) for e in entries]) for task in ("ctr_N", "cvr_N"))
-        return (
-            ResampledAuc(click_N, ctr_N, user_N),
-            ResampledAuc(conversion_N[clicked], cvr_N[clicked], user_N[clicked]),
-        )
-
-    (ctr, cvr), (ctr_0, cvr_0) = prepared(candidate), prepared(baseline)
-    return paired_lifts({"CTR": (ctr, ctr_0), "CVR": (cvr, cvr_0)}, len(found), 1000, 0.9, seed=0)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Measure, print the table, and return 1 if a figure missed what is expected of it."""
     options = parser(__doc__)
@@ -159,12 +143,22 @@ def main(argv: list[str] | None = None) -> int:
     options.add_argument("--batch", type=int, default=256, help="impressions of a batch (default: %(default)s)")
     options.add_argument("--preset", default="tiny", help="size of both models (default: %(default)s)")
     options.add_argument("--threads", type=int, default=1, help="threads (default: %(default)s)")
+    options.add_argument(
+        "--conversion-event",
+        default="",
+        metavar="TYPE",
+        help="past event, such as like, that makes a click a conversion (default: the conversion of the tables)",
+    )
+    options.add_argument(
+        "--keep", type=Path, metavar="DIR", help="folder of finished trainings, read before one is run"
+    )
     arguments = options.parse_args(argv)
     torch.set_num_threads(arguments.threads)
-    longest = max(preset(name, arguments.preset).max_seq_len for name in MODELS)
-    report = Report("accuracy", arguments)
+    models = configured_models(replace(load_settings().training, preset=cast(Preset, arguments.preset)))
+    longest = max(models[name].config.max_seq_len for name in MODELS)
+    report, kept = Report("accuracy", arguments), Kept(arguments.keep)
     try:
-        lake = PublishedDays(arguments.batch, longest)
+        lake = PublishedDays(arguments.batch, longest, arguments.conversion_event)
     except NotReadyError as error:
         print(f"benchmarks.accuracy: nothing measured; {error}")
         return 0
@@ -175,49 +169,64 @@ def main(argv: list[str] | None = None) -> int:
     first = arguments.first or lake.days[max(len(lake.days) - 3, 1)]
     days = day_range(first, last)
     scored = {ds: lake.labelled(ds) for ds in days}
-    values: dict[tuple[str, str, date, str], list[float]] = {}
-    lifts: dict[str, list[Lift]] = {}
-    seconds: dict[str, list[float]] = {}
+    about = {
+        "lake": lake.schema.name, "before": lake.before(first), "days": days, "batch": arguments.batch,
+        "longest": longest, "conversion": arguments.conversion_event,
+    }  # fmt: skip
+    trials: dict[str, list[Trial]] = {name: [] for name in MODELS}
     for seed in range(arguments.seeds):
-        runs: dict[str, list[Scored]] = {}
         for name in MODELS:
-            begun = time.process_time()
-            runs[name] = list(chain(name, lake, days, scored, seed, arguments.preset))
-            seconds.setdefault(name, []).append(time.process_time() - begun)
-            for entry in runs[name]:
-                metrics = figures(scored[entry.ds], entry.ctr_N, entry.cvr_N)
-                for figure in FIGURES:
-                    if (value := getattr(metrics, figure)) is not None:
-                        values.setdefault((name, entry.view, entry.ds, figure), []).append(value)
-            print(f"seed {seed + 1} of {arguments.seeds}: {name} in {seconds[name][-1]:.0f} s", file=sys.stderr)
-        produced = [[e for e in runs[name] if e.view == ALL] for name in MODELS]
-        for task, lift in pooled_lifts(scored, *produced).items():
-            lifts.setdefault(task, []).append(lift)
+            identity = {**about, "plan": models[name].to_dict(), "seed": seed}
+            trials[name].append(kept.trial(identity, partial(chain, models[name], lake, days, scored, seed)))
+            print(f"seed {seed + 1} of {arguments.seeds}: {name} in {trials[name][-1].seconds:.0f} s", file=sys.stderr)
+    reference = {} if arguments.conversion_event else REFERENCE
     for ds in days:
-        entry = trees(lake, ds)
-        metrics = figures(scored[ds], entry.ctr_N, entry.cvr_N)
-        for figure in FIGURES:
-            if (value := getattr(metrics, figure)) is not None:
-                report.add(f"trees, {ds}, counts and rates alone", figure, value)
-        report.add(
-            f"trees, {ds}, counts and rates alone", "ctr_uauc, standard error", uauc_error(scored[ds], entry.ctr_N)
+        ctr_N, cvr_N = trees(lake, ds)
+        case = f"trees, {ds}, counts and rates alone"
+        for figure, value in measured([scored[ds]], [(ctr_N, cvr_N)]).items():
+            report.add(case, figure, value)
+        report.add(case, "CTR UAUC, standard error", uauc_error(scored[ds], ctr_N))
+    for name in MODELS:
+        for at, view in enumerate((ALL, EARLIER)):
+            seeds = [trial.scores[at::2] for trial in trials[name]]
+            for day, ds in enumerate(days):
+                expected = reference.get((lake.schema.name, ds), {})
+                found = [measured([scored[ds]], [scores[day]]) for scores in seeds]
+                for figure in FIGURES:
+                    like_for_like = view == EARLIER or not figure.endswith(" UAUC")
+                    promise = expected.get(figure, "") if like_for_like else ""
+                    _add(report, f"{name}, {ds}, {view}", figure, [entry[figure] for entry in found], promise)
+            found = [measured(list(scored.values()), scores) for scores in seeds]
+            for figure in FIGURES:
+                _add(report, f"{name}, mean of the days, {view}", figure, [entry[figure] for entry in found])
+    for at, view in enumerate((ALL, EARLIER)):
+        draws = drawn(
+            list(scored.values()),
+            {
+                f"{name} {which}": [trial.scores[at::2] for trial in chosen]
+                for name in MODELS
+                for which, chosen in [
+                    ("mean of seeds", trials[name]),
+                    *((f"seed {seed}", [trial]) for seed, trial in enumerate(trials[name])),
+                ]
+            },
         )
-    for (name, view, ds, figure), found in values.items():
-        like_for_like = view == EARLIER or not figure.endswith("_uauc")
-        expected = REFERENCE.get((lake.schema.name, ds), {}).get(figure, "") if like_for_like else ""
-        case = f"{name}, {ds}, {view}"
-        report.add(case, f"{figure}, mean of seeds", float(np.mean(found)), "", expected)
-        if len(found) > 1:
-            report.add(case, f"{figure}, standard deviation", float(np.std(found, ddof=1)))
-    for task, per_seed in lifts.items():
-        for seed, lift in enumerate(per_seed):
-            case = f"lift, {first} to {last} pooled, seed {seed}"
-            report.add(case, f"{task} AUC", lift.lift)
-            report.add(case, f"{task} AUC, lower end at 90 %", lift.low)
-            report.add(case, f"{task} AUC, upper end at 90 %", lift.high)
-    for name, found in seconds.items():
-        report.add(name, "training and scoring, processor time per seed", float(np.mean(found)), "s")
+        for which in ("mean of seeds", *(f"seed {seed}" for seed in range(arguments.seeds))):
+            for figure, over in lift(*(draws[f"{name} {which}"] for name in MODELS)).items():
+                case = f"lift, {first} to {last}, {view}, {which}"
+                report.add(case, figure, over.lift)
+                report.add(case, f"{figure}, lower end at 90 %", over.low)
+                report.add(case, f"{figure}, upper end at 90 %", over.high)
+    for name, each in trials.items():
+        report.add(name, "training, processor time per seed", float(np.mean([trial.seconds for trial in each])), "s")
+        report.add(name, "weights outside the tables", each[0].parameters)
     return report.finish()
+
+
+def _add(report: Report, case: str, figure: str, seeds: list[float], expected: str = "") -> None:
+    report.add(case, f"{figure}, mean of seeds", float(np.mean(seeds)), "", expected)
+    if len(seeds) > 1:
+        report.add(case, f"{figure}, standard deviation", float(np.std(seeds, ddof=1)))
 
 
 if __name__ == "__main__":

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
@@ -19,7 +21,7 @@ from onetrans.batch import RequestBatch
 from onetrans.days import describe_days
 from onetrans.errors import NotReadyError
 from onetrans.lake import Lake
-from onetrans.loader import LoaderConfig, RequestData
+from onetrans.loader import Loaded, LoaderConfig, RequestData
 from onetrans.metrics import Metrics
 from onetrans.models import RankingModel
 from onetrans.optim import Optimizers
@@ -51,8 +53,15 @@ class LabelledDay:
 class PublishedDays:
     """The published days of ``training_requests`` in the lake in force."""
 
-    def __init__(self, batch_size: int, max_seq_len: int) -> None:
+    def __init__(self, batch_size: int, max_seq_len: int, conversion_event: str = "") -> None:
         """Open the lake.
+
+        Args:
+            batch_size: impressions of a batch.
+            max_seq_len: most recent events of a request that are read.
+            conversion_event: a type of past event, such as ``like``: a clicked impression then converts if this event
+                of its user and item was logged with the impression's own time.  Rates and past events stay as they
+                are.  Empty: the conversion of the tables.
 
         Raises:
             NotReadyError: if nothing is published.
@@ -61,6 +70,7 @@ class PublishedDays:
         self.schema: FeatureSchema = load_schema(settings.source)
         self._lake = Lake(settings.lake)
         self._config = LoaderConfig(batch_size, max_seq_len)
+        self._conversion_event = conversion_event
         self._snapshot_id = self._lake.snapshot_id(TABLE)
         if self._snapshot_id is None:
             raise NotReadyError(f"table {TABLE} has no published day; build some (python -m jobs.backfill)")
@@ -81,8 +91,40 @@ class PublishedDays:
 
     def training(self, days: list[date], seed: int) -> list[RequestBatch]:
         """Return some days as batches, shuffled as ``onetrans train`` does, in memory."""
-        data = RequestData(self._lake.files(TABLE, days, self._snapshot_id), self.schema, self._config)
-        return [loaded.batch for loaded in data.batches(shuffle_seed=seed)]
+        return [loaded.batch for loaded in self._loaded(days, seed)]
+
+    def _loaded(self, days: list[date], seed: int | None, with_keys: bool = False) -> list[Loaded]:
+        files = self._lake.files(TABLE, days, self._snapshot_id)
+        wanted = with_keys or bool(self._conversion_event)
+        data = RequestData(files, self.schema, self._config, with_keys=wanted)
+        loaded = list(data.batches(shuffle_seed=seed))
+        if not self._conversion_event:
+            return loaded
+        converted = self._converted(days)
+        return [replace(part, batch=_with_conversions(part, converted)) for part in loaded]
+
+    def _converted(self, days: list[date]) -> pa.Array:
+        """Return the keys of the impressions of some days that have the event of :attr:`_conversion_event`.
+
+        Raises:
+            NotReadyError: if there is none: conversions would all be 0.
+        """
+        shown = self._rows("impressions", days, ["user_id", "item_id", "ts", "request_id"])
+        events = self._rows("behaviors", days, ["user_id", "item_id", "ts", "type"])
+        events = events.filter(pc.equal(events["type"], self._conversion_event)).drop(["type"])
+        found = shown.join(events, keys=["user_id", "item_id", "ts"], join_type="left semi")
+        if not found.num_rows:
+            raise NotReadyError(
+                f"{describe_days(days)}: no impression has an event {self._conversion_event!r} at its own time"
+            )
+        return _keys(found)
+
+    def _rows(self, table: str, days: list[date], columns: list[str]) -> pa.Table:
+        parts = []
+        for file in self._lake.files(table, days, self._lake.snapshot_id(table)):
+            filesystem, inner = storage.open_filesystem(file)
+            parts.append(pq.read_table(inner, filesystem=filesystem, partitioning=None, columns=columns))
+        return pa.concat_tables(parts)
 
     def numbers(self, days: list[date]) -> tuple[npt.NDArray[np.float64], npt.NDArray[Any], npt.NDArray[Any]]:
         """Return, per impression of some days, every bucketized feature's number and the labels: for models of trees.
@@ -115,10 +157,20 @@ class PublishedDays:
 
     def labelled(self, ds: date) -> LabelledDay:
         """Return a day to score, in memory."""
-        files = self._lake.files(TABLE, [ds], self._snapshot_id)
-        loaded = list(RequestData(files, self.schema, self._config, with_keys=True).batches(shuffle_seed=None))
+        loaded = self._loaded([ds], None, with_keys=True)
         users = np.concatenate([part.keys["user_id"].to_numpy() for part in loaded if part.keys is not None])
         return LabelledDay([part.batch for part in loaded], users)
+
+
+def _keys(rows: pa.Table) -> pa.Array:
+    joined = pc.binary_join_element_wise(rows["request_id"], rows["item_id"], "/")
+    return joined.combine_chunks() if isinstance(joined, pa.ChunkedArray) else joined
+
+
+def _with_conversions(part: Loaded, converted: pa.Array) -> RequestBatch:
+    assert part.keys is not None
+    has_N = pc.is_in(_keys(part.keys), value_set=converted).to_numpy(zero_copy_only=False)
+    return replace(part.batch, conversion_N=part.batch.click_N * torch.from_numpy(has_N.astype(np.float32)))
 
 
 def train_pass(model: RankingModel, optimizers: Optimizers, batches: Iterable[RequestBatch]) -> None:
@@ -135,11 +187,14 @@ def train_pass(model: RankingModel, optimizers: Optimizers, batches: Iterable[Re
 
 
 @torch.no_grad()
-def probabilities(model: nn.Module, batches: Iterable[RequestBatch]) -> tuple[npt.NDArray[np.float64], ...]:
+def probabilities(
+    model: nn.Module, batches: Iterable[RequestBatch]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Return CTR and CVR of every impression."""
     model.eval()
     scores = [model(batch) for batch in batches]
-    return tuple(torch.sigmoid(torch.cat([s[task] for s in scores]).double()).numpy() for task in (0, 1))
+    ctr_N, cvr_N = (torch.sigmoid(torch.cat([s[task] for s in scores]).double()).numpy() for task in (0, 1))
+    return ctr_N, cvr_N
 
 
 def figures(day: LabelledDay, ctr_N: npt.NDArray[np.float64], cvr_N: npt.NDArray[np.float64]) -> Metrics:

@@ -42,7 +42,7 @@ from onetrans.batch import RequestBatch
 from onetrans.metrics import auc, uauc
 from onetrans.models import DCNv2DINConfig, ModelConfig, RankingModel, build_model, preset
 from onetrans.optim import build_optimizers
-from onetrans.optim_config import optimizer_preset
+from onetrans.optim_config import OptimizerConfig, optimizer_preset
 from onetrans.schema import FeatureSchema, Side, hash64
 
 Ints = npt.NDArray[np.int64]
@@ -244,9 +244,11 @@ def _texts(texts: tuple[str, ...] | list[str]) -> Ints:
     return np.array([hash64(text) for text in texts], dtype=np.int64)
 
 
-def train(model: RankingModel, days: list[PackedDay], requests: int, seed: int) -> None:
-    """Train one pass over the days in order, requests shuffled within a day."""
-    optimizers = build_optimizers(model, optimizer_preset("tiny"))
+def train(
+    model: RankingModel, days: list[PackedDay], requests: int, seed: int, optimizer: OptimizerConfig | None = None
+) -> None:
+    """Train one pass over the days in order, requests shuffled within a day; optimizers default to ``tiny``'s."""
+    optimizers = build_optimizers(model, optimizer or optimizer_preset("tiny"))
     rng = np.random.default_rng(seed)
     model.train()
     for day in days:

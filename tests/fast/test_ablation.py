@@ -1,12 +1,17 @@
 """The ablation's variants: legal, each unlike its base, compared seed by seed."""
 
 from dataclasses import replace
+from pathlib import Path
+from statistics import mean, stdev
 
+import numpy as np
 import pytest
 
-from benchmarks.ablation import FIGURES, VARIANTS, markdown, with_bases
+from benchmarks.ablation import VARIANTS, markdown, with_bases
+from benchmarks.fitting import LabelledDay
+from benchmarks.trials import Kept, Trial, measured
 from onetrans.models import build_model, preset
-from tests.batches import model_schema
+from tests.batches import model_schema, random_batch
 
 
 def test_every_variant_is_a_model_unlike_its_base() -> None:
@@ -27,13 +32,48 @@ def test_bases_come_with_their_variants() -> None:
         with_bases(["dropout"])
 
 
-def test_differences_are_taken_seed_by_seed() -> None:
+@pytest.fixture
+def day() -> LabelledDay:
+    schema = model_schema()
+    batch = random_batch(schema, [4] * 60, [3] * 60)
+    return LabelledDay([batch], np.repeat(np.arange(30), 8))
+
+
+def _trial(day: LabelledDay, noise: float, seed: int) -> Trial:
+    rng = np.random.default_rng(seed)
+    near = 0.5 + 0.1 * (day.click_N - 0.5) + noise * rng.normal(size=len(day.click_N))
+    return Trial((((near - near.min()) / np.ptp(near), rng.random(len(near))),), 2.0 + seed, 10)
+
+
+def test_differences_are_taken_seed_by_seed_and_over_the_same_users(day: LabelledDay) -> None:
     variants = with_bases(["full attention"])
-    found = {
-        "default": [dict.fromkeys(FIGURES, 0.6), dict.fromkeys(FIGURES, 0.7)],
-        "full attention": [dict.fromkeys(FIGURES, 0.59), dict.fromkeys(FIGURES, 0.69)],
+    trials = {
+        "default": [_trial(day, 0.3, 0), _trial(day, 0.3, 1)],
+        "full attention": [_trial(day, 0.02, 2), _trial(day, 0.02, 3)],
     }
-    *_, base, row = markdown(variants, found, {"default": [2.0, 4.0], "full attention": [1.0, 1.0]}).splitlines()
-    assert base.startswith("| default | 0.6500 ± 0.0707 |  |  | 0.6500 ± 0.0707 |")
-    assert "| 0.6400 ± 0.0707 | -0.0100 ± 0.0000 | +0.00 % |" in row
-    assert base.endswith("| 3 s |")
+    *_, base, row = markdown(variants, trials, [day]).splitlines()
+    assert base.endswith("| 2 s |")
+    found = {name: [measured([day], trial.scores)["CTR AUC"] for trial in each] for name, each in trials.items()}
+    differences = [a - b for a, b in zip(found["full attention"], found["default"], strict=True)]
+    cells = [cell.strip() for cell in row.split("|")]
+    assert cells[2].startswith(f"{mean(found['full attention']):.4f} ± ")
+    assert cells[3].startswith(f"{mean(differences):+.4f} ± {stdev(differences):.4f} [")
+    low, high = (float(bound) for bound in cells[3].split("[")[1].rstrip("]").split(","))
+    assert 0 < low < mean(differences) < high
+    assert cells[4] == "+0.00 %"
+
+
+def test_a_kept_trial_is_read_back_and_another_is_run(tmp_path: Path, day: LabelledDay) -> None:
+    runs: list[int] = []
+
+    def run(seed: int) -> Trial:
+        runs.append(seed)
+        return _trial(day, 0.1, seed)
+
+    first = Kept(tmp_path).trial({"seed": 0}, lambda: run(0))
+    again = Kept(tmp_path).trial({"seed": 0}, lambda: run(0))
+    Kept(tmp_path).trial({"seed": 1}, lambda: run(1))
+    assert runs == [0, 1]
+    assert (again.seconds, again.parameters) == (first.seconds, first.parameters)
+    for one, other in zip(first.scores[0], again.scores[0], strict=True):
+        assert np.array_equal(one, other)

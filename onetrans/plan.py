@@ -27,6 +27,7 @@ import hashlib
 import json
 import logging
 import subprocess
+import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, date, datetime, timedelta
@@ -113,9 +114,13 @@ def preset_models(preset_name: str) -> dict[str, ModelPlan]:
 
 
 def configured_models(training: TrainingSettings) -> dict[str, ModelPlan]:
-    """Return both models of the configured size, learning rates and use of table rows, with fresh weights."""
+    """Return both models as the settings want them: size, learning rates, use of table rows, fields; fresh weights.
+
+    Raises:
+        BadConfigError: if ``training.onetrans`` or ``training.dcnv2_din`` is not a list of fields, or one is refused.
+    """
     rates = {name: rate for name in ("dense_lr", "embedding_lr") if (rate := getattr(training, name))}
-    return {
+    models = {
         name: replace(
             model,
             optimizer=replace(model.optimizer, **rates),
@@ -123,6 +128,38 @@ def configured_models(training: TrainingSettings) -> dict[str, ModelPlan]:
         )
         for name, model in preset_models(training.preset).items()
     }
+    return {name: _with_fields(model, name, getattr(training, name)) for name, model in models.items()}
+
+
+def _with_fields(model: ModelPlan, name: str, text: str) -> ModelPlan:
+    """Return a model with fields of its configuration or optimizers replaced, given as ``name = value, ...``."""
+    if not text.strip():
+        return model
+    where = f"training.{name} = {text!r}"
+    try:
+        given = tomllib.loads(f"fields = {{{' '.join(text.splitlines())}}}")["fields"]
+    except tomllib.TOMLDecodeError as error:
+        raise BadConfigError(
+            f'{where} is not a list of fields such as: dropout = 0.1, position = "rotary" (texts are quoted): {error}'
+        ) from error
+    config, optimizer = config_to_dict(model.config), asdict(model.optimizer)
+    of_model = {field: value for field, value in given.items() if field in config and field != "model"}
+    of_optimizer = {field: value for field, value in given.items() if field in optimizer}
+    if unknown := sorted(set(given) - set(of_model) - set(of_optimizer)):
+        known = sorted({*config, *optimizer} - {"model"})
+        raise BadConfigError(f"{where}: there is no field {unknown[0]!r}; fields are {', '.join(known)}")
+    for field, value in of_optimizer.items():
+        numbers = (int, float) if isinstance(optimizer[field], float) else (type(optimizer[field]),)
+        if type(value) not in numbers:
+            raise BadConfigError(f"{where}: {field} must be of the type of {optimizer[field]!r}")
+    try:
+        return replace(
+            model,
+            config=config_from_dict({**config, **of_model}),
+            optimizer=OptimizerConfig(**{**optimizer, **of_optimizer}),
+        )
+    except BadConfigError as error:
+        raise BadConfigError(f"{where}: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -168,6 +168,10 @@ class TrainingSettings:
     """Learning rate of everything but the embedding tables, for both models; 0: the preset's."""
     embedding_lr: float = 0.0
     """Learning rate of the embedding tables, for both models; 0: the preset's."""
+    onetrans: str = ""
+    """What OneTrans has other than its preset, as in ``relative_bias = true, weight_decay = 0.1`` (docs/model.md)."""
+    dcnv2_din: str = ""
+    """The same for the baseline, as in ``mlp_hidden = [256, 128], dropout = 0.1``."""
     admit_after: int = 0
     """Lookups in training before an id gets an embedding of its own; until then all such ids share one. 0: at once."""
     evict_after_days: int = 0

@@ -25,7 +25,7 @@ from onetrans.plan import (
     preset_models,
 )
 from onetrans.schema import Feature
-from onetrans.settings import as_environment
+from onetrans.settings import TrainingSettings, as_environment
 from tests.worlds import FIRST_DAY, World, publish_day, publish_days, settings_in, small_schema, write_schema
 
 SCHEMA = small_schema()
@@ -250,6 +250,39 @@ def test_a_changed_optimizer_or_schema_breaks_the_chain_too(settings, days):
         f"fresh weights for every model, as the training of {days[3]} had another feature schema: feature extra is new"
     )
     assert plan_for(settings, days[4], schema=wider).decision.startswith(told)
+
+
+def test_fields_of_a_model_come_from_the_settings_and_break_the_chain():
+    plain = configured_models(TrainingSettings(preset="tiny"))
+    given = {"onetrans": 'relative_bias = true, position = "none", dense_lr = 0.5', "dcnv2_din": "mlp_hidden = [16, 8]"}
+    found = configured_models(TrainingSettings(preset="tiny", dense_lr=0.1, **given))
+    config, optimizer = found["onetrans"].config, found["onetrans"].optimizer
+    assert (config.relative_bias, config.position, optimizer.dense_lr) == (True, "none", 0.5)
+    assert found["dcnv2_din"].config == replace(plain["dcnv2_din"].config, mlp_hidden=(16, 8))
+    assert found["dcnv2_din"].optimizer.dense_lr == 0.1
+    assert found["onetrans"].decides() != plain["onetrans"].decides()
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (
+            "position = none",
+            r"training.onetrans = 'position = none' is not a list of fields such as: .*texts are quoted",
+        ),
+        ("spiral = 3", r"training.onetrans = 'spiral = 3': there is no field 'spiral'; fields are admit_after, "),
+        (
+            "dropout = 2.0",
+            r"training.onetrans = 'dropout = 2.0': onetrans.dropout = 2.0 must be at least 0 and below 1",
+        ),
+        ("dense_lr = true", r"dense_lr must be of the type of 0.002"),
+        ("dense_lr = -1", r"optimizer.dense_lr = -1 must be above 0"),
+        ("model = 'dcnv2_din'", r"there is no field 'model'"),
+    ],
+)
+def test_a_wrong_field_of_a_model_is_named(text: str, told: str):
+    with pytest.raises(BadConfigError, match=told):
+        configured_models(TrainingSettings(preset="tiny", onetrans=text))
 
 
 def test_a_schema_whose_tables_only_grew_is_gone_on_from_and_named(settings, days):

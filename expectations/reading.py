@@ -117,7 +117,9 @@ def read_with_spark(
     files: StagedFiles, view: View | None, watched: Mapping[str, Bins], spark: SparkSession
 ) -> tuple[dict[str, Profile], SparkDataFrame | None]:
     """Do as :func:`read_here`, on Spark's executors; the view stays distributed."""
-    staged = spark.read.parquet(*files.paths)
+    from jobs.objects import readable
+
+    staged = spark.read.parquet(*readable(spark, files.paths))
     parts = staged.mapInArrow(_profiler(watched), "path string, profile array<double>").collect()
     profiles = merge_profiles({row["path"]: Profile.from_list(row["profile"])} for row in parts)
     if view is None:

@@ -29,6 +29,7 @@ from pyspark import Broadcast
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
+from jobs import objects
 from jobs.contract import context_columns
 from jobs.impressions import from_clock
 from jobs.runner import EXIT_CODES, Opened, add_days, audit_and_publish, chosen_days, guarded, present, telling
@@ -73,7 +74,7 @@ def candidates_of(work: Workspace, ds: date) -> DataFrame:
     files = storage.list_files(folder, ".parquet")
     if not files:
         raise NotReadyError(f"there are no candidates to score for {ds}: {folder} holds no .parquet file")
-    given = work.spark.read.parquet(*files)
+    given = work.spark.read.parquet(*objects.readable(work.spark, files))
     for name in ("user_id", "item_id"):
         if name not in given.columns:
             raise BadDataError(f"{folder} has no column {name}; it has {', '.join(given.columns)}")

@@ -22,6 +22,7 @@ from pyspark import SparkContext
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
+from onetrans.object_store import access
 from onetrans.settings import SparkSettings, load_settings
 
 _LOCAL_JVM = (
@@ -99,8 +100,8 @@ def _start(settings: SparkSettings, app: str, write_archive: Path | None) -> Spa
         # Nothing reads a folder until its manifest is written, so the slower, atomic committer buys nothing.
         "spark.hadoop.mapreduce.fileoutputcommitter.algorithm.version": "2",
         "spark.hadoop.mapreduce.fileoutputcommitter.marksuccessfuljobs": "false",
-        "spark.hadoop.fs.s3.impl": "org.apache.hadoop.fs.s3a.S3AFileSystem",
         "spark.sql.sources.parallelPartitionDiscovery.threshold": "10000",
+        **access().spark(),
     }
     if local:
         os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")

@@ -19,6 +19,7 @@ from pyspark.sql import functions as F
 from pyspark.sql import types as T
 from pyspark.sql.pandas.types import from_arrow_schema
 
+from jobs import objects
 from jobs.checks import REPEAT
 from jobs.sources import Source, open_source
 from jobs.sources.reading import AS_JSON, FILE, ROW
@@ -79,7 +80,10 @@ class Workspace:
         """Open everything a process needs; configuration is read before Spark is started."""
         schema = load_schema(settings.source)
         source = open_source(settings.source, schema)
-        return cls(settings, session(settings.spark), Lake(settings.lake), schema, source)
+        spark = session(settings.spark)
+        if objects.uses_s3(settings):
+            objects.by_itself(spark)  # a cluster that cannot reach the store is told of before it works for an hour
+        return cls(settings, spark, Lake(settings.lake), schema, source)
 
     # Reading the raw log
 
@@ -123,7 +127,7 @@ class Workspace:
         """
         files = self.lake.files(table, days)
         columns = from_arrow_schema(self.lake.table(table).schema().as_arrow())
-        return self.spark.read.schema(columns).parquet(*files)
+        return self.spark.read.schema(columns).parquet(*objects.readable(self.spark, files))
 
     def window(self, table: str, ds: date, days: int) -> list[date]:
         """Return those of the ``days`` days before ``ds`` that are published.
@@ -320,8 +324,8 @@ def raw_stamp(lake: Lake, source: Source, table: InputTable, ds: date) -> str:
 
 def write(frame: DataFrame, path: str) -> None:
     """Write Parquet with row groups a reader can hold many of, beside what is in the folder."""
-    writer = frame.write.mode("append").option("maxRecordsPerFile", _ROWS_PER_FILE)
-    writer.option("parquet.block.size", _ROW_GROUP_BYTES).parquet(path)
+    options = {"maxRecordsPerFile": str(_ROWS_PER_FILE), "parquet.block.size": str(_ROW_GROUP_BYTES)}
+    objects.write(frame, path, options)
 
 
 def count_rows(path: str) -> int:

@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, date, datetime
 from functools import cached_property
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -63,6 +64,8 @@ QUARANTINE = "quarantine"
 
 CATALOG_FILE = "catalog.db"
 """SQLite catalog in the warehouse, where the settings name no other."""
+LOCAL_CATALOG = "var"
+"""Folder of that file where the warehouse is in an object store, which holds no database: for one machine alone."""
 AUDIT_FILE = "_audit.json"
 """The audit's verdict, beside the staged files it is about."""
 
@@ -70,6 +73,7 @@ _BUILT = "_staged.json"
 _COMMIT_TRIES = 20
 _COMMIT_WAIT_SECONDS = 0.2
 _READERS = 16
+_FILES_IN_A_STORE = "onetrans.iceberg_files.StoreFiles"
 
 _PROPERTIES = {
     # A retry of PyIceberg's own repeats the append on top of what another writer committed meanwhile, without the
@@ -165,20 +169,25 @@ class Lake:
         """Tell whether there is a lake; only a SQLite catalog of its own can be missing.  Nothing is made."""
         if self.settings.catalog_uri:
             return True
-        return (storage.local_path(self.warehouse) / CATALOG_FILE).is_file()
+        return self.catalog_file.is_file()
+
+    @property
+    def catalog_file(self) -> Path:
+        """The SQLite catalog that is used where the settings name no other."""
+        folder = storage.local_path(self.warehouse if storage.is_local(self.warehouse) else LOCAL_CATALOG)
+        return folder.absolute() / CATALOG_FILE
 
     @cached_property
     def catalog(self) -> Catalog:
         """The Iceberg catalog; made, with its namespace, on first use."""
         uri = self.settings.catalog_uri
         if not uri:
-            folder = storage.local_path(self.warehouse)
-            folder.mkdir(parents=True, exist_ok=True)
-            address = URL.create("sqlite", database=str(folder / CATALOG_FILE), query={"timeout": "60"})
+            self.catalog_file.parent.mkdir(parents=True, exist_ok=True)
+            address = URL.create("sqlite", database=str(self.catalog_file), query={"timeout": "60"})
             uri = address.render_as_string()
         for attempt in range(1, _COMMIT_TRIES + 1):
             try:
-                catalog = load_catalog("lake", type=self.settings.catalog_type, uri=uri, warehouse=self.warehouse)
+                catalog = load_catalog("lake", **self._properties(uri))
                 with contextlib.suppress(NamespaceAlreadyExistsError):
                     catalog.create_namespace(self.settings.namespace)
                 return catalog
@@ -188,6 +197,12 @@ class Lake:
                     raise
                 _wait(attempt)
         raise AssertionError("unreachable")
+
+    def _properties(self, uri: str) -> dict[str, str]:
+        properties = {"type": self.settings.catalog_type, "uri": uri, "warehouse": self.warehouse}
+        if storage.is_local(self.warehouse):
+            return properties
+        return properties | {"py-io-impl": _FILES_IN_A_STORE}
 
     # Staging
 

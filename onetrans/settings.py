@@ -43,6 +43,21 @@ NOT_SETTINGS = frozenset({"ONETRANS_CONFIG", "ONETRANS_TRACEBACK", "ONETRANS_SER
 """Variables of this name's family that are no field: which file to read, whether to show tracebacks, a secret."""
 
 
+_UNDER_ROOT = {
+    ("lake", "warehouse"): "lake",
+    ("training", "runs"): "runs",
+    ("mlflow", "artifacts"): "mlflow/artifacts",
+}
+"""Setting -> its place under ``store.root`` where nobody names it; ``audit.data_docs`` lies beside the warehouse."""
+
+_ADDRESSES = (
+    ("lake", "catalog_uri", "PGPASSWORD, or the whole address as ONETRANS_LAKE_CATALOG_URI"),
+    ("mlflow", "tracking_uri", "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"),
+    ("airflow", "database", "PGPASSWORD"),
+)
+"""Section, field, and where a password goes that would stand in the address."""
+
+
 @dataclass(frozen=True)
 class SourceSettings:
     """Where raw events come from."""
@@ -68,13 +83,34 @@ class SourceSettings:
 
 
 @dataclass(frozen=True)
+class StoreSettings:
+    """Where files are kept, and how an object store is reached; credentials come from ``AWS_*`` alone."""
+
+    root: str = "var"
+    """Folder or s3://bucket/prefix of tables, runs, reports and MLflow's artifacts, where none is named for them."""
+    endpoint: str = ""
+    """Address of a service that speaks S3; empty: ``AWS_ENDPOINT_URL``, else AWS itself."""
+    region: str = ""
+    """Region of the buckets; empty: ``AWS_REGION``, else the bucket's own."""
+    path_style: bool = True
+    """At an ``endpoint``: the bucket stands in the path of an address; false: in the host's name, as at AWS."""
+
+    def __post_init__(self) -> None:
+        if self.endpoint and not re.fullmatch(r"https?://[^/@\s]+/?", self.endpoint):
+            raise BadConfigError(
+                "store.endpoint must be http://HOST[:PORT] or https://..., without a path, name or key"
+            )
+
+
+@dataclass(frozen=True)
 class LakeSettings:
     """Where tables are kept."""
 
     warehouse: str = "var/lake"
     """Folder (or s3:// prefix) of all table files, staged and published."""
     catalog_uri: str = ""
-    """Address of the Iceberg catalog (SQLAlchemy or REST); empty: SQLite in ``warehouse``."""
+    """Address of the Iceberg catalog (SQLAlchemy or REST); empty: a SQLite file in ``warehouse``, or in ``var`` if that
+    is in an object store."""
     catalog_type: Literal["sql", "rest", "glue"] = "sql"
     """Kind of Iceberg catalog."""
     namespace: str = "ranking"
@@ -418,6 +454,8 @@ class Settings:
 
     source: SourceSettings = field(default_factory=SourceSettings)
     """Where raw events come from."""
+    store: StoreSettings = field(default_factory=StoreSettings)
+    """Where files are kept, and how an object store is reached."""
     lake: LakeSettings = field(default_factory=LakeSettings)
     """Where tables are kept."""
     audit: AuditSettings = field(default_factory=AuditSettings)
@@ -474,8 +512,28 @@ def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
     if unknown:
         raise BadConfigError(f"{path}: unknown section [{unknown[0]}]; known are {', '.join(sections)}")
     _refuse_unknown_variables(environ, sections)
+    _refuse_secrets(data, str(path))
+    root = _section(StoreSettings, "store", data.get("store", {}), environ, str(path)).root
+    for (section, name), folder in _UNDER_ROOT.items():
+        if isinstance(data.get(section, {}), Mapping):
+            data[section] = {name: f"{root.rstrip('/')}/{folder}", **data.get(section, {})}
     built = {name: _section(cls, name, data.get(name, {}), environ, str(path)) for name, cls in sections.items()}
     return Settings(**built)
+
+
+def _refuse_secrets(data: Mapping[str, Any], path: str) -> None:
+    """Refuse a password or key in the configuration file: it is copied, printed and kept in version control."""
+    for section, name, instead in _ADDRESSES:
+        value = data.get(section, {}).get(name, "") if isinstance(data.get(section), Mapping) else ""
+        if re.search(r"://[^/@]*:[^/@]+@", str(value)):
+            raise BadConfigError(f"{path}: {section}.{name} holds a password; leave it out, and set {instead}")
+    spark = data.get("spark", {})
+    conf = spark.get("conf", {}) if isinstance(spark, Mapping) else {}
+    for name in conf if isinstance(conf, Mapping) else ():
+        if re.search(r"fs\.s3a?\..*(access\.key|secret\.key|session\.token)$", str(name)):
+            raise BadConfigError(
+                f"{path}: spark.conf names {name}; leave it out, and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            )
 
 
 def as_environment(settings: Settings) -> dict[str, str]:

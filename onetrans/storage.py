@@ -1,13 +1,14 @@
 """Small files beside the tables: read, write at once or not at all, list, delete; local or s3://.
 
 Everything goes through :mod:`pyarrow.fs`, so one path string decides where a
-file lives.  Table data itself is written by Spark and committed by
-:mod:`onetrans.lake`.
+file lives; how S3 is reached is said in :mod:`onetrans.object_store`.  Table data
+itself is written by Spark and committed by :mod:`onetrans.lake`.
 """
 
 from __future__ import annotations
 
 import json
+import mimetypes
 import os
 import uuid
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from typing import IO, Any
 from pyarrow import fs
 
 from onetrans.errors import BadConfigError
+from onetrans.object_store import is_s3, open_s3
 
 # Spark globs, and both cut an address at '#' and '?'.
 _SPECIAL = "#*?[\\]{}"
@@ -59,6 +61,8 @@ def open_filesystem(path: str) -> tuple[fs.FileSystem, str]:
     """
     if is_local(path):
         return fs.LocalFileSystem(), os.path.abspath(local_path(path))
+    if is_s3(path):
+        return open_s3(path)
     return fs.FileSystem.from_uri(path.rstrip("/"))
 
 
@@ -117,7 +121,7 @@ def writing(path: str) -> Iterator[IO[bytes]]:
     filesystem, inner = open_filesystem(path)
     if not isinstance(filesystem, fs.LocalFileSystem):
         # An object store makes the object visible when the stream is closed.
-        with filesystem.open_output_stream(inner) as stream:
+        with filesystem.open_output_stream(inner, metadata=_metadata(inner)) as stream:
             yield stream
         return
     filesystem.create_dir(inner.rsplit("/", 1)[0], recursive=True)
@@ -130,6 +134,12 @@ def writing(path: str) -> Iterator[IO[bytes]]:
         os.replace(temporary, inner)
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+def _metadata(path: str) -> dict[str, str]:
+    """Return what an object store is told of a file, so that a browser shows a page that it serves."""
+    kind, _ = mimetypes.guess_type(path)
+    return {"Content-Type": kind or "application/octet-stream"}
 
 
 def write_bytes(path: str, data: bytes) -> None:

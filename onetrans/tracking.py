@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from onetrans import __version__, storage
 from onetrans.errors import BadConfigError, BadDataError, NotReadyError, PipelineError
 from onetrans.lake import AUDIT_FILE, Lake
+from onetrans.object_store import export_for_boto
 from onetrans.plan import GATE_FILE, METRICS_FILE, PAGE_FILE, PLAN_FILE, PROMOTION_FILE, Plan
 from onetrans.process import see
 from onetrans.schema import Feature, FeatureSchema, Kind
@@ -92,6 +93,7 @@ def connect(settings: MlflowSettings) -> MlflowClient:
 @functools.cache
 def _connect(tracking_uri: str) -> MlflowClient:
     _be_quiet()
+    export_for_boto()  # artifacts may lie in an object store
     import mlflow
 
     with one_at_a_time(tracking_uri):  # both stores make their missing tables, the registry's at its first question

@@ -95,7 +95,8 @@ def _other_pages(settings: Settings, logs: Path) -> list[pages.Page]:
     # Expectations bring Great Expectations' parts with them; Airflow alone does without.
     from expectations.site import site_path
 
-    return [pages.mlflow_page(settings, logs), pages.docs_page(site_path(settings.lake, settings.audit), logs)]
+    docs = pages.docs_page(site_path(settings.lake, settings.audit), logs, settings.audit.address)
+    return [page for page in (pages.mlflow_page(settings, logs), docs) if page is not None]
 
 
 def _links(settings: Settings, others: Sequence[pages.Page]) -> dict[str, str]:

@@ -51,7 +51,7 @@ def mlflow_page(settings: Settings, logs: Path) -> Page:
     database.parent.mkdir(parents=True, exist_ok=True)
     port = free_port(_PREFERRED_MLFLOW)
     arguments = ["server", "--backend-store-uri", f"sqlite:///{database}", "--host", "127.0.0.1", "--port", str(port)]
-    arguments += ["--workers", "1", "--default-artifact-root", str(Path(settings.mlflow.artifacts).resolve())]
+    arguments += ["--workers", "1", "--default-artifact-root", storage.address(settings.mlflow.artifacts)]
     environment = {
         **os.environ,
         "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -64,8 +64,13 @@ def mlflow_page(settings: Settings, logs: Path) -> Page:
     return Page("MLflow", f"http://127.0.0.1:{port}", server)
 
 
-def docs_page(site: str, logs: Path) -> Page:
-    """Return the page of the Data Docs in a local folder."""
+def docs_page(site: str, logs: Path, address: str = "") -> Page | None:
+    """Return the page of the Data Docs in a local folder.
+
+    Those in an object store are served by others: at ``address``, if somebody has named it.
+    """
+    if not storage.is_local(site):
+        return Page("Data Docs", address, None) if address else None
     folder = storage.local_path(site)
     folder.mkdir(parents=True, exist_ok=True)
     index = folder / "index.html"

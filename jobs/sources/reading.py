@@ -28,6 +28,7 @@ from pyspark.sql import types as T
 from pyspark.sql.pandas.types import from_arrow_schema
 
 from jobs.contract import Column, ValueKind
+from jobs.objects import original, readable
 from onetrans import storage
 from onetrans.errors import BadDataError
 from onetrans.schema import FeatureSchema
@@ -162,7 +163,7 @@ def read_files(
 
 def _address() -> SparkColumn:
     """Return the file of a row; Spark writes local ones as file:/path."""
-    return F.regexp_replace("_metadata.file_path", "^file:/(?!/)", "file:///")
+    return original(F.regexp_replace("_metadata.file_path", "^file:/(?!/)", "file:///"))
 
 
 def _others(heads: Sequence[pa.Schema], wanted: Sequence[str]) -> list[str]:
@@ -318,8 +319,9 @@ def _read_parquet(
         absent = set(common.names) - set(head.names)
         if absent:
             raise BadDataError(f"{where}: file {file} lacks column {min(absent)}, which {files[0]} or another has")
-    readable = pa.schema([field for field in common if not _is_opaque(field.type)])
-    return spark.read.schema(from_arrow_schema(readable, prefer_timestamp_ntz=True)).parquet(*files)
+    known = pa.schema([field for field in common if not _is_opaque(field.type)])
+    columns = from_arrow_schema(known, prefer_timestamp_ntz=True)
+    return spark.read.schema(columns).parquet(*readable(spark, files))
 
 
 def _undictionaried(field: pa.Field) -> pa.Field:
@@ -359,7 +361,7 @@ def _read_csv(
         .options(header=True, enforceSchema=True, columnNameOfCorruptRecord=UNREADABLE, quote='"', escape='"')
         # With pruning a line is not held against the header: one with too many fields would pass, shifted.
         .option("columnPruning", False)
-        .csv(list(files))
+        .csv(readable(spark, files))
     )
 
 
@@ -373,7 +375,7 @@ def _read_json(spark: SparkSession, files: Sequence[str], seen: Sequence[str], w
         return (
             spark.read.schema(_text((*names, UNREADABLE)))
             .option("columnNameOfCorruptRecord", UNREADABLE)
-            .json(list(files))
+            .json(readable(spark, files))
         )
 
     later = [name for name in wanted if name not in seen]

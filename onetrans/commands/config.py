@@ -11,6 +11,7 @@ import ast
 import inspect
 import json
 import os
+import re
 import textwrap
 from collections.abc import Mapping
 from dataclasses import asdict, fields
@@ -38,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     settings = load_settings()
     if arguments.json:
-        print(json.dumps(asdict(settings), indent=2, default=_plain))
+        print(json.dumps(json.loads(_toml(asdict(settings))), indent=2))
         return 0
     path = config_file()
     print(f"# file: {path.resolve() if path else f'none ({OWN_FILE} is not here, ONETRANS_CONFIG is not set)'}")
@@ -112,7 +113,7 @@ def reference_page() -> str:
 
 
 def _toml(value: Any) -> str:
-    return json.dumps(value, default=_plain)
+    return re.sub(r"(?<=://)([^/@\s\"]*):[^/@\s\"]+@", r"\1:***@", json.dumps(value, default=_plain))
 
 
 def _plain(value: Any) -> Any:

@@ -9,8 +9,8 @@ Without ``--ds`` the simulated shop is the data (as in ``benchmarks.learning``);
 it the published days of the lake in force, DAY being the validation day.  Choose a
 validation day before the days whose figures are reported.
 
-The best of many trials is lucky as well as good.  So ``--confirm N`` trains it and the preset again with N seeds, up
-to and with the validation day, and scores the day after it (in a lake: those up to ``--to``).
+The best of many trials is lucky as well as good.  So ``--confirm N`` trains it and the preset again with N seeds on
+days that end with the validation day, and scores the day after it (in a lake: those up to ``--to``).
 """
 
 from __future__ import annotations
@@ -129,8 +129,7 @@ def main(argv: list[str] | None = None) -> int:
         longest, batch = max(LENGTHS), arguments.batch or 256
         log = Published(arguments.ds, arguments.ds, batch, longest, arguments.days)
         following = arguments.ds + timedelta(days=1)
-        more = arguments.days + 1 if arguments.days else None
-        after = partial(Published, following, arguments.to or following, batch, longest, more)
+        after = partial(Published, following, arguments.to or following, batch, longest, arguments.days)
         starts = configured_models(replace(load_settings().training, preset="tiny"))
     else:
         log = Shop(days, arguments.batch or 24)
@@ -170,8 +169,13 @@ def _confirm(
     starts: Mapping[str, ModelPlan],
     seeds: int,
 ) -> None:
-    """Train the best and the preset of each model on several seeds and report both, and what lies between."""
+    """Train the best and the preset of each model on several seeds and report both, and what lies between.
+
+    Where the preset itself was best there is nothing to confirm.
+    """
     for name, (case, config, optimizer) in best.items():
+        if (config, optimizer) == (starts[name].config, starts[name].optimizer):
+            continue
         chosen = {"preset": (starts[name].config, starts[name].optimizer), case: (config, optimizer)}
         runs = {which: [run_kept(kept, log, *both, seed) for seed in range(seeds)] for which, both in chosen.items()}
         for which, trials in runs.items():
@@ -183,7 +187,7 @@ def _confirm(
                     report.add(shown, f"{figure}, spread", stdev(run[figure] for run in found))
             report.add(shown, "training time (processor)", mean(trial.seconds for trial in trials), "s")
         draws_of = drawn(log.days, {which: [trial.scores for trial in trials] for which, trials in runs.items()})
-        for figure, over in lift(draws_of[case], draws_of["preset"]).items() if case in draws_of else ():
+        for figure, over in lift(draws_of[case], draws_of["preset"]).items():
             report.add(f"{case}: lift over the preset", figure, over.lift)
             report.add(f"{case}: lift over the preset", f"{figure}, lower end at 90 %", over.low)
             report.add(f"{case}: lift over the preset", f"{figure}, upper end at 90 %", over.high)

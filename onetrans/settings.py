@@ -374,7 +374,7 @@ class ServingSettings:
     max_body_kib: int = 4096
     """Largest body of a call, in KiB."""
     body_timeout_s: float = 5.0
-    """Time a client has to send its body."""
+    """Time a client has to send the head of a call, and then its body."""
     poll_s: float = 30.0
     """Time between two looks at the alias the served model is named by."""
 

@@ -25,6 +25,7 @@ from onetrans.requests import from_rows, score
 from onetrans.schema import FeatureSchema
 from onetrans.serving.app import RankingService
 from onetrans.serving.watch import ServedModel
+from onetrans.serving.web import server_config
 from onetrans.settings import ServingSettings, Settings
 from onetrans.tracking import connect, experiment_id
 
@@ -58,7 +59,7 @@ def settings_of(folder: Path, **serving: object) -> Settings:
 @contextmanager
 def running(service: RankingService) -> Iterator[httpx.Client]:
     """Run a service on a free port and give a client of it."""
-    server = uvicorn.Server(uvicorn.Config(service.app, port=0, log_level="warning", timeout_graceful_shutdown=5))
+    server = uvicorn.Server(server_config(service, port=0, timeout_graceful_shutdown=5))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     until = time.monotonic() + 60

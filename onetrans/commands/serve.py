@@ -60,6 +60,7 @@ def serve(address: str, settings: Settings) -> None:
 
     from onetrans.serving.app import RankingService
     from onetrans.serving.watch import ServedModel
+    from onetrans.serving.web import server_config
 
     serving, token = settings.serving, os.environ.get(TOKEN_VARIABLE, "")
     torch.set_num_threads(serving.threads or os.cpu_count() or 1)
@@ -76,9 +77,6 @@ def serve(address: str, settings: Settings) -> None:
                 serving.host,
                 TOKEN_VARIABLE,
             )
-        config = uvicorn.Config(
-            service.app, log_level="warning", access_log=False, timeout_keep_alive=75, timeout_graceful_shutdown=15
-        )
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if listener.family == socket.AF_INET6 else host
 
@@ -90,7 +88,7 @@ def serve(address: str, settings: Settings) -> None:
                 if self.started:
                     print(f"http://{shown}:{port}", flush=True)
 
-        Server(config).run(sockets=[listener])
+        Server(server_config(service, timeout_graceful_shutdown=15)).run(sockets=[listener])
     finally:
         listener.close()
 

@@ -7,7 +7,9 @@
 ``source``    where a model comes from, and the check of its fixed batch
 ``batcher``   requests scored together, deadlines, and what is turned away
 ``watch``     follows the alias and swaps the model
+``pace``      how long what waits will take
 ``app``       the HTTP interface
+``web``       the web server, and its bounds on connections
 ``metrics``   figures in Prometheus' text format
 """
 

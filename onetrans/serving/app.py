@@ -10,6 +10,9 @@
 429  too much waits; ``Retry-After`` says for how many seconds to stay away
 504  the deadline passed before the request was scored
 ===  ======================================================================
+
+A deadline counts from the head of a call and covers all of it: the body's arrival, reading and scoring.  A call that
+cannot be answered in time is turned away before its body is read, as far as that can be told.
 """
 
 from __future__ import annotations
@@ -26,12 +29,14 @@ from typing import Any
 import msgspec
 import psutil
 from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from onetrans import __version__
 from onetrans.errors import BadDataError
 from onetrans.serving.batcher import Batcher, DeadlineError, OverloadedError
-from onetrans.serving.calls import answer, answer_schema, call_schema, error_schema, read_call, shortened
+from onetrans.serving.calls import Call, answer, answer_schema, call_schema, error_schema, read_call, shortened
+from onetrans.serving.engine import OneTransInferenceEngine
 from onetrans.serving.metrics import (
     CONTENT_TYPE,
     LATENCY_BOUNDS_S,
@@ -42,6 +47,7 @@ from onetrans.serving.metrics import (
     Labels,
     render,
 )
+from onetrans.serving.pace import Pace
 from onetrans.serving.source import fixed_batch
 from onetrans.serving.watch import ServedModel
 
@@ -49,6 +55,12 @@ logger = logging.getLogger(__name__)
 
 DEADLINE_HEADER = "x-deadline-ms"
 DEADLINE_DIGITS = 9
+
+_SMALL_BODY = 64 << 10
+"""Bytes that are read where they arrive: about half a millisecond, which handing them to a thread costs nearly too."""
+
+_REMEMBERED_BYTES, _FIRST_GUESS_S = 4 << 20, 1e-8
+"""What the time to read larger bodies is judged by, and what a byte is taken for at first."""
 
 
 class CallError(Exception):
@@ -61,9 +73,13 @@ class CallError(Exception):
     @property
     def response(self) -> Response:
         """The answer."""
-        body = msgspec.json.encode({"error": {"code": self.code, "message": str(self)}})
         headers = {name.replace("_", "-"): value for name, value in self.headers.items()}
-        return Response(body, self.status, headers, media_type="application/json")
+        return Response(error_body(self.code, str(self)), self.status, headers, media_type="application/json")
+
+
+def error_body(code: str, message: str) -> bytes:
+    """Return the body of every answer that is an error."""
+    return msgspec.json.encode({"error": {"code": code, "message": message}})
 
 
 class RankingService:
@@ -76,6 +92,7 @@ class RankingService:
         self.token = token.encode()
         self.batcher = Batcher(self.settings)
         self._reading = ThreadPoolExecutor(1, thread_name_prefix="read")
+        self._reading_pace = Pace(_REMEMBERED_BYTES, _FIRST_GUESS_S)
         self.calls = Counter("onetrans_calls_total", "Calls of /v1/rank by HTTP status; 499: the client went away.")
         self.seconds = Histogram("onetrans_call_seconds", "Time of answered calls of /v1/rank.", LATENCY_BOUNDS_S)
         self.candidates = Histogram("onetrans_call_candidates", "Candidates of answered calls.", SIZE_BOUNDS)
@@ -83,10 +100,11 @@ class RankingService:
 
     def _build(self) -> FastAPI:
         app = FastAPI(title="OneTrans ranking", version=__version__, lifespan=self._lifespan)
-        app.add_api_route("/v1/rank", self.rank, methods=["POST"], summary="Score the candidates of requests")
+        app.add_route("/v1/rank", self.rank, methods=["POST"])  # Starlette's: nothing of it is FastAPI's to check
         app.add_api_route("/healthz", self.health, methods=["GET"], summary="Is the process alive?")
         app.add_api_route("/readyz", self.ready, methods=["GET"], summary="Which model answers?")
         app.add_api_route("/metrics", self.metrics, methods=["GET"], summary="Figures for Prometheus")
+        app.add_exception_handler(HTTPException, _refused)
         plain = app.openapi
 
         def described() -> dict[str, Any]:
@@ -135,14 +153,11 @@ class RankingService:
     async def _rank(self, request: Request, began: float) -> Response:
         self._authorize(request)
         deadline = began + self._deadline_s(request)
-        if self.batcher.waiting >= self.settings.queue_requests:
-            raise _overloaded(OverloadedError(1))
-        body = await self._body(request)
+        self._turn_away_if_late(request, deadline)
+        body = await self._body(request, began, deadline)
         served = self.served.engine
         try:
-            call = await asyncio.get_running_loop().run_in_executor(
-                self._reading, read_call, body, served, self.settings
-            )
+            call = await self._read(body, served, deadline)
             scoring = asyncio.ensure_future(self.batcher.score(served, call, deadline))
             scores = await _unless_gone(scoring, request.receive)
         except BadDataError as error:
@@ -150,11 +165,45 @@ class RankingService:
         except OverloadedError as error:
             raise _overloaded(error) from error
         except DeadlineError as error:
-            raise CallError(
-                504, "deadline", f"not scored within {1000 * (deadline - began):.0f} ms; nothing was done"
-            ) from error
+            raise _late(began, deadline) from error
         self.candidates.observe(call.candidates)
         return Response(answer(call, scores, served.source.version), media_type="application/json")
+
+    def _turn_away_if_late(self, request: Request, deadline: float) -> None:
+        """Turn a call away if what waits will take longer than it can wait."""
+        pace, announced = self._reading_pace, request.headers.get("content-length", "")
+        wait_s = pace.expected_s(pace.ahead) + self.batcher.wait_s
+        size = int(announced[:15]) if announced.isdigit() else 0
+        if self.batcher.waiting >= self.settings.queue_requests or (
+            wait_s and time.monotonic() + wait_s + pace.expected_s(size) > deadline
+        ):
+            raise _overloaded(OverloadedError(wait_s))
+
+    async def _read(self, body: bytes, engine: OneTransInferenceEngine, deadline: float) -> Call:
+        """Read a body: a small one at once, others one after another in a thread, so none keeps the small ones waiting.
+
+        Raises:
+            DeadlineError: if its turn does not come before the deadline.
+            BadDataError: if it does not fit.
+        """
+        if len(body) <= _SMALL_BODY:
+            return read_call(body, engine, self.settings)
+        pace = self._reading_pace
+
+        def read() -> Call:
+            began = time.monotonic()
+            call = read_call(body, engine, self.settings)
+            pace.took(len(body), time.monotonic() - began)
+            return call
+
+        pace.ahead += len(body)
+        try:
+            async with asyncio.timeout(max(deadline - time.monotonic(), 0)):
+                return await asyncio.get_running_loop().run_in_executor(self._reading, read)
+        except TimeoutError:
+            raise DeadlineError from None
+        finally:
+            pace.ahead -= len(body)
 
     def _authorize(self, request: Request) -> None:
         if not self.token:
@@ -175,7 +224,7 @@ class RankingService:
             )
         return min(int(given), self.settings.deadline_ms) / 1000
 
-    async def _body(self, request: Request) -> bytes:
+    async def _body(self, request: Request, began: float, deadline: float) -> bytes:
         limit = self.settings.max_body_kib << 10
         too_large = CallError(
             413, "body", f"the body is larger than {limit} bytes (serving.max_body_kib)", Connection="close"
@@ -185,13 +234,16 @@ class RankingService:
             raise too_large
         parts, size = [], 0
         try:
-            async with asyncio.timeout(self.settings.body_timeout_s):
+            left_s = max(deadline - time.monotonic(), 0)
+            async with asyncio.timeout(min(self.settings.body_timeout_s, left_s)):
                 async for part in request.stream():
                     size += len(part)
                     if size > limit:
                         raise too_large
                     parts.append(part)
         except TimeoutError as error:
+            if left_s < self.settings.body_timeout_s:
+                raise _late(began, deadline, Connection="close") from error
             raise CallError(
                 408,
                 "body",
@@ -279,7 +331,8 @@ class RankingService:
             429: "too much waits; see Retry-After",
             504: "the deadline passed before the request was scored",
         }
-        operation = schema["paths"]["/v1/rank"]["post"]
+        operation: dict[str, Any] = {"summary": "Score the candidates of requests", "operationId": "rank"}
+        schema["paths"] = {"/v1/rank": {"post": operation}, **schema["paths"]}
         operation["requestBody"] = {"required": True, "content": {"application/json": content}}
         operation["parameters"] = [
             {
@@ -325,6 +378,20 @@ async def _unless_gone(scoring: asyncio.Future[Any], receive: Callable[[], Await
 async def _disconnected(receive: Callable[[], Awaitable[Any]]) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+def _late(began: float, deadline: float, **headers: str) -> CallError:
+    allowed_ms = 1000 * (deadline - began)
+    return CallError(504, "deadline", f"not scored within {allowed_ms:.0f} ms; nothing was done", **headers)
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    """Answer a call of a route or with a method that does not exist, in the shape of every other error."""
+    assert isinstance(error, HTTPException)
+    code = {404: "no_such_route", 405: "method"}.get(error.status_code, "http")
+    told = {404: f"there is no {request.url.path[:100]}; see /docs", 405: f"{request.method} is not for this route"}
+    body = error_body(code, told.get(error.status_code, error.detail))
+    return Response(body, error.status_code, error.headers, media_type="application/json")
 
 
 def _overloaded(error: OverloadedError) -> CallError:

@@ -29,6 +29,7 @@ from onetrans.batch import RequestBatch
 from onetrans.errors import BadDataError
 from onetrans.serving.calls import Call
 from onetrans.serving.engine import Probabilities
+from onetrans.serving.pace import Pace
 from onetrans.serving.prefix import UserState
 from onetrans.settings import ServingSettings
 
@@ -37,10 +38,8 @@ logger = logging.getLogger(__name__)
 REQUEST_WORK = 40
 """What a request costs beside its candidates, in candidates (measured for `small`, a history to encode)."""
 
-_REMEMBERED_WORK = 2_000
-"""Work by which speed is judged: enough that one small batch which was held up does not turn calls away."""
-
-_FIRST_GUESS_S = 2e-4
+_REMEMBERED_WORK, _FIRST_GUESS_S = 2_000, 2e-4
+"""Work by which speed is judged, and what a unit of it is taken for at first."""
 
 
 class Scorer(Protocol):
@@ -102,9 +101,7 @@ class Batcher:
         self.busy_s = 0.0
         self._waiting: deque[Work] = deque()
         self._requests = 0
-        self._ahead = 0
-        self._recent_work: float = _REMEMBERED_WORK
-        self._recent_s = _REMEMBERED_WORK * _FIRST_GUESS_S
+        self._pace = Pace(_REMEMBERED_WORK, _FIRST_GUESS_S)
         self._arrived = asyncio.Event()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="score")
         self._task: asyncio.Task[None] | None = None
@@ -115,8 +112,9 @@ class Batcher:
         return self._requests
 
     @property
-    def _seconds_per_work(self) -> float:
-        return self._recent_s / self._recent_work
+    def wait_s(self) -> float:
+        """Time until a call that comes now has its turn."""
+        return self._pace.expected_s(self._pace.ahead)
 
     async def start(self) -> None:
         """Begin to score."""
@@ -142,15 +140,15 @@ class Batcher:
         """
         now = time.monotonic()
         work = Work(scorer, call, deadline, asyncio.get_running_loop().create_future())
-        wait = self._ahead * self._seconds_per_work
-        if self._ahead and (
+        wait = self.wait_s
+        if self._pace.ahead and (
             self._requests + work.requests > self.settings.queue_requests
-            or now + wait + work.cost * self._seconds_per_work > deadline
+            or now + wait + self._pace.expected_s(work.cost) > deadline
         ):
             raise OverloadedError(wait)
         self._waiting.append(work)
         self._requests += work.requests
-        self._ahead += work.cost
+        self._pace.ahead += work.cost
         self._arrived.set()
         try:
             async with asyncio.timeout(max(deadline - now, 0)):
@@ -194,7 +192,7 @@ class Batcher:
             if batch and (
                 work.scorer is not batch[0].scorer
                 or taken + work.call.candidates > self.settings.batch_candidates
-                or (cost + work.cost) * self._seconds_per_work > self.settings.batch_ms / 1000
+                or self._pace.expected_s(cost + work.cost) > self.settings.batch_ms / 1000
             ):
                 break
             self._take(work)
@@ -206,25 +204,23 @@ class Batcher:
     def _take(self, work: Work) -> None:
         self._waiting.popleft()
         self._requests -= work.requests
-        self._ahead -= work.cost
+        self._pace.ahead -= work.cost
         if not work.future.done() and work.deadline <= time.monotonic():
             work.future.set_exception(DeadlineError())
 
     async def _score(self, batch: list[Work]) -> None:
         cost = sum(work.cost for work in batch)
-        self._ahead += cost  # It is still ahead of what comes now.
+        self._pace.ahead += cost  # It is still ahead of what comes now.
         began = time.monotonic()
         try:
             results = await asyncio.get_running_loop().run_in_executor(self._pool, score_together, batch)
         finally:
-            self._ahead -= cost
+            self._pace.ahead -= cost
         spent = time.monotonic() - began
         self.batches += 1
         self.scored += sum(work.requests for work in batch)
         self.busy_s += spent
-        still = math.exp(-cost / _REMEMBERED_WORK)
-        self._recent_work = self._recent_work * still + cost
-        self._recent_s = self._recent_s * still + spent
+        self._pace.took(cost, spent)
         for work, result in zip(batch, results, strict=True):
             if work.future.done():
                 continue  # its client has gone, or its deadline has passed

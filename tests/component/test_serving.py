@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -20,7 +21,7 @@ from served import SCHEMA, rows_of, running, save, serve_folder, settings_of
 
 from onetrans.errors import EXIT_BAD_CONFIG, EXIT_NOT_READY, BadConfigError, BadDataError
 from onetrans.requests import from_rows, score
-from onetrans.serving import OneTransInferenceEngine
+from onetrans.serving import OneTransInferenceEngine, app
 
 ROOT = Path(__file__).parents[2]
 
@@ -364,6 +365,58 @@ def test_slow_and_vanished_clients_harm_no_other(folder, requests):
             connection.close()
 
 
+def _answer_to(client, *parts, wait_s=0.0):
+    """Send bytes by hand, and return status and error of what comes back before the connection is closed."""
+    connection = socket.create_connection((client.base_url.host, client.base_url.port), timeout=30)
+    with connection:
+        for part in parts:
+            connection.sendall(part)
+            time.sleep(wait_s)
+        got = b""
+        while part := connection.recv(65536):
+            got += part
+    head, _, body = got.partition(b"\r\n\r\n")
+    return int(head.split()[1]), json.loads(body)["error"]["message"]
+
+
+def test_a_head_that_does_not_end_is_cut_off(folder, requests):
+    with running(serve_folder(folder, body_timeout_s=0.5)) as client:
+        began = time.monotonic()
+        begun = b"POST /v1/rank HTTP/1.1\r\nHost: x\r\n"
+        slow = [threading.Thread(target=_answer_to, args=(client, begun)) for _ in range(20)]
+        for thread in slow:
+            thread.start()
+        assert client.post("/v1/rank", json=requests[0]).status_code == 200
+        assert _answer_to(client, begun, b"A: 1\r\n", b"B", wait_s=0.1) == (
+            408,
+            "the head of the request did not arrive within 0.5 s",
+        )
+        for thread in slow:
+            thread.join()
+        assert time.monotonic() - began < 20
+        assert _answer_to(client, begun, *[b"A: " + b"x" * 60_000 + b"\r\n"] * 3)[0] == 431
+        assert _answer_to(client, b"nonsense\r\n\r\n")[0] == 400
+        # On a connection that was in use, too.
+        whole = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+        connection = socket.create_connection((client.base_url.host, client.base_url.port), timeout=30)
+        with connection:
+            connection.sendall(whole)
+            connection.sendall(whole + begun)
+            got = b""
+            while part := connection.recv(1000):
+                got += part
+        assert re.findall(rb"HTTP/1.1 (\d+)", got) == [b"200", b"200", b"408"]
+
+
+def test_errors_of_all_routes_have_one_shape(client):
+    for method, path, status in (("GET", "/v2/rank", 404), ("GET", "/v1/rank", 405), ("POST", "/healthz", 405)):
+        answer = client.request(method, path)
+        assert answer.status_code == status
+        assert answer.json()["error"].keys() == {"code", "message"}
+    assert answer.headers["allow"] == "GET"
+    assert "/v2/rank" in client.get("/v2/rank").json()["error"]["message"]
+
+
 class SlowEngine:
     """The engine of a service, made to take its time."""
 
@@ -425,6 +478,43 @@ def test_a_deadline_is_kept(folder, requests):
         assert "not scored within 150 ms" in late.json()["error"]["message"]
         assert client.post("/v1/rank", json=requests[0]).status_code == 200
         assert client.post("/v1/rank", json=requests[0], headers={"X-Deadline-Ms": "soon"}).status_code == 400
+
+
+def test_a_deadline_covers_the_body_and_its_reading(folder, requests, monkeypatch):
+    """Large calls, more than can be read in time: all are answered by their deadline, most of them at once."""
+    read, taken = app.read_call, []
+
+    def slowly(body, *others):
+        if len(body) > 100_000:
+            taken.append(time.monotonic())
+            time.sleep(0.2)
+        return read(body, *others)
+
+    monkeypatch.setattr(app, "read_call", slowly)
+    large = {**requests[0], "candidates": requests[0]["candidates"] * 250}
+    with running(serve_folder(folder, max_candidates=10_000, body_timeout_s=20)) as client:
+        took = []
+
+        def ask():
+            began = time.monotonic()
+            answer = client.post("/v1/rank", json=large, headers={"X-Deadline-Ms": "1000"})
+            took.append((time.monotonic() - began, answer.status_code))
+
+        threads = [threading.Thread(target=ask) for _ in range(40)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert {status for _, status in took} <= {200, 429, 504}
+        assert {status for _, status in took} >= {429} or len(taken) < 40
+        assert max(seconds for seconds, _ in took) < 4, "without the bound the last one waits for 8 seconds"
+        assert client.post("/v1/rank", json=requests[0]).status_code == 200
+
+        # A body that does not arrive: the deadline is what comes first.
+        begun = b"POST /v1/rank HTTP/1.1\r\nHost: x\r\nContent-Length: 999\r\nX-Deadline-Ms: 200\r\n\r\n{"
+        began = time.monotonic()
+        assert _answer_to(client, begun) == (504, "not scored within 200 ms; nothing was done")
+        assert time.monotonic() - began < 10
 
 
 def test_one_bad_call_of_a_batch_fails_alone(folder, requests):

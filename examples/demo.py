@@ -29,7 +29,8 @@ from infra.local.airflow_api import Run, Task
 from infra.local.memory import MemoryWatch
 from infra.local.processes import stop_processes, stop_remembered
 from onetrans.days import day_range
-from onetrans.errors import BadConfigError, PipelineError
+from onetrans.errors import EXIT_OK, BadConfigError, PipelineError
+from onetrans.process import EXIT_CODES, Parser, exit_code_of
 from onetrans.schema import load_schema
 from onetrans.settings import SourceSettings
 
@@ -160,21 +161,21 @@ def say(text: str) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the demo and return the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m examples.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = Parser(
+        prog="python -m examples.demo",
+        description=__doc__,
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder of the KuaiRand release (default: generate)")
-    arguments = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, _interrupt)
-    try:
+
+    def ran() -> int:
+        arguments = parser.parse_args(argv)
         run(kuairand(arguments.data) if arguments.data else simulated())
-    except PipelineError as error:
-        print(f"\n{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        return 130
-    return 0
+        return EXIT_OK
+
+    return exit_code_of(ran)
 
 
 def _interrupt(*_: object) -> NoReturn:

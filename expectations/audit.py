@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from onetrans.days import parse_day
 from onetrans.errors import EXIT_OK, BadDataError
 from onetrans.lake import SCORES, TABLES, Lake
-from onetrans.process import Parser, exit_code_of, see
+from onetrans.process import EXIT_CODES, Parser, exit_code_of, see
 from onetrans.schema import FeatureSchema, load_schema
 from onetrans.settings import AuditSettings, load_settings
 
@@ -157,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m expectations.audit",
         description=__doc__,
         epilog="example: python -m expectations.audit impressions --ds 2026-01-10\n"
-        "next:    onetrans publish impressions --ds 2026-01-10",
+        f"next:    onetrans publish impressions --ds 2026-01-10\n\n{EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     tables = (*TABLES, SCORES)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import json
 import os
 import re
 import shutil
@@ -37,6 +36,7 @@ from infra.local.homes import REPOSITORY
 from onetrans import storage
 from onetrans.errors import EXIT_BAD_CONFIG, EXIT_NOT_READY, EXIT_OK, BadConfigError, PipelineError
 from onetrans.lake import CATALOG_FILE, Lake
+from onetrans.process import add_json, print_json
 from onetrans.schema import load_schema
 from onetrans.settings import LakeSettings, Settings, config_file, load_settings
 
@@ -83,7 +83,7 @@ Look = Callable[[Settings], Check | list[Check]]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     parser.add_argument("--only", metavar="NAMES", default="", help=f"some of {', '.join(LOOKS)}; separated by commas")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -103,7 +103,7 @@ def run(arguments: argparse.Namespace) -> int:
             print(told(check), flush=True)
     failed = [check for check in checks if check.state == "FAIL"]
     if arguments.json:
-        print(json.dumps({"ok": not failed, "checks": [asdict(check) for check in checks]}, indent=2))
+        print_json({"ok": not failed, "checks": [asdict(check) for check in checks]})
     else:
         warned = sum(check.state == "warn" for check in checks)
         print(f"\n{len(failed)} to mend, {warned} to know of" if failed or warned else "\neverything is here")

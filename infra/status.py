@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import fcntl
-import json
 import os
 from collections.abc import Callable, Mapping
 from datetime import UTC, date, datetime
@@ -23,6 +22,7 @@ from onetrans import storage
 from onetrans.errors import EXIT_OK, BadConfigError, PipelineError
 from onetrans.lake import SCORES, TABLES, Lake
 from onetrans.plan import PLAN_FILE
+from onetrans.process import add_json, print_json
 from onetrans.report import report
 from onetrans.settings import OWN_FILE, Settings, load_settings
 
@@ -38,7 +38,7 @@ _STEPS = ("onetrans", "jobs", "expectations")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     parser.add_argument("--days", type=int, default=7, metavar="N", help="days that are shown (default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.days < 1:
         raise BadConfigError(f"--days = {arguments.days} must be at least 1")
     found = status(load_settings(), arguments.days)
-    print(json.dumps(found, indent=2, default=str) if arguments.json else screen(found))
+    print_json(found) if arguments.json else print(screen(found))
     return EXIT_OK
 
 

@@ -17,7 +17,7 @@ from datetime import date
 from jobs.runner import Opened, add_days, audit_and_publish, build_day, chosen_days, guarded, present, tell_stale
 from jobs.workspace import Workspace
 from onetrans.lake import TABLES
-from onetrans.process import Parser
+from onetrans.process import EXIT_CODES, Parser
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +43,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(
         prog="python -m jobs.backfill",
         description=__doc__,
+        epilog="examples:\n  python -m jobs.backfill --from 2026-01-01 --to 2026-01-14\n"
+        f"  python -m jobs.backfill --from 2026-01-01 --to 2026-01-14 --skip-published\n\n{EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_days(parser)

@@ -164,7 +164,12 @@ def _value(value: SparkColumn, kind: T.DataType, column: Column, schema: Feature
     if column.kind == "vector":
         return (F.from_json(value, "array<double>") if text else value).cast("array<float>")
     if column.kind == "label":
-        number = value.cast("int").try_cast("double") if isinstance(kind, T.BooleanType) else value.try_cast("double")
+        if isinstance(kind, T.BooleanType):
+            return value.cast("int")
+        number = value.try_cast("double")
+        if text:  # of a format that has nothing but text: truth values as JSON writes them
+            said = F.lower(F.trim(value))
+            number = F.when(said == "true", 1.0).when(said == "false", 0.0).otherwise(number)
         return F.when(number.isin(0.0, 1.0), number.cast("int"))
     if column.kind == "position":
         return value.try_cast("int")

@@ -82,7 +82,7 @@ def _columns(schema: FeatureSchema, table: InputTable) -> tuple[Column, ...]:
     if table == "impressions":
         clock = set(CONTEXT_FROM_CLOCK)
         return (
-            Column("request_id", "id"),
+            *(Column(name, "id") for name in request_columns(schema)),
             Column("user_id", "id"),
             Column("item_id", "id"),
             Column("ts", "time"),
@@ -110,6 +110,14 @@ def _columns(schema: FeatureSchema, table: InputTable) -> tuple[Column, ...]:
     if table == "users":
         return (Column("user_id", "id"), *_declared(user_columns(schema), schema.vector_columns("user")))
     return (Column("item_id", "id"), *_declared(item_columns(schema), schema.vector_columns("item")))
+
+
+def request_columns(schema: FeatureSchema) -> tuple[str, ...]:
+    """Return the columns of impressions that tell requests apart beyond those every log has and those declared."""
+    if not schema.request_from:
+        return ("request_id",)
+    known = {"user_id", "ts", *schema.source_columns("context")}
+    return tuple(name for name in schema.request_from if name not in known)
 
 
 def user_columns(schema: FeatureSchema) -> dict[str, Kind]:

@@ -9,7 +9,7 @@ from pyspark.sql import DataFrame, Window
 from pyspark.sql import functions as F
 
 from jobs.checks import day_limits, refuse, refuse_duplicates, typed
-from jobs.contract import context_columns, contract
+from jobs.contract import context_columns, contract, request_columns
 from jobs.runner import main
 from jobs.workspace import Workspace
 from onetrans.lake import Staged
@@ -23,7 +23,8 @@ def impressions(raw: DataFrame, schema: FeatureSchema, ds: date) -> DataFrame:
 
     A row is refused if a key, the time or a label is missing or unreadable, if a label is not 0 or 1, if it
     converted without a click, if its time lies outside the day by more than the schema's tolerance, if its request
-    has more than one user, or if another row of the same request and item says something else.
+    has more than one user, or if another row of the same request and item says something else.  A log without
+    request ids has requests made of ``request_from``.
 
     Where the log says when a conversion came (``conversion_at``), one that came more than the schema's
     ``attribution_hours`` after its row's time is none, however late the day is built: so a day's labels mean the same
@@ -32,7 +33,7 @@ def impressions(raw: DataFrame, schema: FeatureSchema, ds: date) -> DataFrame:
     All rows of a request get the request's time, the earliest of theirs, so nothing a request showed first can
     know what happened while the rest was shown.  Context columns of the clock are computed from it.
     """
-    frame = typed(raw, contract(schema, "impressions"), schema)
+    frame = _with_requests(typed(raw, contract(schema, "impressions"), schema), schema)
     first, after = day_limits(ds, schema)
     frame = refuse(
         frame,
@@ -54,6 +55,15 @@ def impressions(raw: DataFrame, schema: FeatureSchema, ds: date) -> DataFrame:
     if "position" not in frame.columns:
         clock["position"] = F.lit(None).cast("int")
     return frame.withColumns(clock) if clock else frame
+
+
+def _with_requests(frame: DataFrame, schema: FeatureSchema) -> DataFrame:
+    """Return the rows with a ``request_id``: the log's own, or the values of ``request_from`` as a JSON array."""
+    if not schema.request_from:
+        return frame
+    parts = [F.unix_micros("ts") if name == "ts" else F.col(name) for name in schema.request_from]
+    request = F.to_json(F.array(*(part.cast("string") for part in parts)))
+    return frame.withColumn("request_id", request).drop(*request_columns(schema))
 
 
 def _conversion_times(frame: DataFrame) -> list[tuple[SparkColumn, str]]:

@@ -23,6 +23,7 @@ from pyiceberg.exceptions import NoSuchTableError
 from onetrans.days import parse_day
 from onetrans.errors import EXIT_OK, BadConfigError, BadDataError, NotReadyError
 from onetrans.lake import QUARANTINE, Lake, Repair
+from onetrans.process import add_json, print_json
 from onetrans.settings import load_settings
 
 TABLES = ("impressions", "behaviors", "user_features", "item_features")
@@ -42,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     listing = actions.add_parser("list", help="refused rows per day, table and reason")
     listing.add_argument("--table", choices=TABLES, help="of this table alone")
     listing.add_argument("--ds", metavar="DAY", help="of this day alone, YYYY-MM-DD")
-    listing.add_argument("--json", action="store_true", help="print JSON")
+    add_json(listing)
     show = actions.add_parser("show", help="the refused rows of one table and day")
     replay = actions.add_parser("replay", help="build the day again with repaired rows, audit and publish it")
     for action in (show, replay):
@@ -86,7 +87,7 @@ def _list(lake: Lake, arguments: argparse.Namespace) -> None:
     counts = Counter((str(row["ds"]), row["table_name"], row["reason"]) for row in rows)
     listed = [{"ds": ds, "table": t, "rows": n, "reason": reason} for (ds, t, reason), n in sorted(counts.items())]
     if arguments.json:
-        print(json.dumps(listed, indent=2))
+        print_json(listed)
     elif not listed:
         print("no row is refused")
     for entry in listed if not arguments.json else ():

@@ -15,7 +15,7 @@ from datetime import UTC, date, datetime, timedelta
 from jobs.sources import Source, open_source
 from onetrans.days import day_bounds, parse_day
 from onetrans.errors import EXIT_OK, BadConfigError, BadDataError, NotReadyError
-from onetrans.process import Parser, exit_code_of
+from onetrans.process import EXIT_CODES, Parser, exit_code_of
 from onetrans.schema import FeatureSchema, load_schema
 from onetrans.settings import Settings, load_settings
 
@@ -45,7 +45,11 @@ def check(settings: Settings, schema: FeatureSchema, source: Source, ds: date, n
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return the exit code."""
     parser = Parser(
-        prog="python -m jobs.raw", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m jobs.raw",
+        description=__doc__,
+        epilog="examples:\n  python -m jobs.raw --ds 2026-01-10 && echo there\n"
+        f"  python -m jobs.raw --ds 2026-01-10 --wait 3600\n\n{EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--ds", required=True, metavar="DAY", help="the day, YYYY-MM-DD")
     parser.add_argument("--wait", type=float, default=0.0, metavar="SECONDS", help="longest wait (default: 0)")

@@ -31,7 +31,7 @@ from onetrans.errors import BadConfigError
 from onetrans.lake import Lake
 from onetrans.lineage import in_order, stale_days
 from onetrans.outdated import matured_days
-from onetrans.process import Parser
+from onetrans.process import EXIT_CODES, Parser
 from onetrans.schema import FeatureSchema, load_schema
 from onetrans.settings import load_settings
 
@@ -115,7 +115,11 @@ def describe(due: Iterable[Outdated]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return the exit code."""
     parser = Parser(
-        prog="python -m jobs.rebuild", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m jobs.rebuild",
+        description=__doc__,
+        epilog="examples:\n  python -m jobs.rebuild --dry-run\n"
+        f"  python -m jobs.rebuild --from 2026-01-01\n\n{EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--from", dest="first", metavar="DAY", help="leave earlier days as they are")
     parser.add_argument("--to", dest="last", metavar="DAY", help="last day that is late or matured, included")

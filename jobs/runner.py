@@ -15,13 +15,14 @@ from datetime import date
 from py4j.protocol import Py4JError, Py4JNetworkError
 from pyspark.errors import PySparkException
 
+from jobs.progress import watched
 from jobs.spark import jvm_exit_code
 from jobs.workspace import Workspace
 from onetrans.days import day_range, describe_days, parse_day
 from onetrans.errors import EXIT_OK, BadConfigError, BadDataError, NotReadyError, PipelineError
 from onetrans.lake import Staged
 from onetrans.lineage import describe_stale, stale_days
-from onetrans.process import Parser, exit_code_of
+from onetrans.process import EXIT_CODES, Parser, exit_code_of
 from onetrans.settings import load_settings
 
 Build = Callable[[Workspace, date], Staged]
@@ -37,9 +38,6 @@ next, where days are not published here:
   onetrans publish {table} --ds 2026-01-10
 """
 """End of the help of a table's job."""
-
-EXIT_CODES = "exit codes: 0 done, 65 bad data, 75 not ready yet, 78 bad configuration, 1 anything else"
-"""What a job's exit code tells (``onetrans/errors.py``)."""
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +121,7 @@ def build_day(work: Workspace, table: str, build: Build, ds: date) -> None:
     Raises:
         PipelineError: also where Spark failed, naming table and day.
     """
-    with telling(f"{table} {ds}"):
+    with telling(f"{table} {ds}"), watched(work.spark.sparkContext, f"{table} {ds}"):
         build(work, ds)
 
 

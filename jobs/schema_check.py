@@ -19,6 +19,7 @@ from zoneinfo import available_timezones
 from jobs.contract import column_names, contract_mistakes
 from onetrans import storage
 from onetrans.errors import EXIT_BAD_CONFIG, EXIT_OK, BadConfigError
+from onetrans.process import add_json, print_json
 from onetrans.schema import (
     DERIVED_EVENTS,
     EPOCHS,
@@ -72,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True)
     check = actions.add_parser("check", help="explain every mistake of a schema file, line by line")
     check.add_argument("file", nargs="?", metavar="FILE", help="schema file (default: that of the configured log)")
-    check.add_argument("--json", action="store_true", help="print JSON")
+    add_json(check)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -93,7 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
     mistakes = sum(finding.kind == "mistake" for finding in found)
     if arguments.json:
         findings = [asdict(finding) for finding in found]
-        print(json.dumps({"file": path, "ok": not mistakes, "findings": findings}, indent=2, ensure_ascii=False))
+        print_json({"file": path, "ok": not mistakes, "findings": findings})
     else:
         for finding in found:
             print(told(finding))

@@ -38,6 +38,7 @@ import numpy as np
 import numpy.typing as npt
 
 from onetrans.errors import BadDataError
+from onetrans.progress import SAID_AFTER_S, Progress
 
 Floats = npt.NDArray[np.float64]
 Weights = npt.NDArray[np.int32]
@@ -302,7 +303,11 @@ def resample(
     rows = sum(part.rows for parts in figures.values() for part in parts if isinstance(part, ResampledAuc))
     together = int(np.clip(_ROWS_TOGETHER // max(rows, users, 1), 1, _MOST_TOGETHER))
     whole = measured(np.ones((1, users), dtype=np.int32))
-    chunks = list(_in_turns(measured, _draws(users, replicates, seed, together), threads or _cores()))
+    chunks = []
+    with Progress(replicates, "draws", "bootstrap over users", after=SAID_AFTER_S) as progress:
+        for chunk in _in_turns(measured, _draws(users, replicates, seed, together), threads or _cores()):
+            chunks.append(chunk)
+            progress.advance(len(chunk[0]) if chunk else 0)
     return {
         key: Replicates(
             float(whole[k][0]), np.concatenate([chunk[k] for chunk in chunks]), _effective(figures[key], users)

@@ -8,13 +8,14 @@ that commits to the lake does not pay for loading torch.
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import logging
 import sys
 
 from onetrans import __version__
 from onetrans.errors import EXIT_BAD_CONFIG
-from onetrans.process import Parser, exit_code_of
+from onetrans.process import EXIT_CODES, Parser, exit_code_of
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("infra.doctor", "check whether everything is here that a day needs, and say how to mend what is not"),
@@ -45,33 +46,41 @@ COMMANDS: dict[str, tuple[str, str]] = {
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return the process's exit code (``onetrans/errors.py``)."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv and argv[0] in COMMANDS:
-        module_name, summary = COMMANDS[argv[0]]
-        module = importlib.import_module(module_name)
-        parser = Parser(
-            prog=f"onetrans {argv[0]}",
-            description=summary[0].upper() + summary[1:] + ".",
-            epilog=getattr(module, "EXAMPLES", None),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        module.add_arguments(parser)
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-        # Reading the arguments is part of it: a day that is none is refused there.
-        # With the arguments as they were given, for a command that starts itself again in several processes.
-        parser.set_defaults(given=argv[1:])
-        return exit_code_of(lambda: int(module.run(parser.parse_args(argv[1:]))))
-    return _overview(argv)
+    if not argv or argv[0] not in COMMANDS:
+        return _overview(argv)
+    parser = parser_of(argv[0])
+    run = importlib.import_module(COMMANDS[argv[0]][0]).run
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    # With the arguments as they were given, for a command that starts itself again in several processes.
+    parser.set_defaults(given=argv[1:])
+    # Reading the arguments is part of it: a day that is none is refused there.
+    return exit_code_of(lambda: int(run(parser.parse_args(argv[1:]))))
+
+
+def parser_of(command: str) -> Parser:
+    """Return the parser of a command; its help ends with examples and exit codes."""
+    module_name, summary = COMMANDS[command]
+    module = importlib.import_module(module_name)
+    parser = Parser(
+        prog=f"onetrans {command}",
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=module.EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.add_arguments(parser)
+    if "exit codes:" not in (parser.epilog or ""):
+        parser.epilog = f"{(parser.epilog or '').rstrip()}\n\n{EXIT_CODES}"
+    return parser
 
 
 def _overview(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="onetrans",
         description="The daily ranking pipeline. Run `onetrans COMMAND --help` for a command's options.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="commands:\n"
         + "\n".join(f"  {name:<10} {summary}" for name, (_, summary) in COMMANDS.items())
-        + "\n\nexit codes: 0 done, 65 bad data, 75 not ready yet, 78 bad configuration, 1 anything else"
-        "\nset ONETRANS_TRACEBACK=1 to see where an error was raised",
+        + f"\n\n{EXIT_CODES}",
     )
     parser.add_argument("--version", action="version", version=f"onetrans {__version__}")
     parser.add_argument("command", nargs="?", help=argparse.SUPPRESS)
@@ -79,7 +88,9 @@ def _overview(argv: list[str]) -> int:
     if arguments.command is None:
         parser.print_help()
         return 0
-    print(f"onetrans: there is no command {arguments.command!r}; try `onetrans --help`", file=sys.stderr)
+    near = difflib.get_close_matches(arguments.command, COMMANDS, 1)
+    meant = f"did you mean {near[0]!r}?" if near else "try `onetrans --help`"
+    print(f"onetrans: there is no command {arguments.command!r}; {meant}", file=sys.stderr)
     return EXIT_BAD_CONFIG
 
 

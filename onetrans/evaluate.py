@@ -44,6 +44,7 @@ from onetrans.metrics import Metrics
 from onetrans.models import RankingModel
 from onetrans.models.compute import Compute
 from onetrans.plan import FINISHED_FILE, METRICS_FILE, TRUTH, Plan, add_day_arguments, plan_of
+from onetrans.process import add_json, print_json
 from onetrans.progress import Progress
 from onetrans.schema import Feature, FeatureSchema, hash64
 from onetrans.scores import (
@@ -395,6 +396,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from onetrans.plain_runs import add_evaluation_arguments
 
     add_evaluation_arguments(parser)
+    add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -408,6 +410,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise BadConfigError("--overlapping-times needs --data-dir; of a day of the lake only later rows are scored")
     plan = plan_of(arguments, settings)
     metrics = evaluate(plan, settings)
+    if arguments.json:
+        print_json(metrics)
+        return 0
     print(figures_table(metrics))
     print(storage.join(plan.path, METRICS_FILE))
     return 0

@@ -48,6 +48,7 @@ from onetrans.forced import add_force_argument, forced_reason
 from onetrans.history import earlier_plans
 from onetrans.metrics import Metrics, cross_entropies, user_auc
 from onetrans.plan import GATE_FILE, METRICS_FILE, PAGE_FILE, PROMOTION_FILE, Plan
+from onetrans.process import add_json, print_json
 from onetrans.scores import (
     BASELINE,
     CANDIDATE,
@@ -707,6 +708,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     parser.add_argument("--plan", required=True, help="folder of the plan, or its plan.json")
     add_force_argument(parser, "why the day is promoted whatever the verdict is; kept beside the verdict")
+    add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -714,6 +716,9 @@ def run(arguments: argparse.Namespace) -> int:
     plan = Plan.load(arguments.plan)
     settings = load_settings()
     verdict = run_gate(settings, plan, forced_reason(arguments.force, settings.gate))
+    if arguments.json:
+        print_json(verdict)
+        return 0
     for criterion in verdict["criteria"]:
         print(f"{'ok  ' if criterion['passed'] else 'FAIL'} {criterion['name']:<30} {criterion['text']}")
     for note in verdict["notes"]:

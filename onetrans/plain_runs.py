@@ -32,6 +32,7 @@ from onetrans.models import RankingModel, model_name
 from onetrans.optim_config import optimizer_preset
 from onetrans.plain_files import Split
 from onetrans.plan import METRICS_FILE, SCORES_FILE, ModelPlan, Plan, Recipe, configured_models, git_revision
+from onetrans.process import print_json
 from onetrans.schema import FeatureSchema
 from onetrans.settings import Settings
 from onetrans.train import MODEL_FOLDER, train
@@ -166,14 +167,16 @@ def evaluate_files(arguments: argparse.Namespace, settings: Settings) -> int:
     name = model_name(config)
     plan = _evaluation_plan(name, ModelPlan(config, optimizer_preset("tiny"), None), schema, files, settings)
     scores, metrics = measure({name: model}, plan, settings)
-    print(figures_table({key: figures.to_dict() for key, figures in metrics.items()}))
+    told = {key: figures.to_dict() for key, figures in metrics.items()}
+    print_json(told) if arguments.json else print(figures_table(told))
     if arguments.out:
         out = storage.resolve(arguments.out)
         sink = pa.BufferOutputStream()
         pq.write_table(scores, sink)
         storage.write_bytes(storage.join(out, SCORES_FILE), sink.getvalue().to_pybytes())
-        storage.write_json(storage.join(out, METRICS_FILE), {key: f.to_dict() for key, f in metrics.items()})
-        print(storage.join(out, METRICS_FILE))
+        storage.write_json(storage.join(out, METRICS_FILE), told)
+        if not arguments.json:
+            print(storage.join(out, METRICS_FILE))
     return 0
 
 

@@ -42,6 +42,7 @@ from onetrans.growth import describe, growth
 from onetrans.lake import Lake
 from onetrans.models.config import ARCHITECTURES, CONFIGS, ModelConfig, config_from_dict, config_to_dict, preset
 from onetrans.optim_config import OptimizerConfig, optimizer_preset
+from onetrans.process import add_json, print_json
 from onetrans.schema import FeatureSchema, load_schema
 from onetrans.settings import Preset, Settings, TrainingSettings, load_settings
 
@@ -569,6 +570,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     add_day_arguments(parser)
     add_force_argument(parser, "what `onetrans promote` will be given, to refuse it here if it would be refused there")
+    add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -577,18 +579,8 @@ def run(arguments: argparse.Namespace) -> int:
     forced_reason(arguments.force, settings.gate)
     plan = plan_of(arguments, settings)
     logger.info("plan %s of %s (%s): %s", plan.plan_id, plan.ds, plan.preset, plan.decision)
-    print(plan.path)
+    if arguments.json:
+        print_json({"path": plan.path, **plan.to_dict()})
+    else:
+        print(plan.path)
     return 0
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the command as ``python -m onetrans.plan``."""
-    import sys
-
-    from onetrans.cli import main as cli
-
-    return cli(["plan", *(sys.argv[1:] if argv is None else argv)])
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -11,6 +11,9 @@ from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
+SAID_AFTER_S = 2.0
+"""Seconds of work that needs no word, for ``after``."""
+
 
 class Progress:
     """Counts work done and shows its speed and the time left.
@@ -18,10 +21,18 @@ class Progress:
     Use as a context manager and call :meth:`advance`.  On a terminal this is a
     bar; elsewhere a log line at most every ``log_every`` seconds, and one at the
     end.  One that is not ``shown`` never draws a bar: several processes share a terminal.
+    Work that is done within ``after`` seconds says nothing.
     """
 
     def __init__(
-        self, total: int | None, unit: str, label: str, log_every: float = 15.0, *, shown: bool = True
+        self,
+        total: int | None,
+        unit: str,
+        label: str,
+        log_every: float = 15.0,
+        *,
+        shown: bool = True,
+        after: float = 0.0,
     ) -> None:
         self.total = total
         self.unit = unit
@@ -29,7 +40,8 @@ class Progress:
         self.log_every = log_every
         self.done = 0
         bar = shown and sys.stderr.isatty()
-        self._bar = tqdm(total=total, unit=unit, unit_scale=True, desc=label) if bar else None
+        self.after = after
+        self._bar = tqdm(total=total, unit=unit, unit_scale=True, desc=label, delay=after) if bar else None
         self._start = self._last = time.monotonic()
         self._notes = ""
 
@@ -77,5 +89,5 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.close()
-        elif kind is None:
+        elif kind is None and time.monotonic() - self._start >= self.after:
             self._log()

@@ -40,6 +40,7 @@ from onetrans import storage
 from onetrans.errors import BadConfigError, BadDataError, NotReadyError, PipelineError
 from onetrans.forced import add_force_argument, forced_reason
 from onetrans.plan import GATE_FILE, PAGE_FILE, PROMOTION_FILE, SCORES_FILE, Plan
+from onetrans.process import add_json, print_json
 from onetrans.scores import CANDIDATE
 from onetrans.settings import MlflowSettings, Settings, load_settings
 from onetrans.tracking import (
@@ -610,12 +611,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     parser.add_argument("--plan", required=True, help="folder of the plan, or its plan.json")
     add_force_argument(parser, "promote it whatever the gate's verdict and the champion's day are; the reason is kept")
+    add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Register the candidate and say what became of it; one that is not promoted is no failure."""
     settings = load_settings()
     promotion = promote(settings, Plan.load(arguments.plan), forced_reason(arguments.force, settings.gate))
+    if arguments.json:
+        print_json(promotion)
+        return 0
     print(
         f"{promotion['ds']} {promotion['model']} version {promotion['version']} {promotion['decision']}: "
         f"{promotion['reason']}"

@@ -9,7 +9,6 @@ the verdict and the champion after it.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from datetime import date, timedelta
 from typing import Any
@@ -18,6 +17,7 @@ from onetrans import storage
 from onetrans.days import day_range, parse_day
 from onetrans.errors import BadConfigError
 from onetrans.plan import GATE_FILE, METRICS_FILE, PLAN_FILE, PROMOTION_FILE, TRUTH
+from onetrans.process import add_json, print_json
 from onetrans.scores import BASELINE, CANDIDATE, CHAMPION, POPULARITY
 from onetrans.settings import Settings, load_settings
 
@@ -139,7 +139,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     parser.add_argument("--from", dest="first", type=parse_day, help="first day (default: a week before --to)")
     parser.add_argument("--to", dest="last", type=parse_day, help="last day, included (default: the last with a run)")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -152,5 +152,5 @@ def run(arguments: argparse.Namespace) -> int:
         raise BadConfigError(f"there is no run of any day from {first} to {last} in {settings.training.runs}")
     if arguments.first is None:
         days = days[next(number for number, day in enumerate(days) if day["state"] != "no run") :]
-    print(json.dumps(days, indent=2) if arguments.json else table(days))
+    print_json(days) if arguments.json else print(table(days))
     return 0

@@ -89,6 +89,9 @@ _UNREADABLE: Mapping[str, Mapping[str, str]] = {
 }
 """Per side: columns of the input contract that no feature of it may read, and why."""
 
+_OUTCOMES = ("request_id", "item_id", "position", "click", "conversion", "conversion_at", "true_ctr", "true_cvr")
+"""Columns of impressions that differ within a request, or come of it."""
+
 RESERVED_NAMES = frozenset(
     (
         *("ds", "request_id", "user_id", "item_id", "ts", "available_at", "event_id"),
@@ -335,6 +338,8 @@ class FeatureSchema:
     """How long after its request a conversion still counts; 0: as delivered, and complete when the day is."""
     columns: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """Per input table: column of the contract -> column of the team's own files, where they differ."""
+    request_from: tuple[str, ...] = ()
+    """For a log without request ids: columns of impressions whose values together tell one request from another."""
 
     def __post_init__(self) -> None:
         refuse(self.mistakes())
@@ -361,6 +366,10 @@ class FeatureSchema:
                     f"which is none of {', '.join(DERIVED_EVENTS)}"
                 )
                 yield Mistake(("derived_behaviors",), text)
+        for column in self.request_from:
+            if column in (*_OUTCOMES, *CONTEXT_FROM_CLOCK):
+                text = f"schema {self.name!r}: request_from names {column!r}, which is no part of what makes a request"
+                yield Mistake(("request_from",), text)
         if self.outcome_delay_minutes < 0:
             text = f"schema {self.name!r}: outcome_delay_minutes must not be negative"
             yield Mistake(("outcome_delay_minutes",), text)
@@ -482,6 +491,8 @@ class FeatureSchema:
         for feature in data["features"]:
             if feature["kind"] != "vector":
                 del feature["dim"]  # What a schema without vectors says, and its fingerprint, stay as they were.
+        if not self.request_from:
+            del data["request_from"]
         return data
 
     @classmethod

@@ -26,28 +26,33 @@ from infra.local import pages
 from infra.local.airflow import REPOSITORY, LocalAirflow
 from infra.local.homes import airflow_home, chosen_config
 from infra.local.processes import stop
-from onetrans.errors import PipelineError
+from onetrans.errors import EXIT_OK
+from onetrans.process import EXIT_CODES, Parser, exit_code_of
 from onetrans.settings import Settings, load_settings
 
 
 def main(argv: list[str] | None = None) -> int:
     """Start the servers, print their addresses, and wait for Ctrl-C."""
-    parser = argparse.ArgumentParser(
-        prog="python -m infra.local", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = Parser(
+        prog="python -m infra.local",
+        description=__doc__,
+        epilog=f"examples:\n  python -m infra.local ui --config var/demo/onetrans.toml\n\n{EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("what", choices=("ui", "airflow"), help="what to start")
     parser.add_argument("--config", type=Path, metavar="FILE", help="configuration file")
     parser.add_argument("--home", type=Path, metavar="DIR", help="AIRFLOW_HOME (default: var/airflow beside it)")
-    arguments = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        run(arguments.what, arguments.config, arguments.home)
-    except PipelineError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("\nstopped")
-    return 0
+
+    def started() -> int:
+        arguments = parser.parse_args(argv)
+        try:
+            run(arguments.what, arguments.config, arguments.home)
+        except KeyboardInterrupt:
+            print("\nstopped")
+        return EXIT_OK
+
+    return exit_code_of(started)
 
 
 def run(what: str, config: Path | None, home: Path | None) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 from collections.abc import Sequence
 from datetime import UTC, date, datetime
@@ -14,6 +13,7 @@ from onetrans.errors import EXIT_OK, BadConfigError, NotReadyError
 from onetrans.lake import QUARANTINE, SCORES, TABLES, Lake
 from onetrans.lineage import describe_stale, stale_days
 from onetrans.outdated import LABELLED, described, label_states, not_final
+from onetrans.process import add_json, print_json
 from onetrans.schema import FeatureSchema, load_schema
 from onetrans.settings import Settings, config_file, load_settings
 
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     parser.add_argument("table", nargs="?", choices=(*TABLES, SCORES, QUARANTINE), help="show the days of this table")
     parser.add_argument("--snapshots", action="store_true", help="show the table's commits instead of its days")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
         schema = _schema_if_any(settings)
         listed = [_overview(lake, table, schema) for table in (*TABLES, SCORES, QUARANTINE)]
     if arguments.json:
-        print(json.dumps(listed, indent=2, default=str))
+        print_json(listed)
     elif listed:
         print(_aligned(listed))
         stale = describe_stale(stale_days(lake, after=date.min)) if arguments.table is None else ""

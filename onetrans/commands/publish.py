@@ -10,6 +10,7 @@ from onetrans.days import parse_day
 from onetrans.errors import EXIT_OK
 from onetrans.lake import SCORES, TABLES, Lake
 from onetrans.lineage import describe_stale, stale_days
+from onetrans.process import add_json, print_json
 from onetrans.settings import load_settings
 
 logger = logging.getLogger(__name__)
@@ -25,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     parser.add_argument("table", choices=(*TABLES, SCORES), help="table whose staged day is published")
     parser.add_argument("--ds", required=True, metavar="DAY", help="day, YYYY-MM-DD")
+    add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -44,5 +46,9 @@ def run(arguments: argparse.Namespace) -> int:
     # While tables of this day are still to follow, what rests on them cannot be built again yet.
     if stale and not any(ds in days for days in stale.values()):
         logger.warning("%s is published; there are %s", ds, describe_stale(stale))
-    print(f"{arguments.table} {ds}: {done}; {rows:,} rows, snapshot {snapshot}")
+    if arguments.json:
+        told = {"table": arguments.table, "ds": ds, "rows": rows, "snapshot": snapshot, "changed": snapshot != before}
+        print_json(told)
+    else:
+        print(f"{arguments.table} {ds}: {done}; {rows:,} rows, snapshot {snapshot}")
     return EXIT_OK

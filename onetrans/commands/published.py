@@ -12,6 +12,7 @@ import time
 from onetrans.days import describe_days, parse_day
 from onetrans.errors import EXIT_OK, BadConfigError, NotReadyError
 from onetrans.lake import SCORES, TABLES, Lake
+from onetrans.process import add_json, print_json
 from onetrans.settings import load_settings
 
 EXAMPLES = """examples:
@@ -25,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ds", required=True, metavar="DAY", help="day, YYYY-MM-DD")
     parser.add_argument("--wait", type=float, default=0.0, metavar="SECONDS", help="longest wait (default: 0)")
     parser.add_argument("--every", type=float, default=5.0, metavar="SECONDS", help="between two looks (default: 5)")
+    add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -44,7 +46,10 @@ def run(arguments: argparse.Namespace) -> int:
         published = lake.published(arguments.table)
         day = next((day for day in published if day.ds == ds), None)
         if day is not None:
-            print(f"{arguments.table} {ds}: published, {day.rows:,} rows in {day.files} files")
+            if arguments.json:
+                print_json(vars(day))
+            else:
+                print(f"{arguments.table} {ds}: published, {day.rows:,} rows in {day.files} files")
             return EXIT_OK
         if ds in settings.source.absent_days:
             raise BadConfigError(

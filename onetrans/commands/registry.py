@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from onetrans.errors import BadConfigError, BadDataError
 from onetrans.plan import PLAN_FILE
+from onetrans.process import add_json, print_json
 from onetrans.registry import CHAMPION, PREVIOUS, TAG_ROLLED_BACK, TAG_VERDICT, Registry
 from onetrans.settings import load_settings
 from onetrans.tracking import (
@@ -41,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     actions = parser.add_subparsers(dest="action", required=True)
     listing = actions.add_parser("list", help="all versions, newest first")
-    listing.add_argument("--json", action="store_true", help="print JSON")
+    add_json(listing)
     for name, text in (
         ("show", "one version: card, tags, aliases"),
         ("verify", "load a version and score the batch kept with it"),
@@ -50,17 +51,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         which = one.add_mutually_exclusive_group()
         which.add_argument("--version", help="version number")
         which.add_argument("--alias", default=CHAMPION, help=f"alias (default: {CHAMPION})")
-        if name == "show":
-            one.add_argument("--json", action="store_true", help="print JSON")
+        add_json(one)
     diff = actions.add_parser("diff", help="what differs between two versions: data, features, settings, figures")
     diff.add_argument("before", nargs="?", default=PREVIOUS, help=f"version number or alias (default: {PREVIOUS})")
     diff.add_argument("after", nargs="?", default=CHAMPION, help=f"version number or alias (default: {CHAMPION})")
-    diff.add_argument("--json", action="store_true", help="print JSON")
+    add_json(diff)
     promote = actions.add_parser("promote", help="make a version the champion, whatever the gate said")
     promote.add_argument("--version", required=True, help="version number")
     promote.add_argument("--reason", required=True, help="why; kept in the version's tags")
+    add_json(promote)
     rollback = actions.add_parser("rollback", help="return to the champion before this one")
     rollback.add_argument("--reason", required=True, help="why; kept in the tags of the version that leaves")
+    add_json(rollback)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -73,17 +75,20 @@ def run(arguments: argparse.Namespace) -> int:
 def _do(registry: Registry, arguments: argparse.Namespace) -> int:
     if arguments.action == "list":
         versions = [describe(registry, version) for version in registry.versions()]
-        print(json.dumps(versions, indent=2) if arguments.json else versions_table(versions))
+        print_json(versions) if arguments.json else print(versions_table(versions))
     elif arguments.action == "show":
         card = describe(registry, _chosen(registry, arguments))
-        print(json.dumps(card, indent=2) if arguments.json else version_text(card))
+        print_json(card) if arguments.json else print(version_text(card))
     elif arguments.action == "diff":
         found = difference(registry, _named(registry, arguments.before), _named(registry, arguments.after))
-        print(json.dumps(found, indent=2) if arguments.json else difference_text(found))
+        print_json(found) if arguments.json else print(difference_text(found))
     elif arguments.action == "verify":
         version = _chosen(registry, arguments)
         largest, requests = verify(registry, version)
-        print(f"{registry.name} version {version.version}: {requests} requests, largest difference {largest:.2g}")
+        if arguments.json:
+            print_json({"version": version.version, "requests": requests, "largest_difference": largest})
+        else:
+            print(f"{registry.name} version {version.version}: {requests} requests, largest difference {largest:.2g}")
         if largest > SCORE_TOLERANCE:
             raise BadDataError(
                 f"{registry.name} version {version.version} does not score as the trained model did: "
@@ -91,10 +96,16 @@ def _do(registry: Registry, arguments: argparse.Namespace) -> int:
             )
     elif arguments.action == "promote":
         version = registry.promote_by_hand(arguments.version, arguments.reason)
-        print(f"{registry.name}: champion is version {version.version}")
+        if arguments.json:
+            print_json({"model": registry.name, "champion": version.version})
+        else:
+            print(f"{registry.name}: champion is version {version.version}")
     else:
         left, now = registry.roll_back(arguments.reason)
-        print(f"{registry.name}: champion is version {now.version}; version {left.version} was rolled back")
+        if arguments.json:
+            print_json({"model": registry.name, "champion": now.version, "rolled_back": left.version})
+        else:
+            print(f"{registry.name}: champion is version {now.version}; version {left.version} was rolled back")
     return 0
 
 

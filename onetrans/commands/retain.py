@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 
 from onetrans.errors import EXIT_OK
+from onetrans.process import add_json, print_json
 from onetrans.retention import Removal, retain
 from onetrans.settings import load_settings
 
@@ -30,7 +30,7 @@ _NOUNS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     parser.add_argument("--dry-run", action="store_true", help="remove nothing, only list it")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     removed = retain(load_settings(), datetime.now(UTC), dry_run=arguments.dry_run)
     if arguments.json:
-        print(json.dumps([asdict(removal) for removal in removed], indent=2))
+        print_json([asdict(removal) for removal in removed])
         return EXIT_OK
     if arguments.dry_run:
         for removal in removed:

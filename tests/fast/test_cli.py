@@ -1,5 +1,6 @@
 """The command line: help without heavy imports, exit codes, and the generated configuration page."""
 
+import argparse
 import ast
 import functools
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from expectations import audit
+from infra import cli_page
 from jobs import backfill, impressions, raw, runner
 from onetrans import cli
 from onetrans.commands.config import reference_page
@@ -33,6 +35,85 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
         cli.main([command, "--help"])
     assert stop.value.code == 0
     assert f"onetrans {command}" in capsys.readouterr().out
+
+
+COMMANDS = dict(cli_page.commands())
+WITHOUT_JSON = {
+    "simulate": "writes files",
+    "quarantine show": "prints rows, or writes them as JSON lines with --out",
+    "quarantine replay": "builds, audits and publishes",
+    "train": "runs for hours, and is told of by onetrans report",
+    "serve": "answers over HTTP",
+}
+"""Commands whose stdout no script would read."""
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_every_command_is_like_the_others(command: str) -> None:
+    parser = COMMANDS[command]
+    options = {option for action in parser._actions for option in action.option_strings}
+    assert "--debug" in options
+    groups = any(isinstance(action, argparse._SubParsersAction) for action in parser._actions)
+    assert groups or ("--json" in options) == (command not in WITHOUT_JSON)
+    assert all(action.help for action in parser._actions if action.dest != "action")
+    if " " not in command:
+        text = parser.format_help()
+        assert f"  onetrans {command}" in text or f" onetrans {command}" in text.split("example")[1]
+        assert "exit codes: 0" in text
+
+
+def test_days_and_plans_are_named_alike_by_every_command() -> None:
+    """One thing has one option: --ds a day, --from and --to a range, --plan a plan."""
+    known = {"--day", "--date", "--start", "--end", "--since", "--until", "--run", "--plan-id"}
+    for command, parser in COMMANDS.items():
+        options = {option for action in parser._actions for option in action.option_strings}
+        assert not known & options, command
+        assert ("--from" in options) == ("--to" in options) or command == "simulate", command
+
+
+def test_the_page_of_the_command_line_is_current() -> None:
+    if sys.version_info[:2] != (3, 11):
+        pytest.skip("argparse words its help otherwise in other versions of Python")
+    written = Path(__file__).parents[2] / "docs" / "cli.md"
+    assert written.read_text(encoding="utf-8") == cli_page.page(), "run: python -m infra.cli_page > docs/cli.md"
+
+
+def failing(tmp_path: Path, error: str, *arguments: str, terminal: bool = False) -> subprocess.CompletedProcess[str]:
+    """Run a command that raises ``error``, with stderr a terminal or not."""
+    code = (
+        "import sys; from onetrans.process import exit_code_of, Parser; from onetrans.errors import BadDataError\n"
+        f"sys.stderr.isatty = lambda: {terminal}\n"
+        "def run():\n"
+        f"    Parser().parse_args({list(arguments)!r})\n"
+        f"    raise {error}\n"
+        "sys.exit(exit_code_of(run))"
+    )
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("error", "terminal", "code", "traceback"),
+    [
+        ("BadDataError('torn')", False, 65, False),
+        ("BadDataError('torn')", True, 65, False),
+        ("ZeroDivisionError('torn')", True, 1, False),
+        ("ZeroDivisionError('torn')", False, 1, True),
+        ("KeyboardInterrupt()", False, 130, False),
+    ],
+)
+def test_a_stack_trace_is_shown_when_asked_for(
+    tmp_path: Path, error: str, terminal: bool, code: int, traceback: bool
+) -> None:
+    """But an error that nobody foresaw keeps it in a log, which cannot be asked again."""
+    done = failing(tmp_path, error, terminal=terminal)
+    assert done.returncode == code
+    assert ("Traceback" in done.stderr) == traceback
+    assert "Traceback" in failing(tmp_path, error, "--debug", terminal=terminal).stderr
+
+
+def test_a_mistyped_command_has_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["pubish"]) == EXIT_BAD_CONFIG
+    assert "there is no command 'pubish'; did you mean 'publish'?" in capsys.readouterr().err
 
 
 def test_an_error_is_a_sentence_and_an_exit_code(

@@ -7,7 +7,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jobs.schema_check import check_text
@@ -146,6 +146,7 @@ def test_what_is_no_toml_is_found_by_line(broken: str, line: int, hint: str) -> 
 STATEMENTS = [line for line in GOOD.splitlines() if line.strip() and not line.lstrip().startswith("#")]
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.data())
 def test_the_check_and_the_reader_agree(data: st.DataObject) -> None:
     """Whatever is done to a good file: the check finds nothing exactly when the file is accepted."""

@@ -15,10 +15,7 @@ from __future__ import annotations
 import argparse
 import io
 import logging
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from concurrent.futures import wait as wait_for
 from dataclasses import dataclass
 from datetime import date, timedelta
 from pathlib import Path
@@ -46,7 +43,7 @@ from jobs.sources.simulated.world import (
 )
 from onetrans import storage
 from onetrans.days import parse_day
-from onetrans.errors import BadConfigError, PipelineError
+from onetrans.errors import BadConfigError
 from onetrans.progress import Progress
 from onetrans.settings import SourceSettings
 
@@ -60,7 +57,7 @@ EXAMPLES = """examples:
   onetrans simulate --days 5 --defects 0.001 late=0.02            # with all faults of a real log, mostly late events"""
 
 if TYPE_CHECKING:  # a small world needs no Spark
-    from pyspark import SparkContext
+    pass
 
 _TIME = pa.timestamp("us", tz="UTC")
 
@@ -190,6 +187,7 @@ def write_days(
 
 def _write_with_spark(log: Log, tasks: int) -> int:
     """Write all blocks, each task some of them; return the impressions written."""
+    from jobs.progress import watched
     from jobs.runner import telling
     from jobs.spark import session
 
@@ -197,23 +195,8 @@ def _write_with_spark(log: Log, tasks: int) -> int:
     context = session(app="simulate").sparkContext
     blocks = context.parallelize(range(log.config.blocks), min(tasks, log.config.blocks))
     written = blocks.map(lambda block: write_block(log, block))
-    before = set(context.statusTracker().getJobIdsForGroup(None))
-    with Progress(blocks.getNumPartitions(), "tasks", "simulate") as progress, telling("simulate"):
-        with ThreadPoolExecutor(1) as pool:
-            rows = pool.submit(lambda: sum(written.collect()))
-            while not wait_for([rows], timeout=1.0).done:
-                progress.advance(_finished(context, before) - progress.done)
-        total = rows.result()
-        progress.advance(blocks.getNumPartitions() - progress.done)
-    return total
-
-
-def _finished(context: SparkContext, before: set[int]) -> int:
-    """Return the finished tasks of the jobs that were started since."""
-    tracker = context.statusTracker()
-    jobs = [tracker.getJobInfo(job) for job in set(tracker.getJobIdsForGroup(None)) - before]
-    stages = [tracker.getStageInfo(stage) for job in jobs if job for stage in job.stageIds]
-    return sum(stage.numCompletedTasks for stage in stages if stage)
+    with watched(context, "simulate", blocks.getNumPartitions()), telling("simulate"):
+        return int(written.sum())
 
 
 def write_block(log: Log, block: int, day_done: Callable[[], None] = lambda: None) -> int:
@@ -371,18 +354,3 @@ def _write(table: pa.Table, path: str) -> None:
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd")
     storage.write_bytes(path, buffer.getvalue())
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the command on its own and return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser)
-    try:
-        return run(parser.parse_args(argv))
-    except PipelineError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -131,8 +131,8 @@ SHAPES: dict[str, dict[str, tuple[Shape, ...]]] = {
         "small": (
             Shape(16, 256, 32),
             Shape(16, 64, 32),
-            Shape(100, 256, 5),
-            Shape(16, 256, 32, skewed=False),
+            Shape(100, 256, 3),
+            Shape(16, 256, 8, skewed=False),
             Shape(16, 1190, 4, part=1),
         ),
         "base": (Shape(16, 256, 32, part=4), Shape(16, 1190, 2, part=1)),
@@ -142,7 +142,7 @@ SHAPES: dict[str, dict[str, tuple[Shape, ...]]] = {
         "large": (Shape(16, 1500, 128, part=2), Shape(100, 1500, 20, part=1)),
     },
 }
-"""Shapes by device and preset; 2048 candidates on a GPU, as in the paper (section 4.1)."""
+"""Shapes by device and preset, counted from 1 in this order; 2048 candidates on a GPU, as in the paper (4.1)."""
 
 _PROMISED = {"small": ("+ fused attention", ">= 8", "<= 0.3334"), "base": ("+ BF16", ">= 10", "")}
 """Line, and its speed and memory against the reference, promised on a CPU for the first shape of a preset.
@@ -160,8 +160,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     options.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     options.add_argument("--seconds", type=float, default=8.0, help="time given to the steps of a line (default: 8)")
-    options.add_argument("--shapes", type=int, metavar="N", help="measure the first N shapes of each preset alone")
-    options.add_argument("--lines", type=int, default=len(_LINES), help="measure the first N lines alone")
+    options.add_argument("--shapes", type=int, nargs="+", metavar="N", help="measure these shapes of each preset alone")
+    options.add_argument("--lines", type=int, nargs="+", metavar="N", help="measure these lines of each table alone")
     options.add_argument("--compile", action="store_true", help="also a line with torch.compile, which takes minutes")
     options.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = options.parse_args(argv)
@@ -186,7 +186,12 @@ def _cases(arguments: argparse.Namespace) -> list[tuple[str, Shape]]:
         small = Shape(16, 256, 8) if arguments.device == "cpu" else Shape(16, 256, 32)
         return [(name, small) for name in arguments.preset or ["small"]]
     chosen = arguments.preset or list(shapes)
-    return [(name, shape) for name in chosen for shape in shapes.get(name, (Shape(16, 64, 32),))[: arguments.shapes]]
+    return [
+        (name, shape)
+        for name in chosen
+        for number, shape in enumerate(shapes.get(name, (Shape(16, 64, 32),)), start=1)
+        if not arguments.shapes or number in arguments.shapes
+    ]
 
 
 def _table(report: Report, arguments: argparse.Namespace, preset_name: str, shape: Shape) -> None:
@@ -194,8 +199,8 @@ def _table(report: Report, arguments: argparse.Namespace, preset_name: str, shap
     first: dict[str, Any] | None = None
     before: dict[str, Any] | None = None
     promised = SHAPES["cpu"].get(preset_name, (None,))[0] == shape or arguments.quick
-    for number, line in enumerate(_LINES[: arguments.lines]):
-        if line.compiled and not arguments.compile:
+    for number, line in enumerate(_LINES):
+        if (line.compiled and not arguments.compile) or (arguments.lines and number + 1 not in arguments.lines):
             continue
         cost = _in_own_process(arguments, preset_name, shape, number)
         first, before = first or cost, before or cost

@@ -4,6 +4,11 @@ Stage I: S-tokens of a request attend to each other.  Stage II: the NS-tokens of
 each candidate attend to their request's S-keys and to each other (paper
 sections 3.3 and 3.4).
 
+The kernel is ``scaled_dot_product_attention`` with an explicit mask, on every device: causal by age, so bottom-right
+whatever the numbers of queries and keys.  On a CPU no other fused kernel has a gradient (``flex_attention`` and
+``varlen_attn`` refuse), and this one takes a third of the time of a written-out softmax (benchmarks/results/model.md).
+On CUDA the same call chooses among the kernels that take a mask; the two others were not measured there.
+
 Shape suffixes: those of :mod:`onetrans.batch` and :mod:`onetrans.models.ragged`, and
 
     P  NS positions          Q  slots that issue queries

@@ -16,6 +16,9 @@ Tokens (3.2)
     *Sequence type* is a learned vector per behaviour sequence, added to the token.
     *Truncation* keeps the most recent ``max_seq_len`` events of a request, all
     sequences together, before any reordering; [SEP] tokens are not counted.
+    *Sequences of a candidate* (found by search for it) cannot share the S side.  The paper
+    pools them into NS-tokens; here the pooled form is a feature of the candidate, as a
+    number or a vector.
     *[SEP]* is one learned vector.  It stands between two neighbouring sequences
     always, so also beside an empty one: the layout then depends on nothing.
 

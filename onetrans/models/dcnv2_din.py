@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from onetrans.batch import RequestBatch
+from onetrans.errors import BadConfigError
 from onetrans.models.batch_norm import BatchNorm
 from onetrans.models.config import DCNv2DINConfig
 from onetrans.models.embeddings import Embeddings
@@ -145,6 +146,11 @@ class DCNv2DIN(RankingModel):
         self.pooling = nn.ModuleList(InterestPooling(event_dim, config.attention_hidden) for _ in schema.sequences)
         width = sum(embeddings.output_dim(side) for side in ("user", "context", "item"))
         width += len(schema.sequences) * event_dim
+        if config.cross_rank >= width:
+            raise BadConfigError(
+                f"dcnv2_din.cross_rank = {config.cross_rank} must be below {width}, the width of what schema "
+                f"{schema.name!r} gives to the cross layers, or 0 for a full matrix"
+            )
         self.cross = nn.ModuleList(CrossLayer(width, config.cross_rank) for _ in range(config.cross_layers))
         layers: list[nn.Module] = []
         for a, b in pairwise((width, *config.mlp_hidden)):

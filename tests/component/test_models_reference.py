@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onetrans.models import DCNv2DINConfig, OneTransConfig, build_model
-from tests.batches import model_schema, random_batch, select_requests, shapes, vector_schema
+from tests.batches import model_schema, random_batch, shapes, vector_schema
 from tests.plain_models import plain_dcnv2_din, plain_onetrans
 
 SCHEMA = model_schema()
@@ -131,19 +131,6 @@ def test_long_sequences_equal_the_plain_reference(position, window):
     model, batch = larger_embeddings(build_model(config, SCHEMA)).double(), random_batch(SCHEMA, [1, 1], [2048, 1])
     with torch.no_grad():
         torch.testing.assert_close(torch.stack(model(batch)), torch.stack(plain_onetrans(model, batch)))
-
-
-def test_a_batch_mixes_none_one_2048_and_8192_events():
-    """Each request scores as it does alone, so the longest does not reach into the others."""
-    torch.manual_seed(0)
-    config = replace(ONETRANS, num_layers=2, num_heads=1, max_seq_len=8192, first_block="pruned")
-    model = larger_embeddings(build_model(config, SCHEMA)).eval()
-    batch = random_batch(SCHEMA, [2, 1, 1, 3], [8192, 0, 1, 2048])
-    with torch.no_grad():
-        together = torch.stack(model(batch)).split([2, 1, 1, 3], dim=1)
-        for request, expected in enumerate(together):
-            alone = torch.stack(model(select_requests(batch, [request])))
-            torch.testing.assert_close(alone, expected, rtol=1e-5, atol=1e-5)
 
 
 @settings(max_examples=10, deadline=None)

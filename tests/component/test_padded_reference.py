@@ -6,8 +6,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.varlen import varlen_attn
 
-from onetrans.models import OneTransConfig, build_model, onetrans, ragged
+from onetrans.models import OneTransConfig, Scores, attention, build_model, embeddings, onetrans, ragged, rowwise
 from onetrans.models.compute import Compute
 from tests.batches import model_schema, random_batch, select_requests, shapes, vector_schema
 from tests.padded_onetrans import PaddedOneTrans
@@ -60,7 +62,7 @@ def lively(config, seed=0, schema=SCHEMA):
 def gradients(model, scores):
     """Gradients of a loss that weighs every score differently."""
     ctr, cvr = scores
-    weights = torch.linspace(0.5, 1.5, ctr.shape[0], dtype=ctr.dtype)
+    weights = torch.linspace(0.5, 1.5, ctr.shape[0], dtype=ctr.dtype, device=ctr.device)
     loss = (ctr * weights).sum() + (cvr.square() * weights.flip(0)).sum()
     found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
     return {
@@ -109,6 +111,67 @@ def test_every_step_computes_the_same_with_vectors(flags, tokenizer):
     schema = vector_schema()
     model = lively(replace(BASE, tokenizer=tokenizer), schema=schema).double()
     assert_agrees(model, PaddedOneTrans(model, **flags), random_batch(schema, [3, 0, 11], [9, 2, 0]), 1e-9)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(shape=shapes(), config=configs())
+def test_the_form_for_other_devices_computes_the_same(shape, config):
+    """What runs on a GPU, here on a CPU: no function with a gradient of its own."""
+    candidates, events, seed = shape
+    if not sum(candidates):
+        return
+    model, batch = lively(config, seed).double(), random_batch(SCHEMA, candidates, events, seed)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (attention, embeddings, onetrans, rowwise):
+            patch.setattr(module, "written_out", lambda *_: False)
+        assert_agrees(model, PaddedOneTrans(model), batch, 1e-9)
+
+
+LONG = replace(BASE, num_layers=2, num_heads=1, max_seq_len=8192, pyramid_multiple=32, first_block="pruned")
+
+
+@pytest.mark.parametrize("events", [0, 1, 2048, 8192])
+def test_no_length_is_built_in(events):
+    """Outputs and gradients; the reference holds the scores of 4,096 queries and 8,192 keys."""
+    model, batch = lively(LONG).double(), random_batch(SCHEMA, [2], [events])
+    assert model.schedule == (4096, 0)
+    assert_agrees(model, PaddedOneTrans(model, shared_user_side=True, kept_queries_only=True), batch, 1e-9)
+
+
+def test_a_batch_mixes_none_one_2048_and_8192_events():
+    """Each request scores as it does alone, and the gradients are those of the requests alone, added up."""
+    model, batch = lively(LONG).double(), random_batch(SCHEMA, [2, 1, 1, 3], [8192, 0, 1, 2048])
+    alone = [model(select_requests(batch, [request])) for request in range(4)]
+    apart = Scores(*(torch.cat(task) for task in zip(*alone, strict=True)))
+    together = model(batch)
+    torch.testing.assert_close(torch.stack(together), torch.stack(apart), rtol=1e-9, atol=1e-9)
+    expected = gradients(model, apart)
+    largest = max(float(gradient.abs().max()) for gradient in expected.values())
+    for name, gradient in gradients(model, together).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-9 * largest)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("change", [{}, {"relative_bias": True, "num_kv_heads": 1}, {"top_block": "s_tail"}])
+def test_a_gpu_computes_what_the_reference_does(change):
+    model = lively(replace(BASE, **change)).double()
+    batch = random_batch(SCHEMA, [3, 1, 0, 11], [9, 0, 4, 14])
+    on_cpu = everything(model, model(batch))
+    model, batch = model.to("cuda"), batch.to("cuda")
+    assert_agrees(model, PaddedOneTrans(model), batch, 1e-9)
+    for got, expected in zip(everything(model, model(batch)), on_cpu, strict=True):
+        torch.testing.assert_close(got.cpu(), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device has other kernels too")
+def test_a_cpu_trains_with_one_fused_attention_kernel():
+    """Neither flex_attention nor varlen_attn has a gradient there: once one has, it should be measured."""
+    q_TMD, ends = torch.randn(8, 2, 8, requires_grad=True), torch.tensor([0, 3, 8], dtype=torch.int32)
+    with pytest.raises(NotImplementedError, match="does not support backward on CPU"):
+        flex_attention(q_TMD[None], q_TMD[None], q_TMD[None])
+    with pytest.raises(NotImplementedError, match="CPU"):
+        varlen_attn(q_TMD, q_TMD, q_TMD, ends, ends, 5, 5)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.flops import forward_flops
-from benchmarks.model import SHAPES, Shape, random_batch
+from benchmarks.model import SHAPES, Shape, main, random_batch
 from onetrans.models import build_model, preset
 from tests.batches import model_schema
 
@@ -51,6 +51,52 @@ def test_needed_operations_are_the_executed_ones_without_attention(config):
         assert attention == 4 * d * int(first + second + own)
         left = forward_flops(config, SCHEMA, none) - counted_flops(config, none)
         assert left == 4 * d * own
+
+
+def pairs_by_hand(config, batch):
+    """Count the pairs of query and key one by one, block after block, as the paper describes them."""
+    separators = len(SCHEMA.sequences) - 1 if config.separators else 0
+    positions, causal = config.num_ns_tokens, config.attention == "causal"
+    pairs = 0
+    for events, candidates in zip(
+        batch.event_offsets_O.diff().tolist(), batch.candidate_offsets_O.diff().tolist(), strict=True
+    ):
+        tokens = min(events, config.max_seq_len) + separators
+        for queries in config.query_schedule():
+            kept = min(tokens, queries + (separators if queries == config.max_seq_len else 0))
+            for query in range(tokens - kept, tokens):
+                seen = [key for key in range(tokens) if not causal or key <= query]
+                pairs += len([key for key in seen if not config.sliding_window or query - key < config.sliding_window])
+            own = [(a, b) for a in range(positions) for b in range(positions) if not causal or b <= a]
+            pairs += candidates * (positions * tokens + len(own))
+            tokens = kept
+    return pairs
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param({}, id="default"),
+        pytest.param({"tokenizer": "group_wise", "attention": "full", "top_block": "s_tail"}, id="full"),
+        pytest.param({"sliding_window": 5, "first_block": "pruned", "gated_attention": True}, id="window"),
+        pytest.param({"num_kv_heads": 1, "ns_parameters": "shared", "num_layers": 4}, id="grouped"),
+        pytest.param({"merge": "intent_ordered", "separators": True}, id="separators"),
+    ],
+)
+def test_needed_operations_of_every_switch(change):
+    """Everything but attention as torch counts it while the model runs, and attention pair by pair."""
+    config = replace(TINY, max_seq_len=32, **change)
+    batch = random_batch(SCHEMA, Shape(3, 48, 6))
+    attention = 4 * config.hidden_dim * pairs_by_hand(config, batch)
+    assert forward_flops(config, SCHEMA, batch) == counted_flops(config, batch) + attention
+
+
+def test_without_a_cuda_device_the_gpu_part_says_so(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(SystemExit):
+        main(["--device", "cuda"])
+    assert "--device cuda, but there is no CUDA device" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

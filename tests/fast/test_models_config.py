@@ -136,6 +136,14 @@ def test_group_wise_refuses_too_few_and_too_many_tokens(count):
         build_model(config, model_schema())
 
 
+def test_a_low_rank_cross_layer_is_thinner_than_its_input():
+    """With 8-wide embeddings: 6 features, and 3 sequences of 2 features and recency each."""
+    config = replace(preset("dcnv2_din", "tiny"), cross_rank=119)
+    build_model(config, model_schema())
+    with pytest.raises(BadConfigError, match=r"dcnv2_din.cross_rank = 120 must be below 120, the width .* 'models'"):
+        build_model(replace(config, cross_rank=120), model_schema())
+
+
 def test_separators_need_two_sequences():
     config = replace(preset("onetrans", "tiny"), merge="intent_ordered", separators=True)
     schema = replace(model_schema(), sequences=model_schema().sequences[:1])

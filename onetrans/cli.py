@@ -34,6 +34,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate": ("onetrans.evaluate", "score a day's rows with both models and measure them"),
     "gate": ("onetrans.gate", "judge whether the candidate beats the baseline"),
     "promote": ("onetrans.registry", "register the candidate and move the aliases the gate allows"),
+    "upgrade": ("onetrans.commands.upgrade", "bring databases and tables to this code's version, after copies"),
     "registry": ("onetrans.commands.registry", "list, show, compare, promote or roll back registered models"),
     "serve": ("onetrans.commands.serve", "answer ranking requests over HTTP with the champion"),
     "schema": ("jobs.schema_check", "explain every mistake of a feature schema file, line by line"),

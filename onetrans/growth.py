@@ -38,7 +38,7 @@ def growth(before: FeatureSchema, now: FeatureSchema) -> tuple[Mapping[str, tupl
         old = then[name]
         if feature == old:
             continue
-        if replace(feature, hash_size=old.hash_size) != old:
+        if feature.kind != old.kind or replace(feature, hash_size=old.hash_size) != old:
             return {}, f"feature {name} changed"
         if feature.hash_size < old.hash_size or feature.hash_size % old.hash_size:
             return (

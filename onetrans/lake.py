@@ -75,7 +75,12 @@ _COMMIT_WAIT_SECONDS = 0.2
 _READERS = 16
 _FILES_IN_A_STORE = "onetrans.iceberg_files.StoreFiles"
 
-_PROPERTIES = {
+LAYOUT = 1
+"""Version of what a table looks like beyond its columns: partitions and properties; ``onetrans upgrade`` raises it."""
+LAYOUT_PROPERTY = "onetrans.layout"
+
+TABLE_PROPERTIES = {
+    LAYOUT_PROPERTY: str(LAYOUT),
     # A retry of PyIceberg's own repeats the append on top of what another writer committed meanwhile, without the
     # delete: both writers' rows of one day would stay.  Here the whole replacement is decided anew.
     "commit.retry.num-retries": "0",
@@ -197,6 +202,11 @@ class Lake:
                     raise
                 _wait(attempt)
         raise AssertionError("unreachable")
+
+    def migrate_catalog(self) -> None:
+        """Bring the tables of a SQL catalog that an older PyIceberg made to today's; nothing happens if they are."""
+        uri = self.settings.catalog_uri or f"sqlite:///{self.catalog_file}"
+        load_catalog("lake", **self._properties(uri), schema_version="v1")
 
     def _properties(self, uri: str) -> dict[str, str]:
         properties = {"type": self.settings.catalog_type, "uri": uri, "warehouse": self.warehouse}
@@ -375,7 +385,7 @@ class Lake:
         # Another writer may make the table first; if it does so during this commit, the whole replacement is repeated.
         with (
             contextlib.suppress(TableAlreadyExistsError),
-            self.catalog.create_table_transaction(name, schema=schema, properties=_PROPERTIES) as transaction,
+            self.catalog.create_table_transaction(name, schema=schema, properties=TABLE_PROPERTIES) as transaction,
             transaction.update_spec() as update,
         ):
             for column in partition:

@@ -1,0 +1,1 @@
+"""The deployment of ``infra/compose.yaml``: configuration files, and what is done once before its processes start."""

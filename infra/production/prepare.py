@@ -1,0 +1,100 @@
+"""What a deployment needs once before its processes start: the bucket, the databases' schemas, Airflow's pools.
+
+    python -m infra.production.prepare
+
+Everything that is there stays, so it runs at every start.  A bucket is made only
+in a service of one's own (``store.endpoint`` or ``AWS_ENDPOINT_URL``), never at
+AWS.  A database that an older version wrote is not upgraded here: that takes
+copies first, by ``onetrans upgrade --backup DIR``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import boto3
+from botocore.exceptions import ClientError
+
+from infra.airflow.pools import pools
+from onetrans import storage
+from onetrans.errors import EXIT_OK, PipelineError
+from onetrans.object_store import access, export_for_boto, problem_with
+from onetrans.process import exit_code_of
+from onetrans.settings import Settings, load_settings
+from onetrans.upgrade import upgrade
+
+logger = logging.getLogger(__name__)
+
+
+class PrepareError(PipelineError):
+    """Something that is needed cannot be made or used."""
+
+
+def make_bucket(settings: Settings) -> None:
+    """Make the bucket of ``store.root`` in a service of one's own, and try whether it can be used.
+
+    Raises:
+        PrepareError: if it cannot.
+    """
+    root = settings.store.root
+    if storage.is_local(root):
+        return
+    export_for_boto()
+    found, bucket = access(), root.split("://", 1)[1].split("/", 1)[0]
+    if found.endpoint:
+        client = boto3.client("s3", endpoint_url=found.endpoint, region_name=found.region)
+        try:
+            client.create_bucket(Bucket=bucket)
+            logger.info("made the bucket %s", bucket)
+        except ClientError as error:
+            if error.response["Error"]["Code"] not in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists"):
+                raise PrepareError(f"bucket {bucket}: {error.response['Error']['Code']} at {found.endpoint}") from error
+    problem = problem_with(root)
+    if problem:
+        raise PrepareError(problem)
+
+
+def make_pools(settings: Settings) -> None:
+    """Give Airflow its pools, with the slots of the settings.
+
+    Raises:
+        PrepareError: if Airflow does not take them.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "pools.json"
+        file.write_text(json.dumps(pools(settings.airflow)), encoding="utf-8")
+        done = subprocess.run(
+            [sys.executable, "-m", "airflow", "pools", "import", str(file)],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
+    if done.returncode:
+        raise PrepareError(f"airflow pools import ended with {done.returncode}: {done.stderr.strip()[-1000:]}")
+
+
+def main() -> int:
+    """Prepare, and say what was done; return the exit code (``onetrans/errors.py``)."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+
+    def run() -> int:
+        settings = load_settings()
+        make_bucket(settings)
+        for part in upgrade(settings, ""):
+            print(f"{part.name}: {part.found or 'nothing'} -> {part.wanted}")
+        if os.environ.get("AIRFLOW__DATABASE__SQL_ALCHEMY_CONN"):
+            make_pools(settings)
+        print("ready")
+        return EXIT_OK
+
+    return exit_code_of(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

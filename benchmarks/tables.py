@@ -1,11 +1,13 @@
 """What the tables of a day cost by its size, and what a skewed day costs more; against windows in Spark, and DuckDB.
 
     python -m benchmarks.tables [--quick] [--json FILE] [--rows N,N,...] [--skewed-rows N] [--driver-memory 4g]
+                                [--costs FILE]
 
 For each size (rows of a day's log, impressions and behaviours together; default: 100,000, a million and ten million)
 a simulated log is written, its first day is built, and the jobs of the second are measured, in a process of
 their own.  Processor time stands beside time on the clock: other work on the machine disturbs it less, so promises
-about growth and about comparisons are made of it.
+about growth and about comparisons are made of it.  Ten million rows take an hour: ``--costs`` keeps each figure
+as soon as it is known.
 
 *Request sequences* are the costly part of ``training_requests``: for each request the last events of each kind that
 were known before it, from yesterday's tails and today's events.  Three programs make the same table of the same
@@ -41,7 +43,7 @@ import psutil
 from pyspark.sql import Column, DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
-from benchmarks.common import Report, parser
+from benchmarks.common import Report, commit, parser
 from infra.local.memory import MemoryWatch
 from jobs.behavior_sequences import collected, merged
 from jobs.encoding import stored_all
@@ -103,6 +105,24 @@ class Measured:
     """Kind of day -> table -> its job."""
 
 
+@dataclass(frozen=True)
+class Costs:
+    """Where costs are told as soon as they are known: a long run that is ended early is not lost."""
+
+    rows: int
+    """Rows of a day."""
+    file: Path | None
+    """File that gets a line of JSON for each."""
+
+    def tell(self, case: str, cost: Cost) -> None:
+        """Tell what something cost."""
+        said(f"{case}: {cost.seconds:.1f} s, processor time {cost.processor_s:.1f} s, {cost.peak / _GIB:.2f} GiB")
+        if self.file:
+            line = {"commit": commit(), "day_rows": self.rows, "case": case, **asdict(cost)}
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark."""
     options = parser(__doc__)
@@ -111,19 +131,22 @@ def main(argv: list[str] | None = None) -> int:
     options.add_argument(
         "--skewed-rows", type=int, default=SKEWED_ROWS, help="size whose day is skewed; 0: none (default: %(default)s)"
     )
+    options.add_argument("--costs", metavar="FILE", type=Path, help="append every cost to FILE once it is measured")
     options.add_argument("--one", metavar="FOLDER", type=Path, help=argparse.SUPPRESS)
     arguments = options.parse_args(argv)
     sizes: tuple[int, ...] = QUICK_SIZES if arguments.quick else SIZES
     if arguments.rows:
         sizes = tuple(int(text) for text in arguments.rows.split(","))
     if arguments.one:
-        one = measure(arguments.one, sizes[0], arguments.driver_memory, skewed=arguments.skewed_rows == sizes[0])
+        costs = Costs(sizes[0], arguments.costs)
+        one = measure(arguments.one, costs, arguments.driver_memory, skewed=arguments.skewed_rows == sizes[0])
         (arguments.one / "measured.json").write_text(json.dumps(asdict(one)), encoding="utf-8")
         return 0
     report = Report("tables", arguments)
     found = []
     for rows in sizes:
-        found.append(apart(rows, "1g" if arguments.quick else arguments.driver_memory, arguments.skewed_rows))
+        memory = "1g" if arguments.quick else arguments.driver_memory
+        found.append(apart(rows, memory, arguments.skewed_rows, arguments.costs))
         tell(report, found[-1])
     for smaller, larger in itertools.pairwise(found):
         grown = math.log(larger.rows / smaller.rows)
@@ -134,11 +157,12 @@ def main(argv: list[str] | None = None) -> int:
     return report.finish()
 
 
-def apart(rows: int, driver_memory: str, skewed_rows: int) -> Measured:
+def apart(rows: int, driver_memory: str, skewed_rows: int, costs: Path | None) -> Measured:
     """Measure one size in a process of its own, so that a peak of memory is that size's."""
     with tempfile.TemporaryDirectory(prefix="onetrans-tables-") as folder:
         command = [sys.executable, "-m", "benchmarks.tables", "--one", folder, "--rows", str(rows)]
         command += ["--driver-memory", driver_memory, "--skewed-rows", str(skewed_rows)]
+        command += ["--costs", str(costs)] if costs else []
         subprocess.run(command, check=True)
         read = json.loads((Path(folder) / "measured.json").read_text(encoding="utf-8"))
     return Measured(
@@ -188,8 +212,9 @@ def total(jobs: dict[str, Cost], figure: str) -> float:
     return float(sum(getattr(cost, figure) for cost in jobs.values()))
 
 
-def measure(folder: Path, rows: int, driver_memory: str, *, skewed: bool) -> Measured:
-    """Write a log of about ``rows`` rows a day, build it, and measure its second day."""
+def measure(folder: Path, costs: Costs, driver_memory: str, *, skewed: bool) -> Measured:
+    """Write a log, build it, and measure its second day."""
+    rows = costs.rows
     logging.basicConfig(level=logging.WARNING)
     schema = FeatureSchema.load(SCHEMA_FILE)
     longer = [replace(s, max_length=n) for s, n in zip(schema.sequences, LENGTHS, strict=True)]
@@ -210,20 +235,19 @@ def measure(folder: Path, rows: int, driver_memory: str, *, skewed: bool) -> Mea
         history_days=HISTORY_DAYS,
     )
     said(f"{rows:,} rows a day")
-    write_days(world, settings.source.path, FIRST, 2)
-    said("log written")
+    costs.tell("simulate", measured(lambda: write_days(world, settings.source.path, FIRST, 2)))
     work = Workspace(settings, spark, Lake(settings.lake), schema, Files(settings.source.path, schema))
     for table in ("impressions", "behaviors", "behavior_sequences"):
-        build(work, table, FIRST)
-        said(f"{table} of the first day built")
-    jobs = measure_jobs(work, DAY)
-    programs: dict[str, Callable[[Workspace, Path], None]] = {"jobs": by_jobs, "windows": by_windows}
+        costs.tell(f"{FIRST} {table}", measured(lambda table=table: build(work, table, FIRST)))  # type: ignore[misc]
+    jobs = measure_jobs(work, DAY, costs)
+    programs: dict[str, Callable[[Workspace, Path], None]] = {"jobs": by_jobs}
     if importlib.util.find_spec("duckdb"):
         programs["duckdb"] = by_duckdb
+    programs["windows"] = by_windows
     found: dict[str, Cost] = {}
     for name, program in programs.items():
         found[name] = measured(lambda program=program, name=name: program(work, folder / name))  # type: ignore[misc]
-        said(f"request sequences by {name}: {found[name].seconds:.1f} s, {found[name].processor_s:.1f} s")
+        costs.tell(f"request sequences by {name}", found[name])
     told = {name: summary(spark, folder / name) for name in found}
     if len(set(told.values())) != 1:
         raise AssertionError(f"the programs made different tables: {told}")
@@ -232,7 +256,7 @@ def measure(folder: Path, rows: int, driver_memory: str, *, skewed: bool) -> Mea
         for place, kind in enumerate(("even", "one user", "one item"), start=1):
             ds = DAY + timedelta(days=place)
             write_skewed(spark, Path(settings.source.path), ds, kind)
-            kinds[kind] = measure_jobs(work, ds)
+            kinds[kind] = measure_jobs(work, ds, costs, kind)
     spark.stop()
     return Measured(rows=jobs["impressions"].rows + jobs["behaviors"].rows, jobs=jobs, sequences=found, skewed=kinds)
 
@@ -245,7 +269,7 @@ def build(work: Workspace, table: str, ds: date) -> int:
     return int(staged.rows)
 
 
-def measure_jobs(work: Workspace, ds: date) -> dict[str, Cost]:
+def measure_jobs(work: Workspace, ds: date, telling: Costs, kind: str = "measured") -> dict[str, Cost]:
     """Build, publish and measure a day of every table."""
     costs = {}
     built = {}
@@ -263,7 +287,7 @@ def measure_jobs(work: Workspace, ds: date) -> dict[str, Cost]:
             read = shown
         stored = sum(storage.local_path(file).stat().st_size for file in work.lake.files(table, [ds]))
         costs[table] = replace(cost, rows=read, stored=stored)
-        said(f"{ds} {table}: {cost.seconds:.1f} s, processor time {cost.processor_s:.1f} s")
+        telling.tell(f"{kind} day, {table}", costs[table])
     return costs
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from great_expectations.core.expectation_validation_result import (
     ExpectationSuiteValidationResult,
@@ -46,7 +46,8 @@ def render_page(
 def _merge(name: str, results: Sequence[ExpectationSuiteValidationResult]) -> ExpectationSuiteValidationResult:
     # Through JSON, as Great Expectations' own store does it: the renderers expect Python's numbers, not NumPy's.
     plain = [
-        expectationSuiteValidationResultSchema.load(json.loads(json.dumps(result.to_json_dict()))) for result in results
+        expectationSuiteValidationResultSchema.load(_readable(json.loads(json.dumps(result.to_json_dict()))))
+        for result in results
     ]
     outcomes = [outcome for result in plain for outcome in result.results]
     met = sum(bool(outcome.success) for outcome in outcomes)
@@ -62,3 +63,12 @@ def _merge(name: str, results: Sequence[ExpectationSuiteValidationResult]) -> Ex
         },
         meta=dict(plain[-1].meta),
     )
+
+
+def _readable(result: dict[str, Any]) -> dict[str, Any]:
+    """Join the values of rules of several columns, which Great Expectations writes without anything between them."""
+    for outcome in result["results"]:
+        for counted in outcome["result"].get("partial_unexpected_counts", ()):
+            if isinstance(counted["value"], list):
+                counted["value"] = ", ".join(map(str, counted["value"]))
+    return result

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from onetrans import __version__, storage
+from onetrans.audit_summary import audit_summary
 from onetrans.errors import BadConfigError, BadDataError, NotReadyError, PipelineError
 from onetrans.lake import AUDIT_FILE, Lake
 from onetrans.object_store import export_for_boto
@@ -63,6 +64,7 @@ MODEL_FOLDER = "model"
 CHECK_FOLDER = "check"
 CHECK_REQUESTS = "requests.json"
 CHECK_SCORES = "scores.json"
+AUDIT_SUMMARY_FILE = "audit.csv"
 
 EXAMPLE_REQUESTS = 8
 """Requests of the fixed batch that is kept with every model, and scored again after loading."""
@@ -239,6 +241,8 @@ def start_day(settings: Settings, plan: Plan) -> str:
         _set_tags(client, run_id, _snapshots_read(settings, plan))
         _again(lambda: client.log_dict(run_id, plan.to_dict(), PLAN_FILE))
         _again(lambda: client.log_dict(run_id, audits, "audit.json"))
+        summary = audit_summary(Lake(settings.lake), plan, audits)
+        _again(lambda: client.log_text(run_id, summary, AUDIT_SUMMARY_FILE))
     return str(run.info.run_id)
 
 

@@ -229,6 +229,15 @@ def test_the_page_tells_table_day_expected_seen_and_an_example(lake: Lake) -> No
     assert "Success Percent" not in text, "Great Expectations' overview calls a warning a failure"
 
 
+def test_the_page_sets_values_of_several_columns_apart(lake: Lake) -> None:
+    data = valid_table("impressions")
+    stage(lake, "impressions", pa.concat_tables([data, data.slice(0, 1)]))
+    audit(lake)
+    text = page(lake, "impressions")
+    assert "r0, i0" in text
+    assert "r0i0" not in text
+
+
 def test_pages_need_no_network_and_no_script(lake: Lake) -> None:
     stage(lake, "impressions", broken_impressions())
     audit(lake)

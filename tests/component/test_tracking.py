@@ -106,6 +106,10 @@ def test_a_day_has_one_parent_run_however_often_a_step_asks(shop, tracked):
     assert _artifact(shop, plan.mlflow_run_id, "plan.json")["plan_id"] == plan.plan_id
     audits = _artifact(shop, plan.mlflow_run_id, "audit.json")
     assert list(audits.values()) == [{"passed": True}] * 3
+    told = Path(_client(shop).download_artifacts(plan.mlflow_run_id, "audit.csv")).read_text().splitlines()
+    assert [line.split(",")[:3] for line in told[1:]] == [
+        ["training_requests", str(ds), "passed"] for ds in shop.days[:3]
+    ]
 
 
 def test_the_run_of_a_day_shows_both_models_figures_and_the_verdict(shop, tracked):

@@ -51,7 +51,7 @@ from jobs.sources.files import Files
 from jobs.sources.simulated.world import WorldConfig
 from jobs.sources.simulated.write import SCHEMA_FILE, write_days
 from jobs.spark import session
-from jobs.training_requests import _known, _seen
+from jobs.training_requests import _known, _seen, of_those_who_ask
 from jobs.workspace import Workspace
 from onetrans import storage
 from onetrans.lake import TABLES, Lake
@@ -325,6 +325,7 @@ def by_jobs(work: Workspace, out: Path) -> None:
     """Write the request sequences as ``training_requests`` makes them."""
     requests, tails, events = inputs(work)
     schema = work.schema
+    tails, events = of_those_who_ask(tails, requests), of_those_who_ask(events, requests)
     past = merged(tails, collected(events, schema), schema)
     kinds = {field.name: field.dataType for field in past.schema}
     joined = requests.join(past, "user_id", "left")

@@ -22,6 +22,9 @@ from onetrans.schema import FeatureSchema, Sequence
 
 TABLE = "training_requests"
 
+FEW_IMPRESSIONS = 20_000_000
+"""Up to so many impressions a day, the list of their users fits the memory of every executor."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -33,6 +36,8 @@ def training_requests(
     events: DataFrame,
     schema: FeatureSchema,
     many: Many[str] = (),
+    *,
+    few: bool = True,
 ) -> DataFrame:
     """Return the requests of one day.
 
@@ -41,14 +46,13 @@ def training_requests(
     last ``max_length`` of each sequence by (ts, event_id), oldest first.  Candidates are ordered by item id.  A user
     or item without a row of features has missing features.
 
-    ``many`` are users with very many events: their requests get a piece of their past (``jobs.pieces``), which changes
-    how long it takes, and no row.
+    ``many`` are users with very many events: their requests get a piece of their past (``jobs.pieces``).  With ``few``
+    every executor is given the list of all users who ask.  Both change how long it takes, and no row.
     """
     requests = _requests(impressions, item_features, schema)
     users = user_features.select("user_id", F.struct(*stored_all(schema.of_side("user"), F.col)).alias("_user"))
-    asking = F.broadcast(impressions.select("user_id").distinct())
-    tails = None if tails is None else tails.join(asking, "user_id", "left_semi")
-    events = events.join(asking, "user_id", "left_semi")
+    tails = None if tails is None else of_those_who_ask(tails, impressions, few=few)
+    events = of_those_who_ask(events, impressions, few=few)
     joined, past = _with_past(requests.join(users, "user_id", "left"), tails, events, schema, many)
     kinds = {field.name: field.dataType for field in past.schema}
     joined = joined.withColumns({s.column: _known(s) for s in schema.sequences})
@@ -63,6 +67,12 @@ def training_requests(
         *(_seen(sequence, kinds[sequence.column]) for sequence in schema.sequences),
         "candidates",
     )  # fmt: skip
+
+
+def of_those_who_ask(rows: DataFrame, requests: DataFrame, *, few: bool = True) -> DataFrame:
+    """Return the rows of users who have a request; with ``few`` every executor is given the list of them."""
+    asking = requests.select("user_id").distinct()
+    return rows.join(F.broadcast(asking) if few else asking, "user_id", "left_semi")
 
 
 def _with_past(
@@ -129,6 +139,7 @@ def build(work: Workspace, ds: date) -> Staged:
     many = users_with_many(events, work.schema)
     if many:
         logger.info("%s %s: %s users with more than %s events", TABLE, ds, f"{len(many):,}", f"{MANY_EVENTS:,}")
+    impressions = sum(day.rows for day in work.lake.published("impressions") if day.ds == ds)
     frame = training_requests(
         work.read("impressions", [ds]),
         work.read("user_features", [ds]),
@@ -137,6 +148,7 @@ def build(work: Workspace, ds: date) -> Staged:
         events,
         work.schema,
         many,
+        few=impressions <= FEW_IMPRESSIONS,
     )
     today = dict.fromkeys(("impressions", "user_features", "item_features", "behaviors"), (ds, ds))
     reads = {**today, "behavior_sequences": tail_days(work, ds)}

@@ -130,6 +130,7 @@ def test_requests_of_users_with_very_many_events_see_the_same(
         events,
         work.schema,
         many,
+        few=False,
     )
     found = {row["request_id"]: row for row in frame.toArrow().to_pylist()}
     expected = oracle.training_requests(world, ds)

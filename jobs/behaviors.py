@@ -100,7 +100,7 @@ def build(work: Workspace, ds: date) -> Staged:
             if set(earlier.columns) != set(checked.columns):
                 differ = ", ".join(sorted(set(earlier.columns) ^ set(checked.columns)))
                 raise BadDataError(f"behaviors history and {ds} differ in columns that features read: {differ}")
-            delivered = F.broadcast(checked.select("event_id"))  # history may reach into what the first day delivers
+            delivered = checked.select("event_id")  # history may reach into what the first day delivers
             checked = checked.unionByName(earlier.join(delivered, "event_id", "left_anti"))
     checked = refuse_duplicates(checked, ("event_id",))
     if set(event_columns(schema)) - set(checked.columns):

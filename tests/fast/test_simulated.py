@@ -1,5 +1,6 @@
 """The simulated shop: reproducible days, a log that obeys the input contract, and a truth that explains the labels."""
 
+from collections import Counter
 from dataclasses import replace
 from datetime import date, timedelta
 from pathlib import Path
@@ -184,10 +185,26 @@ def test_visits_follow_the_hour_and_the_week() -> None:
     assert sizes[weekend].mean() > 1.05 * sizes[~np.array(weekend)].mean()
 
 
+def test_histories_are_long_and_demand_drifts() -> None:
+    config = replace(CONFIG, history_days=60)
+    days = list(play(config, FIRST))
+    users = np.concatenate([day.user_R[day.event_request_E] for day in days])
+    events = np.sort(np.bincount(users, minlength=config.users))
+    assert events[-config.users // 20] > 200, "one shopper of twenty has hundreds of past events"
+    category_M = build_catalog(config).category_M
+    shown_DC = np.array(
+        [np.bincount(category_M[day.item_RK[day.item_RK >= 0]], minlength=config.categories) for day in days]
+    )
+    share_DC = shown_DC / shown_DC.sum(1, keepdims=True)
+    step_C = np.abs(np.diff(share_DC, axis=0)).mean(0)
+    apart_C = np.abs(share_DC[30:] - share_DC[:-30]).mean(0)
+    assert apart_C.mean() > 1.3 * step_C.mean(), "a category is wanted as much as yesterday, not as a month ago"
+
+
 def test_faults_are_as_frequent_as_asked_and_do_not_move_each_other() -> None:
     one = Faults(7, parse_rates(["late=0.05"]))
     all_kinds = Faults(7, parse_rates(["0.01", "late=0.05"]))
-    assert set(all_kinds.rates) == set(DEFECTS)
+    assert set(all_kinds.rates) == {name for name, defect in DEFECTS.items() if defect.of == "rows"}
     alone = one.chosen("behaviors", 20_000, FIRST, 0)["behaviors.late"]
     beside = all_kinds.chosen("behaviors", 20_000, FIRST, 0)
     assert abs(alone.mean() - 0.05) < 0.01
@@ -204,6 +221,33 @@ def test_late_events_stand_in_later_files_and_those_that_become_known_at_a_reque
     assert set(rows[0].event_id) & set(rows[1].event_id), "some are delivered twice"
     asked = {(r.user_id, r.ts) for n in range(3) for r in _requests(tmp_path, n)}
     assert sum((r.user_id, r.available_at) in asked for row in rows for r in row.itertuples()) > 50
+
+
+def test_a_fault_of_the_day_and_one_of_a_file_take_their_share(tmp_path: Path) -> None:
+    write_days(CONFIG, str(tmp_path / "cut"), FIRST, 1, parse_rates(["cut_off=0.25"]))
+    write_days(CONFIG, str(tmp_path / "whole"), FIRST, 1)
+    cut, whole = (_read(tmp_path / name, "impressions", f"ds={FIRST}").to_pandas() for name in ("cut", "whole"))
+    evening = whole.ts.dt.hour >= 18
+    assert evening.any()
+    assert cut.equals(whole[~evening].reset_index(drop=True)), "the rest is as it was"
+    faults = Faults(CONFIG.seed, parse_rates(["missing_column=0.3", "wrong_type=0.3"]))
+    rows = pa.table({"ts": pa.array([0, 1], pa.timestamp("us")), "click": pa.array([0, 1])})
+    shapes = Counter(str(faults.spoiled("impressions", rows, FIRST, block).schema.types) for block in range(1000))
+    time = "TimestampType(timestamp[us])"
+    without, number, as_it_was = (
+        shapes[f"[{kinds}]"] for kinds in (time, "DataType(int64), DataType(int64)", f"{time}, DataType(int64)")
+    )
+    assert without + number + as_it_was == 1000
+    assert 250 < without < 350
+    assert 160 < number < 260, "a file has one fault: 0.3 of the files that are left"
+
+
+def test_lost_events_are_never_delivered(log: Path, tmp_path: Path) -> None:
+    write_days(CONFIG, str(tmp_path), FIRST, 2, parse_rates(["behaviors.lost=0.5"]))
+    for folder in ("history", f"ds={FIRST}", f"ds={FIRST + timedelta(days=1)}"):
+        left, whole = (_read(path, "behaviors", folder)["event_id"].to_pylist() for path in (tmp_path, log))
+        assert 0.4 < len(left) / len(whole) < 0.6
+        assert set(left) < set(whole)
 
 
 def _requests(log: Path, day: int) -> list[Any]:

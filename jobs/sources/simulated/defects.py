@@ -1,7 +1,8 @@
-"""Faults that a real log has, put into the simulated one at a given rate: what must be refused, dropped or borne.
+"""Faults that a real log has, put into the simulated one at a given rate: what is refused, dropped, borne or noticed.
 
 A fault is named ``<raw table>.<fault>``.  Each is drawn from a stream of its own, so asking for one more moves none of
-the others, and no row gets two.  What becomes of such rows is in ``docs/input.md``.
+the others, and no row gets two.  What becomes of such rows is in ``docs/input.md``; faults that no row shows by itself
+are for the audit (``docs/audit.md``).
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jobs.sources.simulated.world import DAY, Integers, stream
+from jobs.sources.simulated.world import DAY, Integers, microseconds, stream
 from onetrans.errors import BadConfigError
 
 Mask = npt.NDArray[np.bool_]
@@ -38,6 +40,8 @@ class Defect:
     """Makes rows of it; of rows that are said twice, the second."""
     twice: bool = False
     """Whether the row stays as it is, and a changed copy comes beside it."""
+    of: Literal["rows", "day", "files"] = "rows"
+    """What the rate is a share of: rows drawn one by one, the day's time from its end, or files, each whole."""
 
 
 def _set(column: str, value: object) -> Change:
@@ -77,6 +81,23 @@ def _same(rows: pa.Table) -> pa.Table:
     return rows
 
 
+def _gone(rows: pa.Table) -> pa.Table:
+    return rows.slice(0, 0)
+
+
+def _without_labels(rows: pa.Table) -> pa.Table:
+    rows = _all(_set("click", 0), _set("conversion", 0))(rows)
+    return _set("conversion_at", None)(rows) if "conversion_at" in rows.column_names else rows
+
+
+def _times(column: str, factor: float) -> Change:
+    return lambda rows: _with(rows, column, pc.multiply(rows[column], factor))
+
+
+def _whole_number(column: str) -> Change:
+    return lambda rows: _with(rows, column, rows[column].cast(pa.int64()))
+
+
 DEFECTS: Mapping[str, Defect] = {
     "impressions.missing_key": Defect("item_id is empty", "item_id: missing", _set("item_id", None)),
     "impressions.missing_time": Defect("ts is empty", "ts: missing", _set("ts", None)),
@@ -111,6 +132,16 @@ DEFECTS: Mapping[str, Defect] = {
         twice=True,
     ),
     "impressions.repeat": Defect("the row stands there twice; one is dropped", "", _same, twice=True),
+    "impressions.lost": Defect("the row was lost", "", _gone),
+    "impressions.lost_label": Defect("click and conversion are 0, whatever came of it", "", _without_labels),
+    "impressions.wrong_context": Defect("surface is search wherever it was", "", _set("surface", "search")),
+    "impressions.cut_off": Defect("rows of the day's last share of time were lost", "", _gone, of="day"),
+    "impressions.missing_column": Defect(
+        "a file has no column click; the day stops", "", lambda rows: rows.drop_columns(["click"]), of="files"
+    ),
+    "impressions.wrong_type": Defect(
+        "ts is a whole number without a unit in a file; the day stops", "", _whole_number("ts"), of="files"
+    ),
     "behaviors.missing_key": Defect("user_id is empty", "user_id: missing", _set("user_id", None)),
     "behaviors.missing_time": Defect("ts is empty", "ts: missing", _set("ts", None)),
     "behaviors.in_future": Defect("ts lies a week later", "ts: after the day", _moved("ts", 7)),
@@ -127,6 +158,8 @@ DEFECTS: Mapping[str, Defect] = {
     "behaviors.at_request": Defect(
         "the event becomes known at the very instant of the shopper's next request, which may not see it", "", _same
     ),
+    "behaviors.lost": Defect("the row was lost", "", _gone),
+    "behaviors.missing_value": Defect("price is empty", "", _set("price", None)),
     "users.missing_key": Defect("user_id is empty", "user_id: missing", _set("user_id", None), twice=True),
     "users.repeat": Defect("the row stands there twice; one is dropped", "", _same, twice=True),
     "users.contradiction": Defect(
@@ -135,7 +168,8 @@ DEFECTS: Mapping[str, Defect] = {
         _set("segment", "segment-x"),
         twice=True,
     ),
-    "users.unknown": Defect("the user is not in the table", "", lambda rows: rows.slice(0, 0)),
+    "users.unknown": Defect("the user is not in the table", "", _gone),
+    "users.missing_value": Defect("segment is empty", "", _set("segment", None)),
     "items.missing_key": Defect("item_id is empty", "item_id: missing", _set("item_id", None), twice=True),
     "items.infinite_number": Defect("price is infinite", "price: not finite", _set("price", float("inf"))),
     "items.repeat": Defect("the row stands there twice; one is dropped", "", _same, twice=True),
@@ -145,7 +179,9 @@ DEFECTS: Mapping[str, Defect] = {
         _set("price", -1.0),
         twice=True,
     ),
-    "items.unknown": Defect("the item is not in the table", "", lambda rows: rows.slice(0, 0)),
+    "items.unknown": Defect("the item is not in the table", "", _gone),
+    "items.missing_value": Defect("price is empty", "", _set("price", None)),
+    "items.other_unit": Defect("price is a hundred times as large", "", _times("price", 100.0)),
 }
 """Every fault by its name."""
 
@@ -156,12 +192,12 @@ def _minute(rows: pa.Table) -> pa.Table:
 
 @dataclass(frozen=True)
 class Faults:
-    """Which faults a log gets, and how often: a share of the rows of their table."""
+    """Which faults a log gets, and how often."""
 
     seed: int
     """Seed of the world."""
     rates: Mapping[str, float]
-    """Name of a fault -> share of rows; faults that are not here do not happen."""
+    """Name of a fault -> its share (``Defect.of``); faults that are not here do not happen."""
 
     @property
     def conversion_times(self) -> bool:
@@ -169,22 +205,35 @@ class Faults:
         return self.rates.get("impressions.conversion_before_request", 0.0) > 0
 
     def chosen(self, table: str, rows: int, ds: date | None, block: int) -> dict[str, Mask]:
-        """Return per fault of a raw table which rows get it; no row gets two."""
+        """Return per fault of a raw table that single rows have which rows get it; no row gets two."""
         free = np.ones(rows, dtype=bool)
         found = {}
-        for name, rate in self.rates.items():
-            if name.split(".")[0] == table and rate > 0:
-                found[name] = free & (stream(self.seed, f"defect {name}", ds, block).random(rows) < rate)
-                free &= ~found[name]
+        for name, rate in self._of(table, "rows"):
+            found[name] = free & (stream(self.seed, f"defect {name}", ds, block).random(rows) < rate)
+            free &= ~found[name]
         return found
 
     def spoiled(self, table: str, rows: pa.Table, ds: date | None, block: int) -> pa.Table:
-        """Return rows of a raw table with the faults that can be seen in a row by itself."""
+        """Return rows of a file of a raw table with their faults; those of events are in ``delivered``."""
+        for name, rate in self._of(table, "day"):
+            assert ds is not None  # a snapshot has no such fault
+            cut = microseconds(ds) + int((1.0 - rate) * DAY)
+            late = pc.greater_equal(rows["ts"].cast(pa.int64()), cut)
+            rows = pa.concat_tables([rows.filter(pc.invert(late)), DEFECTS[name].change(rows.filter(late))])
         chosen = self.chosen(table, rows.num_rows, ds, block)
         changed = {name: DEFECTS[name].change(rows.filter(pa.array(mask))) for name, mask in chosen.items()}
         replaced = [mask for name, mask in chosen.items() if not DEFECTS[name].twice]
         kept = rows.filter(pa.array(~np.any(replaced, axis=0))) if replaced else rows
-        return pa.concat_tables([kept, *changed.values()])
+        rows = pa.concat_tables([kept, *changed.values()])
+        for name, rate in self._of(table, "files"):
+            if stream(self.seed, f"defect {name}", ds, block).random() < rate:
+                return DEFECTS[name].change(rows)
+        return rows
+
+    def _of(self, table: str, of: str) -> list[tuple[str, float]]:
+        """Return the faults of a raw table whose rate is a share of the same, with the rate."""
+        rates = [(name, rate) for name, rate in self.rates.items() if name.split(".")[0] == table and rate > 0]
+        return [(name, rate) for name, rate in rates if DEFECTS[name].of == of]
 
     def delivered(
         self, rows: pa.Table, due: Integers, next_request: Integers, ds: date, block: int
@@ -213,13 +262,15 @@ class Faults:
             if not defect.twice:
                 kept &= ~mask
             tables.append(some)
-            times.append(when)
+            times.append(when if some.num_rows else when[:0])  # lost ones are never delivered
         tables[0], times[0] = rows.filter(pa.array(kept)), due[kept]
         return pa.concat_tables(tables), np.concatenate(times)
 
 
 def parse_rates(texts: Sequence[str]) -> dict[str, float]:
-    """Return name -> share of ``0.01``, ``late=0.01`` or ``impressions.repeat=0.01``; a share alone is for every fault.
+    """Return name -> share of ``0.01``, ``late=0.01`` or ``impressions.repeat=0.01``.
+
+    A share alone is for every fault of single rows; those of days and files are asked for by name.
 
     Raises:
         BadConfigError: for an unknown name, or a share outside 0..1.
@@ -227,7 +278,9 @@ def parse_rates(texts: Sequence[str]) -> dict[str, float]:
     rates: dict[str, float] = {}
     for text in texts:
         name, equals, value = text.rpartition("=")
-        names = [full for full in DEFECTS if not equals or name in (full, full.split(".")[1])]
+        names = [full for full in DEFECTS if name in (full, full.split(".")[1])]
+        if not equals:
+            names = [full for full, defect in DEFECTS.items() if defect.of == "rows"]
         if not names:
             near = difflib.get_close_matches(name, {part for full in DEFECTS for part in (full, full.split(".")[1])})
             meant = f"; did you mean {near[0]}?" if near else ""
@@ -245,4 +298,5 @@ def parse_rates(texts: Sequence[str]) -> dict[str, float]:
 
 def described() -> str:
     """Return a line per fault."""
-    return "\n".join(f"{name:<38} {defect.about}" for name, defect in DEFECTS.items())
+    told = {"rows": "", "day": " (NAME=SHARE of the day)", "files": " (NAME=SHARE of the files)"}
+    return "\n".join(f"{name:<38} {defect.about}{told[defect.of]}" for name, defect in DEFECTS.items())

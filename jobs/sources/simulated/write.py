@@ -99,7 +99,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="RATE",
-        help="faults: a share of rows for all kinds, NAME=SHARE for one; `--defects list` names them (default: none)",
+        help="faults: a share of rows for all kinds of rows, NAME=SHARE for one; `--defects list` names them "
+        "(default: none)",
     )
 
 
@@ -154,7 +155,7 @@ def write_days(
 ) -> int:
     """Write ``days`` days from ``first`` on, with users, items and the schema; return the impressions written.
 
-    ``defects`` maps faults to shares of rows (``defects.py``).  A world of several blocks is written by a Spark job of
+    ``defects`` maps faults to shares (``defects.py``).  A world of several blocks is written by a Spark job of
     ``tasks`` tasks, by default one for each block.
 
     Raises:

@@ -135,6 +135,7 @@ def steps() -> list[StepCommand]:
         )
         for dag in (feature_tables.dag, ranking_model.dag)
         for task in dag.topological_sort()
+        if task.module  # else it waits for other runs alone
     ]
 
 

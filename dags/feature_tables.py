@@ -5,7 +5,8 @@ Builds, audits and publishes the six tables of one day.
 
 | step | what it does | when it fails |
 |---|---|---|
-| `wait_for_log` | waits, without a worker, for the day before if it runs too, and for the day's files | nothing began |
+| `wait_for_log` | waits, without a worker, for the day's files | nothing began |
+| `wait_for_day_before` | waits, without a worker, for the day before if it runs too | nothing is published |
 | `build` | a Spark job writes the day's rows to files of their own | nothing is published |
 | `audit` | Great Expectations judges exactly those files; pages in Data Docs | the day stops, published data stays |
 | `publish` | one Iceberg commit replaces the day | readers see the old day or the new one, never a part |
@@ -13,7 +14,9 @@ Builds, audits and publishes the six tables of one day.
 **Order.** Features of users and items are counted over the days *before* this one, so they wait for no other table.
 `behaviors` waits for `impressions`, as a log without behaviours of its own has them made from these.
 `behavior_sequences` adds today's events to yesterday's tail. `training_requests` joins them all, with yesterday's tail
-for what was known before each request. Days are therefore run one after another.
+for what was known before each request, and every audit compares with the days before. So days are published one after
+another. What reads the day's log alone, `impressions.build`, goes ahead: days that are backfilled side by side do it
+beside the day that is being published.
 
 **The log may be late:** a day is due when it has ended in the log's time zone and its files are there. They may come
 `source.wait_hours` after that; then the day fails as `BAD DATA`.
@@ -31,7 +34,7 @@ says the day.
 
 **When a step fails:** its log ends with one paragraph: table, day, what is wrong with an example, whether published
 data is affected, what to do. `BAD DATA` and `BAD CONFIGURATION` are not retried, anything else is. Correct the cause,
-then *Clear* the task: what follows it runs too; then clear the days after it that did not start. Single bad rows do
+then *Clear* the task: what follows it runs too; then clear the days after it that waited for it. Single bad rows do
 not fail a step: they go to the table `quarantine`, with the reason.
 """
 
@@ -55,6 +58,9 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "training_requests": ("impressions", "behaviors", "user_features", "item_features"),
 }
 """Table -> tables whose same day it reads."""
+
+FROM_THE_LOG_ALONE = ("impressions",)
+"""Tables that are built of the day's log and nothing published; audited they are by what the days before are like."""
 
 ABOUT: dict[str, str] = {
     "impressions": "What was shown, with clicks and conversions: cleaned, deduplicated, bad rows in quarantine.",
@@ -104,10 +110,17 @@ with DAG(
         module="jobs.raw",
         arguments=["--ds", DAY],
         at_most=WAIT_AT_MOST,
-        others=[DAY_BEFORE],
         execution_timeout=timedelta(minutes=10),
         doc_md="Looks at once, then from the triggerer. By hand: `python -m jobs.raw --ds DAY`",
     )
+    wait_for_day_before = WaitStep(
+        task_id="wait_for_day_before",
+        at_most=WAIT_AT_MOST,
+        others=[DAY_BEFORE],
+        execution_timeout=timedelta(minutes=10),
+        doc_md="Asks Airflow at once, then from the triggerer. By hand: `onetrans lake` lists the published days",
+    )
+    wait_for_log >> wait_for_day_before
     groups: dict[str, TaskGroup] = {}
     for table, needed in NEEDS.items():
         with TaskGroup(group_id=table, tooltip=ABOUT[table]) as groups[table]:
@@ -141,5 +154,8 @@ with DAG(
             build >> audit >> publish
         for other in needed:
             groups[other] >> groups[table]
-        if not needed:
-            wait_for_log >> groups[table]
+        if table in FROM_THE_LOG_ALONE:
+            wait_for_log >> build
+            wait_for_day_before >> audit
+        elif not needed:
+            wait_for_day_before >> groups[table]

@@ -39,7 +39,7 @@ from airflow.sdk.exceptions import AirflowException, AirflowFailException, Airfl
 from dags.days import run_day
 from dags.notify import task_failed
 from dags.others import Other, look_at
-from dags.triggers import StepTrigger
+from dags.triggers import NOTHING_AHEAD, StepTrigger
 
 EXIT_OK = 0
 EXIT_BAD_DATA = 65
@@ -249,12 +249,14 @@ class WaitStep(Step):
     costs one short process.  Else the triggerer runs the same command with
     ``--wait``; a look that fails otherwise counts as "not yet".  Other runs may
     have to end first, and one that has failed may leave nothing to wait for.
+    A wait without a module is for other runs alone.
     """
 
     def __init__(
         self,
         *,
         at_most: timedelta,
+        module: str = "",
         others: Sequence[Other] = (),
         refuse: Callable[[Mapping[str, Any]], str] | None = None,
         **kwargs: Any,
@@ -263,11 +265,12 @@ class WaitStep(Step):
 
         Args:
             at_most: how long to wait.
+            module: what ``python -m`` runs to look; empty: other runs are all there is to wait for.
             others: other runs that matter.
             refuse: returns why a run as it was asked for cannot be; empty: it can. Asked before anything is waited for.
             **kwargs: those of :class:`Step`.
         """
-        super().__init__(**kwargs)
+        super().__init__(module=module, **kwargs)
         self.at_most = at_most
         self.others = list(others)
         self.refuse = refuse
@@ -285,7 +288,7 @@ class WaitStep(Step):
         if seen.stop:
             self._stop(context, seen.stop)
         if not seen.waiting:
-            ended = self._ended(context)
+            ended = self._ended(context) if self.module else Ended(EXIT_OK, NOTHING_AHEAD, "")
             if ended.code == EXIT_OK or ended.code in NEVER_RETRIED:
                 self._raise_for(context, ended)
                 return ended.result
@@ -294,7 +297,7 @@ class WaitStep(Step):
         self.log.info("%s", f"{seen.waiting} not ready yet; the triggerer waits for it, at most {self.at_most}".strip())
         self.defer(
             trigger=StepTrigger(
-                command=self.command,
+                command=self.command if self.module else [],
                 variables=self.variables,
                 until=(datetime.now(UTC) + self.at_most).isoformat(),
                 final_codes=[EXIT_OK, *NEVER_RETRIED],

@@ -15,6 +15,9 @@ from airflow.triggers.base import BaseTrigger, TriggerEvent
 
 from dags.others import Seen, State, look_at, name_of
 
+NOTHING_AHEAD = "no other run has to end first"
+"""Result of a wait for other runs alone."""
+
 
 class StepTrigger(BaseTrigger):
     """Runs a waiting command until its exit code is final, or it is too late.
@@ -22,7 +25,8 @@ class StepTrigger(BaseTrigger):
     The command gets ``--wait SECONDS`` with the time that is left.  If it ends
     with any other code (a catalog that does not answer), it is started again
     after a pause.  It runs only while no other run has to end first, and the wait
-    ends at once when another run's failure leaves nothing to wait for.
+    ends at once when another run's failure leaves nothing to wait for.  Without a
+    command the wait is over when no other run has to end first.
 
     The event holds ``code``, ``result`` (last line of stdout), ``error`` (last
     lines of stderr), ``late``, and ``stop``: why another run ended the wait, else empty.
@@ -41,7 +45,7 @@ class StepTrigger(BaseTrigger):
         """Describe the wait.
 
         Args:
-            command: program and arguments, without ``--wait``.
+            command: program and arguments, without ``--wait``; empty: there is only the other runs to look at.
             variables: environment variables on top of the triggerer's.
             until: instant (ISO 8601) after which to give up; an instant, so that a restarted triggerer keeps it.
             final_codes: exit codes that end the wait.
@@ -147,6 +151,8 @@ class StepTrigger(BaseTrigger):
                     await looking
 
     async def _look(self, seconds: float) -> tuple[int, str | None, str]:
+        if not self.command:
+            return 0, NOTHING_AHEAD, ""
         process = await asyncio.create_subprocess_exec(
             *self.command,
             "--wait",

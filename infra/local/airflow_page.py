@@ -67,7 +67,9 @@ class AirflowPage:
         expect(self.page.get_by_test_id("nav-home-link")).to_be_visible()
         return self.page
 
-    def backfill_form(self, dag_id: str, first: date, last: date, reprocess: Reprocess) -> Locator:
+    def backfill_form(
+        self, dag_id: str, first: date, last: date, reprocess: Reprocess, at_once: int | None = None
+    ) -> Locator:
         """Open the form of a backfill and fill it in; return the dialog."""
         page = self.open(f"/dags/{dag_id}")
         page.get_by_test_id("trigger-dag-button").first.click()
@@ -80,15 +82,24 @@ class AirflowPage:
             page.keyboard.press("Escape")
             expect(entry).to_have_count(0)
         dialog.get_by_text(reprocess, exact=True).click()
+        if at_once is not None:
+            dialog.get_by_role("spinbutton").fill(str(at_once))
         return dialog
 
-    def backfill(self, dag_id: str, first: date, last: date, reprocess: Reprocess) -> int:
+    def backfill(self, dag_id: str, first: date, last: date, reprocess: Reprocess, at_once: int | None = None) -> int:
         """Backfill a range of days as a person does; return how many runs the form announces.
+
+        Args:
+            dag_id: the DAG.
+            first: first day.
+            last: last day.
+            reprocess: what is to happen to days that were run before.
+            at_once: *Max Active Runs*; None leaves what the form begins with, 1.
 
         Raises:
             AirflowApiError: if Airflow refuses; the text is its answer.
         """
-        dialog = self.backfill_form(dag_id, first, last, reprocess)
+        dialog = self.backfill_form(dag_id, first, last, reprocess, at_once)
         told = dialog.get_by_text("will be triggered")
         announced = int(told.inner_text().split()[0])
         with self.page.expect_response(_creates_a_backfill) as answer:

@@ -14,7 +14,6 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import date
@@ -24,7 +23,7 @@ import psutil
 import pytest
 import torch
 
-from infra.local.processes import Server, free_port, stop, wait_until
+from infra.local.processes import Server, stop
 from jobs.sources.simulated.world import WorldConfig
 from jobs.sources.simulated.write import write_days
 from onetrans import storage
@@ -36,6 +35,7 @@ from onetrans.registry import CHAMPION, Registry
 from onetrans.settings import LakeSettings, Settings, SourceSettings, as_environment
 from onetrans.tracking import TAG_MODEL_ID, find_model_run
 from onetrans.train import train
+from tests import mlflow_server
 from tests.tracked_days import Shop
 
 MODEL = "onetrans"
@@ -180,29 +180,8 @@ def test_an_old_day_and_tonights_are_promoted_at_once(shop: Shop) -> None:
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
     """A real server on loopback, started; a test stops it and starts it again on the same port and data."""
-    port = free_port()
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{tmp_path}/server.db"]
-    command += ["--artifacts-destination", str(tmp_path / "artifacts")]
-    environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    server = Server(f"http://127.0.0.1:{port}", command, environment, tmp_path / "server.log", tmp_path)
-    _start(server)
-    try:
-        yield server
-    finally:
-        stop([server])
-
-
-def _start(server: Server) -> None:
-    def answers() -> bool:
-        try:
-            with urllib.request.urlopen(f"{server.name}/health", timeout=2) as answer:
-                return bool(answer.status == 200)
-        except OSError:
-            return False
-
-    server.start()
-    wait_until(answers, [server], "MLflow", 60)
+    with mlflow_server.running(tmp_path) as started:
+        yield started
 
 
 IMPATIENT = {**os.environ, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
@@ -223,7 +202,7 @@ def test_mlflow_that_is_away_for_long_costs_tries_and_nothing_else(
     told = _end(begun, EXIT_NOT_READY)
     assert f"MLflow at {server.name} does not answer" in told
     _end(_begin(settings, *training, environment=IMPATIENT), EXIT_NOT_READY)
-    _start(server)
+    mlflow_server.start(server)
     assert "goes on after step" in _end(_begin(settings, *training))
     _recorded_once(here, plan)
 
@@ -236,7 +215,7 @@ def test_mlflow_that_is_away_for_long_costs_tries_and_nothing_else(
     waiting = _begin(settings, "onetrans.cli", "promote", "--plan", judged.path)  # with the patience of every day
     time.sleep(2.0)
     assert waiting.poll() is None
-    _start(server)
+    mlflow_server.start(server)
     _end(waiting)
     registry = Registry(settings.mlflow)
     assert [version.tags["plan_id"] for version in registry.versions()] == [judged.plan_id]

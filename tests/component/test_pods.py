@@ -1,14 +1,18 @@
 """A step in a pod, from its creation to its end, by Airflow's own Kubernetes provider against an API on loopback."""
 
 import asyncio
+import json
 import os
+import shutil
 import tempfile
 import textwrap
 import time
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 # Airflow writes a configuration file into its home as soon as it is imported.
 os.environ.setdefault("AIRFLOW_HOME", tempfile.mkdtemp(prefix="airflow-"))
@@ -18,6 +22,13 @@ from cluster import Cluster
 
 from dags.launch import LaunchStep
 from dags.ranking_model import dag as ranking_model
+from infra.local.airflow import REPOSITORY
+from onetrans import storage
+from onetrans.artifact import load_model
+from onetrans.plan import Plan
+from onetrans.settings import as_environment
+from onetrans.train import train
+from tests.tracked_days import Shop
 
 pytest.importorskip("airflow.providers.cncf.kubernetes")
 
@@ -148,3 +159,48 @@ def test_a_task_that_is_ended_takes_its_pod_along(cluster, step):
         made.execute(context())
     made.on_kill()
     assert cluster.pods == {}
+
+
+@pytest.mark.nightly
+def test_a_training_whose_pod_is_lost_comes_to_the_same_weights(cluster, monkeypatch, tmp_path, capsys):
+    """A real training, lost in mid-epoch: the next pod goes on from the checkpoint, as if nothing had happened."""
+    shop = Shop.open(tmp_path / "shop", days=6)
+    plan = shop.plan(shop.days[4], track=False)
+    unbroken = tmp_path / "unbroken"
+    shutil.copytree(storage.local_path(plan.path), unbroken)
+    train(replace(Plan.load(str(unbroken)), mlflow_run_id=""), "onetrans", shop.settings)
+    often = replace(shop.settings, training=replace(shop.settings.training, checkpoint_seconds=0.0))
+    unlike_a_file = replace(often, mlflow=replace(often.mlflow, tracking_uri="http://127.0.0.1:1"))
+    for name, value in as_environment(unlike_a_file).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("ONETRANS_LAUNCH_PLACE", "kubernetes")
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    checkpoint = storage.local_path(plan.model_path("onetrans")) / "checkpoint" / "checkpoint.json"
+
+    def training():
+        return LaunchStep(
+            task_id="train_onetrans",
+            module="onetrans.cli",
+            arguments=["train", "--plan", plan.path, "--model", "onetrans"],
+            parallel=True,
+            execution_timeout=timedelta(hours=1),
+        )
+
+    def lose_the_node():
+        deadline = time.monotonic() + 120
+        while not (checkpoint.exists() and json.loads(checkpoint.read_bytes())["step"] >= 2):
+            assert time.monotonic() < deadline, "the pod saved no checkpoint"
+            time.sleep(0.005)
+        cluster.kill(cluster.made[0])
+
+    with pytest.raises(AirflowException, match=r"2022-05-04: POD LOST"):
+        run(training(), meanwhile=lose_the_node)
+    assert not storage.exists(storage.join(plan.model_path("onetrans"), "finished.json")), "it was lost too late"
+    run(training(), this_try=2)
+    assert "goes on after step" in capsys.readouterr().out
+    resumed, reference = (
+        load_model(storage.join(made.model_path("onetrans"), "model"))[0].state_dict()
+        for made in (plan, Plan.load(str(unbroken)))
+    )
+    assert resumed.keys() == reference.keys()
+    assert all(torch.equal(resumed[name], reference[name]) for name in reference)

@@ -157,6 +157,17 @@ class Deployment:
             time.sleep(0.2)
         return pytest.fail(f"the backfill of {dag_id} for {first} to {last} has not created every run")
 
+    def backfills_end(self, *dag_ids: str, seconds: float = 240.0) -> None:
+        """Wait until no backfill of the DAGs counts as running: Airflow looks every 30 s and refuses another before."""
+        deadline = time.monotonic() + seconds
+        for dag_id in dag_ids:
+            while any(
+                entry["completed_at"] is None
+                for entry in self.airflow.api.call("GET", f"/backfills?dag_id={dag_id}")["backfills"]
+            ):
+                assert time.monotonic() < deadline, f"the backfill of {dag_id} has not ended"
+                time.sleep(0.5)
+
 
 class Receiver:
     """A webhook on loopback that keeps what it is sent."""

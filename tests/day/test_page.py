@@ -1,12 +1,12 @@
 """Backfills from Airflow's web page, as a person clicks them, on the laptop's default database (SQLite).
 
+Both real DAGs are backfilled from the page in ``test_nights.py``, on PostgreSQL.
+
 Creating a backfill on SQLite was reported to fail while other processes write (apache/airflow #66726, #68699);
 ``infra/local/on_sqlite`` is what makes it work, and these tests are for.
 """
 
 from __future__ import annotations
-
-import time
 
 import pytest
 
@@ -24,18 +24,6 @@ def _latest(deployment: Deployment, dag_id: str) -> dict[str, str]:
     runs = deployment.airflow.api.runs(dag_id)
     ended = deployment.wait(*((run.dag_id, run.run_id) for run in runs), seconds=120)
     return {str(run.logical_date): run.state for run in ended}
-
-
-def _wait_for_backfills(deployment: Deployment, *dag_ids: str) -> None:
-    """Wait until no backfill of the DAGs counts as running: Airflow looks every 30 s and refuses another one before."""
-    deadline = time.monotonic() + 180
-    for dag_id in dag_ids:
-        while any(
-            entry["completed_at"] is None
-            for entry in deployment.airflow.api.call("GET", f"/backfills?dag_id={dag_id}")["backfills"]
-        ):
-            assert time.monotonic() < deadline, f"the backfill of {dag_id} has not ended"
-            time.sleep(0.5)
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +45,12 @@ def test_failed_days_and_all_days_are_backfilled_from_the_page(deployment: Deplo
     told = deployment.folder / "quick"
     (deployment.folder / "broken").unlink()
     with AirflowPage(deployment.airflow.address) as page:
-        _wait_for_backfills(deployment, "quick")
+        deployment.backfills_end("quick")
         assert page.backfill("quick", HISTORY, BAD, "Missing and Errored Runs") == 2
         assert set(_latest(deployment, "quick").values()) == {"success"}
         assert told.read_text().split() == [*begun, str(TODAY), str(BAD)]
 
-        _wait_for_backfills(deployment, "quick")
+        deployment.backfills_end("quick")
         assert page.backfill("quick", HISTORY, BAD, "All Runs") == 3
         assert set(_latest(deployment, "quick").values()) == {"success"}
         assert told.read_text().split()[4:] == [str(HISTORY), str(TODAY), str(BAD)]

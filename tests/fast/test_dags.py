@@ -23,12 +23,12 @@ from airflow.sdk.exceptions import AirflowException, AirflowFailException, Airfl
 
 from dags import notify, others, steps
 from dags.days import run_day
-from dags.feature_tables import NEEDS
+from dags.feature_tables import FROM_THE_LOG_ALONE, NEEDS
 from dags.feature_tables import dag as feature_tables
 from dags.others import Other
 from dags.ranking_model import dag as ranking_model
 from dags.steps import Ended, Step, WaitStep, raise_for
-from dags.triggers import StepTrigger
+from dags.triggers import NOTHING_AHEAD, StepTrigger
 from onetrans import errors
 
 REPOSITORY = Path(__file__).parents[2]
@@ -137,11 +137,18 @@ def test_every_table_is_built_audited_and_published_after_what_it_needs():
     tasks = by_id(feature_tables)
     assert tuple(NEEDS) == TABLES
     steps_of_tables = {f"{table}.{step}" for table in TABLES for step in ("build", "audit", "publish")}
-    assert set(tasks) == {"wait_for_log", *steps_of_tables}
+    assert set(tasks) == {"wait_for_log", "wait_for_day_before", *steps_of_tables}
+    assert tasks["wait_for_log"].others == [], "a day's log is waited for whatever the day before does"
+    assert tasks["wait_for_day_before"].upstream_task_ids == {"wait_for_log"}
     for table, needed in NEEDS.items():
-        before = {f"{other}.publish" for other in needed} or {"wait_for_log"}
+        alone = table in FROM_THE_LOG_ALONE
+        before = {"wait_for_log" if alone else "wait_for_day_before"}
+        before = {f"{other}.publish" for other in needed} or before
         assert tasks[f"{table}.build"].upstream_task_ids == before
-        assert tasks[f"{table}.audit"].upstream_task_ids == {f"{table}.build"}
+        assert tasks[f"{table}.audit"].upstream_task_ids == {
+            f"{table}.build",
+            *(["wait_for_day_before"] if alone else []),
+        }
         assert tasks[f"{table}.publish"].upstream_task_ids == {f"{table}.audit"}
         assert [asset.name for asset in tasks[f"{table}.publish"].outlets] == [f"ranking.{table}"]
 
@@ -731,6 +738,24 @@ def test_how_another_run_stands_decides_whether_a_step_begins(script, stands, ot
     if outcome != "deferred":
         assert outcome in str(raised.value)
         assert "Published data is as it was." in str(raised.value)
+
+
+def test_a_wait_for_other_runs_alone_starts_no_process(stands):
+    from airflow.sdk.exceptions import TaskDeferred
+
+    stands += ["running", "queued", "running", "done"]
+    step = WaitStep(task_id="wait", at_most=timedelta(hours=2), others=[DAY_BEFORE])
+    with pytest.raises(TaskDeferred) as deferred:
+        step.execute(context(logical_date=LOGICAL))
+    _, arguments = deferred.value.trigger.serialize()
+    assert arguments["command"] == []
+    payload = look(StepTrigger(**{**arguments, "look_s": 0.1}))
+    assert stands == ["done"]
+    assert step.resume(context(logical_date=LOGICAL), payload) == NOTHING_AHEAD
+    assert step.execute(context(logical_date=LOGICAL)) == NOTHING_AHEAD
+    stands[:] = ["failed"]
+    with pytest.raises(AirflowFailException, match=r"NOT STARTED\. feature_tables of 2022-05-03 has failed"):
+        step.execute(context(logical_date=LOGICAL))
 
 
 def waiting(program, other, **kwargs):

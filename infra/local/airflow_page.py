@@ -67,13 +67,19 @@ class AirflowPage:
         expect(self.page.get_by_test_id("nav-home-link")).to_be_visible()
         return self.page
 
+    def trigger_form(self, dag_id: str) -> Locator:
+        """Open the form that starts one run of a DAG; return the dialog."""
+        page = self.open(f"/dags/{dag_id}")
+        page.get_by_test_id("trigger-dag-button").first.click()
+        dialog = page.get_by_role("dialog").filter(has_text=dag_id)
+        expect(dialog.get_by_text("Run Parameters")).to_be_visible()
+        return dialog
+
     def backfill_form(
         self, dag_id: str, first: date, last: date, reprocess: Reprocess, at_once: int | None = None
     ) -> Locator:
         """Open the form of a backfill and fill it in; return the dialog."""
-        page = self.open(f"/dags/{dag_id}")
-        page.get_by_test_id("trigger-dag-button").first.click()
-        dialog = page.get_by_role("dialog").filter(has_text=dag_id)
+        dialog, page = self.trigger_form(dag_id), self.page
         dialog.get_by_text("Backfill", exact=True).click()
         for number, day in enumerate((first, last)):
             dialog.get_by_test_id("datetime-input").nth(number).click()

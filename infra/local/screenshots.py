@@ -30,7 +30,8 @@ from onetrans.process import Parser, exit_code_of
 IMAGES = REPOSITORY / "docs" / "images"
 FIRST = date(2026, 1, 1)
 HISTORY, GOOD, SPOILT = DAYS = [FIRST + timedelta(days=offset) for offset in range(3)]
-_PATIENCE_S = 1200.0
+DAGS = ("feature_tables", "ranking_model")
+_PATIENCE_S = 2400.0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -62,16 +63,19 @@ def take(folder: Path, out: Path) -> None:
         raise BadConfigError("there is no Chromium here; install one (Debian: apt-get install chromium)")
     out.mkdir(parents=True, exist_ok=True)
     airflow = _shop(folder)
-    with airflow, AirflowPage(airflow.address, width=1280, height=720) as page:
-        page.backfill_form("feature_tables", GOOD, SPOILT, "Missing Runs")
-        page.picture(out / "backfill.png")
-        for dag_id in ("feature_tables", "ranking_model"):
-            page.backfill(dag_id, GOOD, SPOILT, "Missing Runs")
-        ended = {dag_id: _ended(airflow.api, dag_id) for dag_id in ("feature_tables", "ranking_model")}
-        _check([run.state for run in ended["feature_tables"]], ["success", "failed"])
-        _grid(page, out)
-        _graph(page, ended["ranking_model"][0], out)
-        _failed(page, ended["feature_tables"][1], out)
+    with airflow:
+        with AirflowPage(airflow.address, width=1280, height=1060) as page:
+            _form(page, out)
+        with AirflowPage(airflow.address, width=1280, height=720) as page:
+            page.backfill_form("feature_tables", GOOD, SPOILT, "Missing Runs")
+            page.picture(out / "backfill.png")
+            for dag_id in DAGS:
+                page.backfill(dag_id, GOOD, SPOILT, "Missing Runs")
+            ended = {dag_id: _ended(airflow.api, dag_id) for dag_id in DAGS}
+            _check([run.state for run in ended["feature_tables"]], ["success", "failed"])
+            _grid(page, out)
+            _graph(page, ended["ranking_model"][0], out)
+            _failed(page, ended["feature_tables"][1], out)
 
 
 def _shop(folder: Path) -> LocalAirflow:
@@ -133,6 +137,13 @@ def _ended(api: AirflowApi, dag_id: str) -> list[Run]:
 def _check(found: list[str], wanted: list[str]) -> None:
     if found != wanted:
         raise PipelineError(f"the days ended as {found}, which is not what the pictures are to show: {wanted}")
+
+
+def _form(page: AirflowPage, out: Path) -> None:
+    form = page.trigger_form("ranking_model")
+    expect(form.get_by_text("Reason for a forced promotion")).to_be_visible()
+    page.page.wait_for_timeout(1500)
+    page.picture(out / "form.png")
 
 
 def _grid(page: AirflowPage, out: Path) -> None:

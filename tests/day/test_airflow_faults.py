@@ -111,6 +111,7 @@ def _goes_through(deployment: Deployment, *runs: Run) -> list[str]:
     revived: list[str] = []
     while True:
         revived += deployment.airflow.revive()
+        deployment.airflow.check()
         try:
             now = [deployment.airflow.api.run(*run) for run in runs]
         except (OSError, AirflowApiError):

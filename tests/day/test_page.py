@@ -16,7 +16,10 @@ pytest.importorskip("playwright", reason="Playwright is not installed")
 
 from infra.local.airflow_page import AirflowPage, chromium
 
-pytestmark = [pytest.mark.timeout(900), pytest.mark.skipif(not chromium(), reason="there is no Chromium")]
+pytestmark = [
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(not chromium(), reason="there is no Chromium (Debian: apt-get install chromium)"),
+]
 
 
 def _latest(deployment: Deployment, dag_id: str) -> dict[str, str]:

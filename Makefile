@@ -7,7 +7,7 @@ DATA ?=
 BENCHMARKS := $(filter-out demo accuracy,$(patsubst benchmarks/%.py,%,$(shell grep -l "^def main" benchmarks/*.py)))
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo ui test test-fast torchrec lint format bench screenshots clean
+.PHONY: help env demo ui test test-fast torchrec lint format bench docs wheel notices holes screenshots pictures clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -52,8 +52,26 @@ endef
 bench: env ## run the quick benchmarks
 	$(foreach name,$(BENCHMARKS),$(call quick_benchmark,$(name)))
 
+docs: env ## build the pages as a site in build/site; a link or heading that is not there fails
+	$(PY) -m sphinx -q -W --keep-going -c docs -d build/doctrees . build/site
+	@echo "build/site/docs/index.html"
+
+wheel: env ## build the wheel in dist/
+	$(PY) -m build --wheel --no-isolation
+
+notices: env ## write THIRD_PARTY.md, and fail on a licence that would bind users
+	$(PY) -m infra.notices > THIRD_PARTY.md
+
+holes: ## ask PyPI's service which pinned versions have known holes (installs pip-audit in an environment of its own)
+	python3 -m venv build/audit
+	build/audit/bin/python -m pip install --quiet pip-audit==2.10.1
+	build/audit/bin/python -m pip_audit --no-deps --disable-pip --requirement constraints.txt
+
 screenshots: env ## take the pictures of docs/airflow.md again (needs Chromium)
 	$(PY) -m infra.local.screenshots
+
+pictures: env ## take the pictures of MLflow, the verdict and Data Docs, of what make ui would show (needs Chromium)
+	$(PY) -m infra.local.result_pages
 
 clean: ## remove everything a run wrote (var/) and the environment
 	rm -rf var .venv build dist *.egg-info spark-warehouse

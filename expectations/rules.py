@@ -100,10 +100,11 @@ def busy_to_the_end(day: AuditDay, time: str) -> Expectation:
 def usual_rate(day: AuditDay, label: str) -> list[Expectation]:
     """A label's rate is about that of the days before; what chance explains (four standard errors) is allowed.
 
-    While conversions may still come, a low rate says little, so that of conversions fails no day then.
+    While conversions may still come, a low rate says little, so that of conversions fails no day then.  Days of which
+    most had none set no bound.
     """
     usual = day.usual_rate(label)
-    if usual is None:
+    if not usual:  # most of the days before had none: they do not say what is usual
         return []
     chance = 4 * math.sqrt(usual * (1 - usual) / max(day.staged.rows, 1))
     rules: list[Expectation] = []

@@ -35,7 +35,7 @@ from infra.airflow import reach
 from infra.local.homes import REPOSITORY
 from onetrans import storage
 from onetrans.errors import EXIT_BAD_CONFIG, EXIT_NOT_READY, EXIT_OK, BadConfigError, PipelineError
-from onetrans.lake import CATALOG_FILE, Lake
+from onetrans.lake import Lake
 from onetrans.process import add_json, print_json
 from onetrans.schema import load_schema
 from onetrans.settings import LakeSettings, Settings, config_file, load_settings
@@ -364,8 +364,8 @@ def _log(settings: Settings) -> list[Check]:
 def _catalog(settings: Settings) -> Check:
     lake = settings.lake
     if not Lake(lake).exists():
-        return Check("catalog", "ok", f"none yet; {CATALOG_FILE} is made in {lake.warehouse} with the first day")
-    where = _shown(lake.catalog_uri) if lake.catalog_uri else f"SQLite in {lake.warehouse}"
+        return Check("catalog", "ok", f"none yet; {Lake(lake).catalog_file} is made with the first day")
+    where = _shown(lake.catalog_uri) if lake.catalog_uri else str(Lake(lake).catalog_file)
     tables = _in_time(lambda: _tables(lake))
     if isinstance(tables, str):
         mend = f"is the {lake.catalog_type} catalog up, lake.catalog_uri its address, and the password in PGPASSWORD?"
@@ -377,7 +377,7 @@ def _tables(lake: LakeSettings) -> list[Any]:
     from pyiceberg.catalog import load_catalog
     from pyiceberg.exceptions import NoSuchNamespaceError
 
-    uri = lake.catalog_uri or f"sqlite:///{storage.local_path(storage.resolve(lake.warehouse)) / CATALOG_FILE}"
+    uri = lake.catalog_uri or f"sqlite:///{Lake(lake).catalog_file}"
     properties = {"type": lake.catalog_type, "uri": uri, "warehouse": storage.resolve(lake.warehouse)}
     try:
         return list(load_catalog("doctor", **properties, init_catalog_tables="false").list_tables(lake.namespace))

@@ -26,8 +26,8 @@ from onetrans.schema import load_schema
 from onetrans.settings import load_settings
 
 ZONE = ZoneInfo("America/Sao_Paulo")
-DAYS = [date(2026, 3, 1) + timedelta(days=n) for n in range(3)]
-QUIET = DAYS[1]
+DAYS = [date(2026, 3, 1) + timedelta(days=n) for n in range(2)]
+QUIET = DAYS[0]
 """Nobody buys on it."""
 USERS, ITEMS, VIEWS, SHOWN = 40, 30, 60, 5
 

@@ -1,0 +1,138 @@
+"""Pictures of what a night leaves to look at: ``python -m infra.local.result_pages [--config FILE] [--out DIR]``.
+
+MLflow's comparison of the two models of the newest judged day, that day's verdict,
+and the Data Docs of its audits, of the deployment that ``make ui`` would show: after
+``make demo`` the demo's.  Nothing is run or changed; the two servers are stopped again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from playwright.sync_api import Page, sync_playwright
+
+from expectations.site import site_path
+from infra.local import pages
+from infra.local.airflow_page import chromium
+from infra.local.homes import REPOSITORY, chosen_config
+from infra.local.processes import stop
+from onetrans import storage
+from onetrans.errors import EXIT_OK, BadConfigError, NotReadyError
+from onetrans.plan import GATE_FILE, PAGE_FILE, Plan
+from onetrans.process import EXIT_CODES, Parser, exit_code_of
+from onetrans.scores import BASELINE, CANDIDATE
+from onetrans.settings import Settings, load_settings
+from onetrans.tracking import experiment_id, find_model_run
+
+IMAGES = REPOSITORY / "docs" / "images"
+_SIZE = {"width": 1280, "height": 800}
+_PATIENCE_MS = 60_000
+_DRAWN_MS = 4000
+"""Charts draw themselves after the page says that it is loaded."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Take the pictures and return the exit code."""
+    parser = Parser(
+        prog="python -m infra.local.result_pages",
+        description=__doc__,
+        epilog=f"example: python -m infra.local.result_pages --config var/demo/onetrans.toml\n\n{EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="configuration file (default: as of make ui)")
+    parser.add_argument("--out", type=Path, default=IMAGES, metavar="DIR", help="folder of the pictures")
+
+    def run() -> int:
+        arguments = parser.parse_args(argv)
+        path = chosen_config(arguments.config)
+        os.chdir(REPOSITORY)
+        settings = load_settings({**os.environ, **({"ONETRANS_CONFIG": str(path)} if path else {})})
+        for file in take(settings, arguments.out.resolve()):
+            print(file)
+        return EXIT_OK
+
+    return exit_code_of(run)
+
+
+def take(settings: Settings, out: Path) -> list[Path]:
+    """Write ``mlflow.png``, ``verdict.png`` and ``data_docs.png`` and return them.
+
+    Raises:
+        BadConfigError: if there is no Chromium.
+        NotReadyError: if no day was judged yet.
+    """
+    if not chromium():
+        raise BadConfigError("there is no Chromium here; install one (Debian: apt-get install chromium)")
+    plan = newest_judged(settings)
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="onetrans-pictures-") as logs:
+        shown = [
+            pages.mlflow_page(settings, Path(logs)),
+            pages.docs_page(site_path(settings.lake, settings.audit), Path(logs)),
+        ]
+        servers = [page.server for page in shown if page.server]
+        try:
+            for server in servers:
+                server.start()
+            for page in shown:
+                pages.wait_for(page)
+            with _browser() as browser:
+                return [
+                    _picture(browser, _comparison(settings, plan, shown[0].address), out / "mlflow.png"),
+                    _picture(
+                        browser, storage.local_path(storage.join(plan.path, PAGE_FILE)).as_uri(), out / "verdict.png"
+                    ),
+                    _picture(browser, shown[1].address, out / "data_docs.png"),
+                ]
+        finally:
+            stop(servers)
+
+
+def newest_judged(settings: Settings) -> Plan:
+    """Return the plan of the newest day that has a verdict.
+
+    Raises:
+        NotReadyError: if there is none.
+    """
+    judged = storage.list_files(storage.resolve(settings.training.runs), GATE_FILE)
+    if not judged:
+        raise NotReadyError(f"no day of {settings.training.runs} has a verdict; run make demo, or a day of your own")
+    return max((Plan.load(path.rsplit("/", 1)[0]) for path in judged), key=lambda plan: plan.ds)
+
+
+def _comparison(settings: Settings, plan: Plan, address: str) -> str:
+    """Return the address of MLflow's comparison of the day's two models."""
+    runs = [find_model_run(settings, plan, name) for name in (CANDIDATE, BASELINE)]
+    ids = ",".join(f'"{run.info.run_id}"' for run in runs if run is not None)
+    experiment = experiment_id(settings.mlflow)
+    return f'{address}/#/compare-runs?runs=[{ids}]&experiments=["{experiment}"]'
+
+
+@contextmanager
+def _browser() -> Iterator[Page]:
+    with sync_playwright() as driver:
+        # Without its sandbox: Chromium refuses to start as root with it, and only loopback is shown.
+        browser = driver.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
+        page = browser.new_page(viewport=_SIZE, locale="en-US", timezone_id="UTC", color_scheme="light")  # type: ignore[arg-type]
+        page.set_default_timeout(_PATIENCE_MS)
+        try:
+            yield page
+        finally:
+            browser.close()
+
+
+def _picture(page: Page, address: str, file: Path) -> Path:
+    page.goto(address)
+    page.wait_for_load_state("networkidle")
+    page.wait_for_timeout(_DRAWN_MS)
+    page.screenshot(path=file)
+    return file
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,27 @@
+"""The pictures of what a night leaves are taken of a real MLflow and a real verdict."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tracked_days import Shop
+
+from infra.local import result_pages
+from infra.local.airflow_page import chromium
+from onetrans.errors import NotReadyError
+
+pytestmark = [pytest.mark.nightly, pytest.mark.timeout(900)]
+
+
+def test_three_pictures(tmp_path: Path) -> None:
+    if not chromium():
+        pytest.skip("there is no Chromium here")
+    shop = Shop.open(tmp_path / "shop")
+    with pytest.raises(NotReadyError, match="has a verdict"):
+        result_pages.newest_judged(shop.settings)
+    plan = shop.candidate(shop.days[-1])
+    assert result_pages.newest_judged(shop.settings).plan_id == plan.plan_id
+    taken = result_pages.take(shop.settings, tmp_path / "out")
+    assert [file.name for file in taken] == ["mlflow.png", "verdict.png", "data_docs.png"]
+    assert all(file.read_bytes().startswith(b"\x89PNG") and file.stat().st_size > 10_000 for file in taken)

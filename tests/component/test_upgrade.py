@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sqlite3
 from contextlib import closing
 from dataclasses import replace
@@ -34,7 +35,7 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
 
 
 @pytest.fixture
-def old(settings: Settings, tmp_path: Path) -> Settings:
+def old(settings: Settings, tmp_path: Path, mlflow_behind: Path) -> Settings:
     """A lake whose catalog an older PyIceberg made, with a table of an older layout, and MLflow one revision behind."""
     lake = Lake(settings.lake)
     folder = Path(lake.new_stage_path("impressions", DS).removeprefix("file://"))
@@ -45,17 +46,21 @@ def old(settings: Settings, tmp_path: Path) -> Settings:
         transaction.remove_properties(*TABLE_PROPERTIES)
     with closing(sqlite3.connect(lake.catalog_file)) as connection, connection:
         connection.execute("ALTER TABLE iceberg_tables DROP COLUMN iceberg_type")
-    _mlflow_one_behind(settings.mlflow.tracking_uri)
+    shutil.copyfile(mlflow_behind, tmp_path / "mlflow.db")
     return settings
 
 
-def _mlflow_one_behind(uri: str) -> None:
+@pytest.fixture(scope="module")
+def mlflow_behind(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database of MLflow as the release before the last migration left it."""
     from alembic import command
     from alembic.script import ScriptDirectory
     from mlflow.store.db.utils import _get_alembic_config
-    from mlflow.store.dbmodels.initial_models import Base
+    from mlflow.store.tracking.dbmodels.initial_models import Base
     from sqlalchemy import create_engine
 
+    file = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    uri = f"sqlite:///{file}"
     engine = create_engine(uri)
     Base.metadata.create_all(engine)  # the tables that MLflow's first migration begins with
     engine.dispose()
@@ -64,6 +69,7 @@ def _mlflow_one_behind(uri: str) -> None:
     head = script.get_revision("head")
     assert head is not None
     command.upgrade(configuration, str(head.down_revision))
+    return file
 
 
 def _states(settings: Settings) -> dict[str, str]:

@@ -15,7 +15,9 @@ Beside requests per second stands what a request costs in processor time of the 
 the one measures the neighbours too, and ratios are taken of the other.
 
 Part ``compute`` scores in one process, without HTTP: the model's own forward pass, the packed one in float32 and in
-bfloat16, and (with ``--compile``, which takes minutes) the forward pass through ``torch.compile``, in turns.
+bfloat16, in turns.  With ``--compile``, which takes minutes and a C++ compiler, also the forward pass through
+``torch.compile``, and the packed stage II (all that a request of a kept user needs) by itself, as it is against what
+AOTInductor makes of it.
 
 Part ``mixed`` is an hour of traffic in five minutes: calls of 1 to 500 candidates at random moments of a rate that goes
 up and down, of new and known users, with clients that send nonsense, are slow, or vanish, and a new champion half-way.
@@ -35,7 +37,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -46,6 +48,7 @@ from typing import Any, get_args
 import numpy as np
 import psutil
 import torch
+from torch import Tensor
 
 from benchmarks import traffic
 from benchmarks.common import Report, parser
@@ -53,14 +56,13 @@ from onetrans.artifact import save_model
 from onetrans.batch import RequestBatch
 from onetrans.models import OneTrans, build_model, preset
 from onetrans.models.compute import Precision
-from onetrans.models.ragged import latest_events
 from onetrans.models.ranking import Scores
 from onetrans.registry import CHAMPION, Registry
-from onetrans.requests import score, to_batch
+from onetrans.requests import score
 from onetrans.schema import FeatureSchema, Sequence
 from onetrans.serving import OneTransInferenceEngine
 from onetrans.serving.packed import PackedOneTrans
-from onetrans.serving.prefix import event_table
+from onetrans.serving.prefix import UserState, event_table
 from onetrans.settings import MlflowSettings, load_settings
 from onetrans.tracking import connect, experiment_id
 
@@ -91,6 +93,18 @@ class Load:
     """How long it took."""
     cpu_s: float
     """Processor time of the service."""
+
+    @classmethod
+    def together(cls, loads: Iterable[Load]) -> Load:
+        """Return several loads as one."""
+        parts = list(loads)
+        return cls(
+            np.concatenate([part.latency_S for part in parts]),
+            sum(part.failed for part in parts),
+            sum(part.refused for part in parts),
+            sum(part.seconds for part in parts),
+            sum(part.cpu_s for part in parts),
+        )
 
     @property
     def per_second(self) -> float:
@@ -349,20 +363,33 @@ def save(folder: Path, size: str, seed: int = 0) -> FeatureSchema:
     return schema
 
 
+def in_turns(cases: Mapping[str, Callable[[], Load]], turns: int) -> list[Load]:
+    """Load a service in several ways, in turns, so that what else the machine does falls on all of them alike."""
+    loads: dict[str, list[Load]] = {name: [] for name in cases}
+    for _ in range(turns):
+        for name, load in cases.items():
+            loads[name].append(load())
+    return [Load.together(of_case) for of_case in loads.values()]
+
+
 def measure_costs(report: Report, size: str, folder: Path, schema: FeatureSchema, sizes: tuple[int, ...]) -> None:
     """Measure what a request costs: cold, warm, without the cache, and with every candidate apart."""
-    per_case = 6 if report.quick else 40
+    per_case = 3 if report.quick else 10
     with serving(str(folder)) as kept, serving(str(folder), ONETRANS_SERVING_CACHE_MIB="0") as without:
         one = Calls(schema, 1)
         without.at_once(one.anonymous, 20)
         for candidates in sizes:
             calls, case = Calls(schema, candidates), f"{size}, {candidates} candidates"
-            number = AT_ONCE * max(per_case * 100 // (100 + candidates), 3)
+            number = AT_ONCE * max(per_case * 100 // (100 + candidates), 2)
             for body in (calls.cold, calls.warm):  # the second also makes the warm users known
                 kept.at_once(body, max(WARM_USERS, AT_ONCE))
-            cold, warm = kept.at_once(calls.cold, number), kept.at_once(calls.warm, number)
-            off = without.at_once(calls.anonymous, number)
-            apart = without.at_once(one.anonymous, AT_ONCE * per_case)
+            cases = {
+                "cold": partial(kept.at_once, calls.cold, number),
+                "warm": partial(kept.at_once, calls.warm, number),
+                "off": partial(without.at_once, calls.anonymous, number),
+                "apart": partial(without.at_once, one.anonymous, AT_ONCE * per_case),
+            }
+            cold, warm, off, apart = in_turns(cases, 2 if report.quick else 4)
             for name, load in (("cold", cold), ("warm", warm), ("cache off", off)):
                 report.add(case, f"{name}: answered", load.per_second, "1/s")
                 report.add(case, f"{name}: processor time", load.cpu_ms, "ms")
@@ -548,7 +575,7 @@ def measure_compute(report: Report, size: str, folder: Path, sizes: tuple[int, .
         ways["torch.compile of the forward pass"] = torch.compile(model, dynamic=True)
     for candidates in sizes:
         asked = request(engine.schema, candidates, np.random.default_rng(candidates))
-        batch = latest_events(to_batch([asked], engine.schema, model.config.max_seq_len), model.config.max_seq_len)
+        batch = engine.encode([asked])
         case = f"{size}, {candidates} candidates, no HTTP"
         with torch.inference_mode():
             wanted = model(batch)
@@ -564,9 +591,84 @@ def measure_compute(report: Report, size: str, folder: Path, sizes: tuple[int, .
             report.add(case, f"{name}: least time", 1000 * spent, "ms")
         for name in list(ways)[1:]:
             report.add(case, f"forward pass over {name}", least["the model's forward pass"] / least[name])
+    if compiled:
+        measure_ahead_of_time(report, size, engine, sizes)
 
 
-def _difference(found: Scores, wanted: Scores) -> float:
+class StageII(torch.nn.Module):
+    """Stage II of a packed model for one request, with tensors alone in and out, as ``torch.export`` takes it."""
+
+    def __init__(self, packed: PackedOneTrans) -> None:
+        super().__init__()
+        self.packed = packed
+
+    def forward(
+        self,
+        user_RU: Tensor,
+        context_RK: Tensor,
+        item_NI: Tensor,
+        request_time_R: Tensor,
+        keys_LHD: list[Tensor],
+        values_LHD: list[Tensor],
+    ) -> tuple[Tensor, ...]:
+        """Return the logits."""
+        none = torch.zeros(0)
+        batch = RequestBatch(
+            user_RU=user_RU,
+            context_RK=context_RK,
+            item_NI=item_NI,
+            candidate_offsets_O=none,
+            event_EV=none,
+            event_sequence_E=none,
+            event_time_E=none,
+            event_offsets_O=none,
+            request_time_R=request_time_R,
+            click_N=none,
+            conversion_N=none,
+        )
+        user = UserState(none, tuple(keys_LHD), tuple(values_LHD), (), None)
+        return tuple(self.packed.score_counted(batch, [user], [item_NI.shape[0]]))
+
+
+def measure_ahead_of_time(report: Report, size: str, engine: OneTransInferenceEngine, sizes: tuple[int, ...]) -> None:
+    """Compare the packed stage II of one request with what AOTInductor makes of it."""
+    packed = engine.packed
+    assert packed is not None
+
+    def asked(candidates: int) -> tuple[RequestBatch, list[UserState], tuple[Any, ...]]:
+        batch = engine.encode([request(engine.schema, candidates, np.random.default_rng(candidates))])
+        users = packed.encode(batch, event_table(batch))
+        tensors = (batch.user_RU, batch.context_RK, batch.item_NI, batch.request_time_R)
+        return batch, users, (*tensors, list(users[0].keys_LHD), list(users[0].values_LHD))
+
+    with torch.no_grad(), tempfile.TemporaryDirectory() as scratch:
+        example = asked(10)[2]
+        any_number = torch.export.Dim.AUTO
+        lengths = [{0: any_number}] * len(example[4])
+        shapes = (None, None, {0: any_number}, None, lengths, lengths)
+        began = time.perf_counter()
+        exported = torch.export.export(StageII(packed), example, dynamic_shapes=shapes)
+        package = torch._inductor.aoti_compile_and_package(exported, package_path=f"{scratch}/stage.pt2")
+        report.add(f"{size}, stage II by itself", "AOTInductor: to compile", time.perf_counter() - began, "s")
+        compiled = torch._inductor.aoti_load_package(package)
+        for candidates in sizes:
+            batch, users, tensors = asked(candidates)
+            case = f"{size}, {candidates} candidates, stage II by itself"
+            wanted = packed.score(batch, users)
+            report.add(case, "AOTInductor: largest difference of a logit", _difference(compiled(*tensors), wanted))
+            least = [float("inf")] * 2
+            ways = (partial(packed.score, batch, users), partial(compiled, *tensors))
+            for _ in range(5 if report.quick else 60):
+                for number, way in enumerate(ways):
+                    began = time.perf_counter()
+                    way()
+                    least[number] = min(least[number], time.perf_counter() - began)
+            report.add(case, "packed: least time", 1000 * least[0], "ms")
+            report.add(case, "AOTInductor: least time", 1000 * least[1], "ms")
+            report.add(case, "packed over AOTInductor", least[0] / least[1])
+
+
+def _difference(found: Iterable[Tensor], wanted: Iterable[Tensor]) -> float:
     return max(float((ours - theirs).abs().max()) for ours, theirs in zip(found, wanted, strict=True))
 
 
@@ -591,7 +693,11 @@ def main(argv: list[str] | None = None) -> int:
     options.add_argument(
         "--parts", default=",".join(PARTS), help=f"what to measure, separated by commas (default: {','.join(PARTS)})"
     )
-    options.add_argument("--compile", action="store_true", help="compute: torch.compile as well; needs a C++ compiler")
+    options.add_argument(
+        "--candidates",
+        help=f"costs, compute: sizes of a request (default: {','.join(map(str, COUNTS))}, quick: 10,100)",
+    )
+    options.add_argument("--compile", action="store_true", help="compute: compiled ways as well; needs a C++ compiler")
     options.add_argument("--device", default="cpu", help="where the service scores: cpu, cuda or cuda:N (default: cpu)")
     options.add_argument("--precision", default="float32", help="of the service: float32 or bfloat16")
     arguments = options.parse_args(argv)
@@ -602,17 +708,20 @@ def main(argv: list[str] | None = None) -> int:
     unknown = sorted(set(parts) - set(PARTS))
     if unknown:
         options.error(f"--parts: {unknown[0]!r} is none of {', '.join(PARTS)}")
+    counts = (10, 100) if report.quick else COUNTS
+    if arguments.candidates:
+        counts = tuple(int(number) for number in arguments.candidates.split(","))
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="onetrans-serving-") as scratch:
         for size in arguments.sizes.split(","):
             folder = Path(scratch) / size
             schema = save(folder, size)
             if "costs" in parts:
-                measure_costs(report, size, folder, schema, (10, 100) if report.quick else COUNTS)
+                measure_costs(report, size, folder, schema, counts)
             if "rates" in parts:
                 measure_rates(report, size, folder, schema, 10 if report.quick else 100)
             if "compute" in parts:
-                measure_compute(report, size, folder, (10, 100) if report.quick else COUNTS, compiled=arguments.compile)
+                measure_compute(report, size, folder, counts, compiled=arguments.compile)
         small = "tiny" if report.quick else "small"
         if "swap" in parts:
             measure_swap(report, Path(scratch) / "swap", small)

@@ -212,9 +212,10 @@ def build(work: Workspace, ds: date) -> Staged:
     Raises:
         NotReadyError: if there is no champion, no candidates, or a table is not published.
         BadConfigError: if the champion reads a feature or a sequence that the log no longer has.
+        BadDataError: if the champion's files are gone or damaged.
     """
     source = resolve(f"models:/{work.settings.mlflow.registered_model}@champion", work.settings.mlflow)
-    files = _model_files(source)
+    files = model_files(source)
     gone = lacking(FeatureSchema.from_dict(json.loads(files["model.json"])["schema"]), work.schema)
     if gone:
         raise BadConfigError(
@@ -289,10 +290,23 @@ def _key(work: Workspace, ds: date, source: ModelSource, inputs: dict[str, int])
     return hashlib.sha256(rests.encode()).hexdigest()[:16]
 
 
-def _model_files(source: ModelSource) -> dict[str, bytes]:
-    header = storage.read_bytes(storage.join(source.folder, "model.json"))
-    weights = json.loads(header)["weights"]["file"]
-    return {"model.json": header, weights: storage.read_bytes(storage.join(source.folder, weights))}
+def model_files(source: ModelSource) -> dict[str, bytes]:
+    """Return the files of a champion by name, once they were found to be whole.
+
+    Raises:
+        BadDataError: if they are gone, damaged, or no model; a worker that finds it out is tried again, for nothing.
+    """
+    try:
+        load_model(source.folder)
+        header = storage.read_bytes(storage.join(source.folder, "model.json"))
+        weights = json.loads(header)["weights"]["file"]
+        return {"model.json": header, weights: storage.read_bytes(storage.join(source.folder, weights))}
+    except (OSError, ValueError, KeyError, TypeError, BadDataError, BadConfigError) as error:
+        raise BadDataError(
+            f"the champion, version {source.version}, cannot be loaded: {error!s:.500}. Nothing was scored; "
+            "published scores stay. Restore its files, or make a sound version champion: onetrans registry rollback "
+            "--reason TEXT, or onetrans registry promote --version N --reason TEXT; then run this step again"
+        ) from error
 
 
 def main(argv: list[str] | None = None) -> int:

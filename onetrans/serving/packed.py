@@ -273,7 +273,10 @@ class PackedOneTrans:
 
     def score(self, batch: RequestBatch, users: Sequence[UserState]) -> Scores:
         """Return the scores of a batch's candidates, given what stage I gave for each request; events are not read."""
-        counts = batch.candidate_offsets_O.diff().tolist()
+        return self.score_counted(batch, users, batch.candidate_offsets_O.diff().tolist())
+
+    def score_counted(self, batch: RequestBatch, users: Sequence[UserState], counts: list[int]) -> Scores:
+        """Score as :meth:`score` does, given the candidates of each request: for tracing, which cannot read numbers."""
         x_PNM = self._candidate_tokens(batch, counts)
         keys = self._turned_keys(batch, users)
         heads, head_dim = self.config.num_heads, self.config.head_dim

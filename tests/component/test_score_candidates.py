@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
@@ -14,14 +15,15 @@ from served import register, save
 
 from jobs import behavior_sequences, behaviors, impressions, item_features, score_candidates, user_features
 from jobs.runner import audit_and_publish
-from jobs.score_candidates import candidates_of, requests_of
+from jobs.score_candidates import candidates_of, model_files, requests_of
 from jobs.workspace import Workspace
 from onetrans import storage
 from onetrans.artifact import load_model
-from onetrans.errors import BadConfigError, BadDataError, NotReadyError
+from onetrans.errors import EXIT_BAD_DATA, BadConfigError, BadDataError, NotReadyError
 from onetrans.registry import Registry
 from onetrans.requests import from_rows, score
 from onetrans.schema import Feature, FeatureSchema, Sequence
+from onetrans.serving.source import ModelSource
 from onetrans.settings import MlflowSettings, ScoringSettings
 from tests.raw_log import open_workspace, publish, with_schema, write_rows
 
@@ -178,6 +180,28 @@ def test_a_rollback_takes_effect_also_over_a_schema_that_has_grown(work: Workspa
     assert _published(later) == before
     for job in TABLES:
         publish(work, job, DS)
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "no JSON", "of another format", "no folder"])
+def test_a_damaged_champion_is_told_and_not_tried_again(models: list[Path], tmp_path: Path, damage: str) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(models[0] / "model", folder)
+    source = ModelSource("models:/x@champion", "7", str(folder), None, "")
+    assert model_files(source).keys() == {file.name for file in folder.iterdir()}
+    weights, header = next(folder.glob("*.safetensors")), folder / "model.json"
+    if damage == "gone":
+        weights.unlink()
+    elif damage == "cut":
+        weights.write_bytes(weights.read_bytes()[:-1])
+    elif damage == "no JSON":
+        header.write_bytes(header.read_bytes()[:-9])
+    elif damage == "of another format":
+        header.write_text('{"format": 0}')
+    else:
+        shutil.rmtree(folder)
+    with pytest.raises(BadDataError, match=r"the champion, version 7, cannot be loaded: .*registry rollback") as told:
+        model_files(source)
+    assert told.value.exit_code == EXIT_BAD_DATA, "which Airflow does not retry"
 
 
 def test_a_champion_that_reads_what_the_log_no_longer_has_scores_nothing(work: Workspace) -> None:

@@ -460,10 +460,11 @@ def _newest_finished(
                 continue
             unreadable = _damage(path, models)
             if unreadable is None:
-                return _Finished(day, path), damaged + (f", whose {describe(grown)}," if grown else "")
+                told = (f", whose {describe(grown)}" if grown else "") + damaged
+                return _Finished(day, path), f"{told}," if told else ""
             logger.warning("plan: the training of %s is left aside: %s", day, unreadable)
             left_aside.append(f"the training of {day} has a damaged checkpoint")
-            damaged = f", as that of {day} has a damaged checkpoint,"
+            damaged += f", as that of {day} has a damaged checkpoint"
     if left_aside:
         return None, f"fresh weights for every model, as {left_aside[0]}"
     return None, f"fresh weights, as no training of the last {len(window)} days is finished"

@@ -6,6 +6,8 @@ Kept, whatever its age:
 * every file and snapshot that a plan pins, if it belongs to the champion, the
   previous champion or the challenger, or to a training these went on from; and
   their own checkpoints and those they started from;
+* the checkpoints of the best evaluated training: the candidate with the highest
+  mean of CTR AUC and CVR AUC on its day, of all that are in the folder of runs;
 * the same for every plan in whose folder something was written lately
   (``retention.reading_days``): a run is reading what it pins;
 * a version of a table that readers could still find a short while ago: its age
@@ -35,7 +37,8 @@ from onetrans import storage
 from onetrans.days import parse_day
 from onetrans.errors import BadConfigError
 from onetrans.lake import QUARANTINE, TABLES, Lake
-from onetrans.plan import CHECKPOINT_FOLDER, PLAN_FILE
+from onetrans.plan import CHECKPOINT_FOLDER, METRICS_FILE, PLAN_FILE
+from onetrans.scores import CANDIDATE
 from onetrans.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -105,7 +108,22 @@ def held_by_plans(settings: Settings, now: datetime) -> Held:
             _hold(held, plans, folder, f"the run in {folder}", recursive=False)
             for training in (folder, *(start.rsplit("/", 1)[0] for start in _warm_starts(plans[folder]))):
                 held.checkpoints.setdefault(training, f"the run in {folder}")
+    best = _best(plans)
+    if best:
+        held.checkpoints.setdefault(best, "the best figures of all")
     return held
+
+
+def _best(plans: Iterable[str]) -> str | None:
+    """Return the plan folder whose candidate has the best figures on its day; None if nothing was evaluated."""
+    means: dict[str, float] = {}
+    for folder in plans:
+        path = storage.join(folder, METRICS_FILE)
+        figures = storage.read_json(path).get(CANDIDATE, {}) if storage.exists(path) else {}
+        ctr, cvr = figures.get("ctr_auc"), figures.get("cvr_auc")
+        if ctr is not None and cvr is not None:
+            means[folder] = (ctr + cvr) / 2
+    return max(means, key=lambda folder: means[folder]) if means else None
 
 
 def _hold(held: Held, plans: Mapping[str, Any], first: str, who: str, *, recursive: bool) -> None:

@@ -658,6 +658,8 @@ def train(
 def alone(folder: str, what: str, stop: threading.Event) -> Iterator[None]:
     """Let one process of this machine at a time train in a folder; another one waits, and finds the work done.
 
+    What a killed one was writing is removed first.
+
     Two runs of one day share a plan, and so do a task and its next try after the scheduler has died: side by side
     they would remove each other's checkpoints.  The system takes the lock from a process that ends, however it ends.
     An object store has no locks; there only Airflow keeps runs of one day apart.
@@ -678,6 +680,8 @@ def alone(folder: str, what: str, stop: threading.Event) -> Iterator[None]:
                 told = True
             if stop.wait(_LOCK_POLL_S):
                 raise InterruptedTrainingError(f"{what}: asked to stop while another process trained it")
+        for left in storage.list_files(folder, ".tmp"):
+            storage.delete_file(left)
         yield
 
 

@@ -266,6 +266,20 @@ def test_checkpoints_of_long_ago_go_and_models_stay(settings: Settings, lake: La
     assert removed[0].bytes == len(b"weights") + len("{}\n")
 
 
+def test_the_best_checkpoint_stays_however_old(settings: Settings, lake: Lake) -> None:
+    publish(lake, D1, 1)
+    aucs = {0: (0.7, 0.6), 100: (0.8, 0.5), 200: (0.75, 0.7), 300: (0.9, None)}
+    folders = {}
+    for back, (ctr, cvr) in aucs.items():
+        folders[back] = checkpoint(settings, D2 - timedelta(days=back))
+        run = folders[back].rsplit("/", 2)[0]
+        storage.write_json(storage.join(run, "plan.json"), {"snapshot_id": 1, "models": {}})
+        storage.write_json(storage.join(run, "metrics.json"), {"onetrans": {"ctr_auc": ctr, "cvr_auc": cvr}})
+        touch(run, NOW - timedelta(days=30))
+    assert of_kind(retain(settings, NOW), "checkpoint") == sorted([folders[100], folders[300]])
+    assert there(folders[200])
+
+
 def test_a_checkpoint_that_a_running_training_starts_from_stays(settings: Settings) -> None:
     plan = planned(settings)
     folders = {ds: checkpoint(settings, ds) for ds in (plan.ds, plan.ds - timedelta(days=300))}

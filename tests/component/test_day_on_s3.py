@@ -57,22 +57,34 @@ class Machine:
             "OMP_NUM_THREADS": "1",
         }
 
-    def step(self, *command: str) -> str:
-        done = subprocess.run(
+    def begin(self, *command: str) -> subprocess.Popen[str]:
+        """Start a step."""
+        return subprocess.Popen(
             [sys.executable, "-m", *command],
-            cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=600,
+            cwd=self.folder, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
-        self.said.append(done.stdout + done.stderr)
-        assert done.returncode == 0, f"{command}: {done.stderr[-4000:]}"
-        return done.stdout
+
+    def end(self, step: subprocess.Popen[str]) -> str:
+        """Wait for a step, which must succeed; return what it printed."""
+        out, errors = step.communicate()
+        self.said.append(out + errors)
+        assert step.returncode == 0, f"{step.args}: {errors[-4000:]}"
+        return out
+
+    def step(self, *command: str) -> str:
+        """Do a step."""
+        return self.end(self.begin(*command))
 
 
 @pytest.mark.nightly
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(3600)
 def test_a_day_in_an_object_store(object_store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bucket = object_store.create_bucket("day")
     write_days(WorldConfig(users=250, items=100, history_days=1, epoch=FIRST), f"{bucket}/raw", FIRST, DAYS)
     last = FIRST + timedelta(days=DAYS - 1)
+    here_too = CONFIG.replace("ROOT", "var").replace("RAW", f"{bucket}/raw").replace("ENDPOINT", object_store.endpoint)
+    local = Machine(tmp_path / "local", here_too)
+    beside = local.begin("jobs.backfill", "--from", str(FIRST), "--to", str(last))
     faults = Faults()
     with before(object_store.endpoint, faults) as endpoint:
         config = CONFIG.replace("ROOT", f"{bucket}/prod").replace("RAW", f"{bucket}/raw").replace("ENDPOINT", endpoint)
@@ -86,8 +98,9 @@ def test_a_day_in_an_object_store(object_store: ObjectStore, tmp_path: Path, mon
         machine.step("onetrans.cli", "plan", "--ds", str(last))
         (plan,) = [key for key in object_store.keys(f"{bucket}/prod/runs") if key.endswith("plan.json")]
         place = f"{bucket}/prod/runs/{plan}"
-        for model in ("onetrans", "dcnv2_din"):
-            machine.step("onetrans.cli", "train", "--plan", place, "--model", model)
+        models = ("onetrans", "dcnv2_din")
+        for training in [machine.begin("onetrans.cli", "train", "--plan", place, "--model", name) for name in models]:
+            machine.end(training)
         for step in ("evaluate", "gate", "promote"):
             machine.step("onetrans.cli", step, "--plan", place)
     for fault in faults.every:
@@ -117,8 +130,7 @@ def test_a_day_in_an_object_store(object_store: ObjectStore, tmp_path: Path, mon
     assert not any(SECRET.encode() in client.get_object(Bucket="day", Key=f"prod/{key}")["Body"].read() for key in keys)
 
     # The tables are those of the local disk.
-    local = Machine(tmp_path / "local", CONFIG.replace("ROOT", "var").replace("RAW", f"{bucket}/raw").replace("ENDPOINT", object_store.endpoint))  # fmt: skip # noqa: E501
-    local.step("jobs.backfill", "--from", str(FIRST), "--to", str(last))
+    local.end(beside)
     here = Lake(load_settings({"ONETRANS_LAKE_WAREHOUSE": str(tmp_path / "local" / "var" / "lake")}).lake)
     for table in TABLES:
         assert rows(lake, table, last) == rows(here, table, last), table

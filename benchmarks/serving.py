@@ -15,9 +15,12 @@ Beside requests per second stands what a request costs in processor time of the 
 the one measures the neighbours too, and ratios are taken of the other.
 
 Part ``compute`` scores in one process, without HTTP: the model's own forward pass, the packed one in float32 and in
-bfloat16, in turns.  With ``--compile``, which takes minutes and a C++ compiler, also the forward pass through
-``torch.compile``, and the packed stage II (all that a request of a kept user needs) by itself, as it is against what
-AOTInductor makes of it.
+bfloat16, in turns.  With a C++ compiler and minutes to spend, ``--compile`` adds the forward pass through
+``torch.compile``, and ``--ahead`` the packed stage II (all that a request of a kept user needs) by itself, as it is
+against what AOTInductor makes of it.
+
+Part ``nightly`` is what a Spark worker does with its Arrow batches in ``jobs.score_candidates``, in one process.
+Reading and joining are not in it; the job logs its throughput with them.
 
 Part ``mixed`` is an hour of traffic in five minutes: calls of 1 to 500 candidates at random moments of a rate that goes
 up and down, of new and known users, with clients that send nonsense, are slow, or vanish, and a new champion half-way.
@@ -47,18 +50,19 @@ from typing import Any, get_args
 
 import numpy as np
 import psutil
+import pyarrow as pa
 import torch
 from torch import Tensor
 
 from benchmarks import traffic
 from benchmarks.common import Report, parser
-from onetrans.artifact import save_model
+from onetrans.artifact import load_model, save_model
 from onetrans.batch import RequestBatch
 from onetrans.models import OneTrans, build_model, preset
 from onetrans.models.compute import Precision
 from onetrans.models.ranking import Scores
 from onetrans.registry import CHAMPION, Registry
-from onetrans.requests import score
+from onetrans.requests import score, to_rows
 from onetrans.schema import FeatureSchema, Sequence
 from onetrans.serving import OneTransInferenceEngine
 from onetrans.serving.packed import PackedOneTrans
@@ -76,7 +80,7 @@ MAY_GROW_S = 0.05
 TRIES, STEP_DOWN = 12, 0.93
 MIXED_SHARE = 0.4
 COUNTS = (1, 10, 100, 500)
-PARTS = ("costs", "rates", "compute", "swap", "mixed")
+PARTS = ("costs", "rates", "compute", "nightly", "swap", "mixed")
 
 
 @dataclass(frozen=True)
@@ -591,8 +595,6 @@ def measure_compute(report: Report, size: str, folder: Path, sizes: tuple[int, .
             report.add(case, f"{name}: least time", 1000 * spent, "ms")
         for name in list(ways)[1:]:
             report.add(case, f"forward pass over {name}", least["the model's forward pass"] / least[name])
-    if compiled:
-        measure_ahead_of_time(report, size, engine, sizes)
 
 
 class StageII(torch.nn.Module):
@@ -630,8 +632,9 @@ class StageII(torch.nn.Module):
         return tuple(self.packed.score_counted(batch, [user], [item_NI.shape[0]]))
 
 
-def measure_ahead_of_time(report: Report, size: str, engine: OneTransInferenceEngine, sizes: tuple[int, ...]) -> None:
+def measure_ahead_of_time(report: Report, size: str, folder: Path, sizes: tuple[int, ...]) -> None:
     """Compare the packed stage II of one request with what AOTInductor makes of it."""
+    engine = OneTransInferenceEngine(str(folder), load_settings())
     packed = engine.packed
     assert packed is not None
 
@@ -668,6 +671,25 @@ def measure_ahead_of_time(report: Report, size: str, engine: OneTransInferenceEn
             report.add(case, "packed over AOTInductor", least[0] / least[1])
 
 
+def measure_nightly(report: Report, size: str, folder: Path, candidates: int) -> None:
+    """Score Arrow batches of users as a worker of the nightly job does."""
+    from jobs.score_candidates import score_rows  # imports Spark
+
+    model, schema, _ = load_model(str(folder / "model"))
+    users = max(4096 // candidates, 1)
+    rng = np.random.default_rng(candidates)
+    rows = to_rows([request(schema, candidates, rng) for _ in range(users)], schema)
+    rows = rows.append_column("user_id", pa.array([f"u{n}" for n in range(users)]))
+    least = float("inf")
+    for _ in range(2 if report.quick else 6):
+        began = time.process_time()
+        score_rows(model, schema, rows, "1")
+        least = min(least, time.process_time() - began)
+    case = f"{size}, nightly, {users} users of {candidates} candidates at once"
+    report.add(case, "candidates per second of processor time", users * candidates / least, "1/s")
+    report.add(case, "users per second of processor time", users / least, "1/s")
+
+
 def _difference(found: Iterable[Tensor], wanted: Iterable[Tensor]) -> float:
     return max(float((ours - theirs).abs().max()) for ours, theirs in zip(found, wanted, strict=True))
 
@@ -695,9 +717,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     options.add_argument(
         "--candidates",
-        help=f"costs, compute: sizes of a request (default: {','.join(map(str, COUNTS))}, quick: 10,100)",
+        help=f"costs, compute, nightly: sizes of a request (default: {','.join(map(str, COUNTS))}, quick: 10,100)",
     )
-    options.add_argument("--compile", action="store_true", help="compute: compiled ways as well; needs a C++ compiler")
+    options.add_argument("--compile", action="store_true", help="compute: torch.compile as well; needs a C++ compiler")
+    options.add_argument("--ahead", action="store_true", help="compute: AOTInductor as well; needs a C++ compiler")
     options.add_argument("--device", default="cpu", help="where the service scores: cpu, cuda or cuda:N (default: cpu)")
     options.add_argument("--precision", default="float32", help="of the service: float32 or bfloat16")
     arguments = options.parse_args(argv)
@@ -722,6 +745,11 @@ def main(argv: list[str] | None = None) -> int:
                 measure_rates(report, size, folder, schema, 10 if report.quick else 100)
             if "compute" in parts:
                 measure_compute(report, size, folder, counts, compiled=arguments.compile)
+            if "compute" in parts and arguments.ahead:
+                measure_ahead_of_time(report, size, folder, counts)
+            if "nightly" in parts:
+                for candidates in counts:
+                    measure_nightly(report, size, folder, candidates)
         small = "tiny" if report.quick else "small"
         if "swap" in parts:
             measure_swap(report, Path(scratch) / "swap", small)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Page, expect, sync_playwright
 
 from expectations.site import site_path
 from infra.local import pages
@@ -31,7 +32,7 @@ from onetrans.tracking import experiment_id, find_model_run
 
 IMAGES = REPOSITORY / "docs" / "images"
 _SIZE = {"width": 1280, "height": 800}
-_PATIENCE_MS = 60_000
+_PATIENCE_MS = 120_000
 _DRAWN_MS = 4000
 """Charts draw themselves after the page says that it is loaded."""
 
@@ -81,14 +82,14 @@ def take(settings: Settings, out: Path) -> list[Path]:
                 server.start()
             for page in shown:
                 pages.wait_for(page)
+            verdict = storage.local_path(storage.join(plan.path, PAGE_FILE)).as_uri()
+            wanted = {
+                "mlflow.png": (_comparison(settings, plan, shown[0].address), re.compile("Comparing", re.I)),
+                "verdict.png": (verdict, re.compile(str(plan.ds))),
+                "data_docs.png": (shown[1].address, re.compile("Data Docs|audit", re.I)),
+            }
             with _browser() as browser:
-                return [
-                    _picture(browser, _comparison(settings, plan, shown[0].address), out / "mlflow.png"),
-                    _picture(
-                        browser, storage.local_path(storage.join(plan.path, PAGE_FILE)).as_uri(), out / "verdict.png"
-                    ),
-                    _picture(browser, shown[1].address, out / "data_docs.png"),
-                ]
+                return [_picture(browser, address, text, out / name) for name, (address, text) in wanted.items()]
         finally:
             stop(servers)
 
@@ -126,9 +127,10 @@ def _browser() -> Iterator[Page]:
             browser.close()
 
 
-def _picture(page: Page, address: str, file: Path) -> Path:
+def _picture(page: Page, address: str, text: re.Pattern[str], file: Path) -> Path:
+    """Take a picture of a page once it shows a text."""
     page.goto(address)
-    page.wait_for_load_state("networkidle")
+    expect(page.get_by_text(text).first).to_be_visible(timeout=_PATIENCE_MS)
     page.wait_for_timeout(_DRAWN_MS)
     page.screenshot(path=file)
     return file

@@ -25,6 +25,8 @@ from onetrans.plan import make_plan
 from onetrans.schema import load_schema
 from onetrans.settings import load_settings
 
+pytestmark = pytest.mark.timeout(1800)  # twelve builds and audits, on a machine that may be busy
+
 ZONE = ZoneInfo("America/Sao_Paulo")
 DAYS = [date(2026, 3, 1) + timedelta(days=n) for n in range(2)]
 QUIET = DAYS[0]

@@ -72,6 +72,6 @@ def test_a_model_is_trained_and_measured_from_there(installed: Path, tmp_path: P
     onetrans = str(installed / "onetrans")
     _run([onetrans, "schema", "check", str(data / "schema.toml")], tmp_path)
     printed = _run([onetrans, "train", "--config", "tiny", "--batch-size", "64", "--data-dir", str(data)], tmp_path)
-    model = str(Path(printed.splitlines()[-1]).parent)
+    model = printed.splitlines()[-1]
     told = _run([onetrans, "evaluate", "--model-path", model, "--data-dir", str(data), "--split", "test"], tmp_path)
     assert "AUC" in told or "auc" in told

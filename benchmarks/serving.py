@@ -58,6 +58,7 @@ from benchmarks import traffic
 from benchmarks.common import Report, parser
 from onetrans.artifact import load_model, save_model
 from onetrans.batch import RequestBatch
+from onetrans.loader import batch_of
 from onetrans.models import OneTrans, build_model, preset
 from onetrans.models.compute import Precision
 from onetrans.models.ranking import Scores
@@ -593,6 +594,10 @@ def measure_compute(report: Report, size: str, folder: Path, sizes: tuple[int, .
                         report.add(case, f"{name}: largest difference of a logit", _difference(found, wanted))
         for name, spent in least.items():
             report.add(case, f"{name}: least time", 1000 * spent, "ms")
+        short_s = _least_s(partial(engine.encode, [asked]))
+        rows_s = _least_s(partial(_through_rows, asked, engine.schema, model.config.max_seq_len))
+        report.add(case, "request to batch: least time", 1000 * short_s, "ms")
+        report.add(case, "request to batch through rows: least time", 1000 * rows_s, "ms")
         for name in list(ways)[1:]:
             report.add(case, f"forward pass over {name}", least["the model's forward pass"] / least[name])
 
@@ -680,14 +685,24 @@ def measure_nightly(report: Report, size: str, folder: Path, candidates: int) ->
     rng = np.random.default_rng(candidates)
     rows = to_rows([request(schema, candidates, rng) for _ in range(users)], schema)
     rows = rows.append_column("user_id", pa.array([f"u{n}" for n in range(users)]))
-    least = float("inf")
-    for _ in range(2 if report.quick else 6):
-        began = time.process_time()
-        score_rows(model, schema, rows, "1")
-        least = min(least, time.process_time() - began)
+    least = _least_s(lambda: score_rows(model, schema, rows, "1"), 2 if report.quick else 6)
     case = f"{size}, nightly, {users} users of {candidates} candidates at once"
     report.add(case, "candidates per second of processor time", users * candidates / least, "1/s")
     report.add(case, "users per second of processor time", users / least, "1/s")
+
+
+def _through_rows(asked: Mapping[str, Any], schema: FeatureSchema, max_seq_len: int) -> RequestBatch:
+    return batch_of(to_rows([asked], schema), schema, max_seq_len)
+
+
+def _least_s(run: Callable[[], object], times: int = 20) -> float:
+    """Return the least processor time of some runs."""
+    least = float("inf")
+    for _ in range(times):
+        began = time.process_time()
+        run()
+        least = min(least, time.process_time() - began)
+    return least
 
 
 def _difference(found: Iterable[Tensor], wanted: Iterable[Tensor]) -> float:

@@ -118,7 +118,10 @@ PROTECTIONS = (
         "infra/local/airflow.py",
         "        ended = [server for server in self.servers if server.pid is None]\n",
         "        ended: list[Server] = []\n",
-        (f"{AIRFLOW}::test_the_scheduler_is_killed_during_a_day",),
+        (
+            f"{AIRFLOW}::test_the_scheduler_is_killed_during_a_day",
+            f"{AIRFLOW}::test_the_database_is_restarted_during_a_day",
+        ),
         long=True,
     ),
     Protection(

@@ -60,7 +60,8 @@ class Run:
 class AirflowApi:
     """Calls to one API server whose auth manager takes every caller of loopback for an administrator."""
 
-    def __init__(self, address: str, timeout: float = 30.0) -> None:
+    def __init__(self, address: str, timeout: float = 120.0) -> None:
+        # A machine that is busy was seen to take more than half a minute for an answer.
         self.address = address.rstrip("/")
         self.timeout = timeout
         self._token = ""

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import date, timedelta
 
 import pytest
@@ -96,12 +97,16 @@ def _start(deployment: Deployment, ds: date) -> Runs:
 
 
 def _wait_for(deployment: Deployment, run: Run, task_id: str, state: str = "running") -> None:
-    """Wait until a task of a run is in a state."""
+    """Wait until a task of a run is in a state; an Airflow that does not answer is asked again."""
     deadline = time.monotonic() + 1800
-    while (state, task_id) not in {(task.state, task.task_id) for task in deployment.tasks(*run)}:
+    while True:
         deployment.airflow.revive()
-        assert time.monotonic() < deadline, deployment.tasks(*run)
-        assert not deployment.airflow.api.run(*run).finished, f"{run} ended before {task_id} was {state}"
+        with suppress(OSError, AirflowApiError):
+            tasks = deployment.tasks(*run)
+            if (state, task_id) in {(task.state, task.task_id) for task in tasks}:
+                return
+            assert not deployment.airflow.api.run(*run).finished, f"{run} ended before {task_id} was {state}: {tasks}"
+        assert time.monotonic() < deadline, f"{task_id} of {run} is not {state}"
         time.sleep(0.2)
 
 

@@ -746,7 +746,7 @@ def main(argv: list[str] | None = None) -> int:
     unknown = sorted(set(parts) - set(PARTS))
     if unknown:
         options.error(f"--parts: {unknown[0]!r} is none of {', '.join(PARTS)}")
-    counts = (10, 100) if report.quick else COUNTS
+    counts: tuple[int, ...] = (10, 100) if report.quick else COUNTS
     if arguments.candidates:
         counts = tuple(int(number) for number in arguments.candidates.split(","))
     torch.set_num_threads(1)

@@ -20,7 +20,6 @@ import sys
 import threading
 import urllib.error
 import urllib.request
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,6 +35,7 @@ from infra.local.homes import REPOSITORY
 from onetrans import storage
 from onetrans.errors import EXIT_BAD_CONFIG, EXIT_NOT_READY, EXIT_OK, BadConfigError, PipelineError
 from onetrans.lake import Lake
+from onetrans.object_store import problem_with
 from onetrans.process import add_json, print_json
 from onetrans.schema import load_schema
 from onetrans.settings import LakeSettings, Settings, config_file, load_settings
@@ -395,22 +395,27 @@ def _store(settings: Settings) -> list[Check]:
     for setting, path in remote.items():
         if not path or storage.is_local(path):
             continue
-        refused = _in_time(lambda path=path: _write_and_remove(path))  # type: ignore[misc]
-        if isinstance(refused, str):
-            checks.append(Check("store", "FAIL", f"{setting} = {path}: {refused}", _reach_hint(path), EXIT_NOT_READY))
+        problem = _in_time(lambda path=path: problem_with(path))  # type: ignore[misc]
+        if problem:
+            checks.append(Check("store", "FAIL", f"{setting} = {path}: {problem}", _reach_hint(path), EXIT_NOT_READY))
         else:
-            checks.append(Check("store", "ok", f"{setting} = {path}: written, read and removed"))
-    return checks or [Check("store", "skip", "every folder is on the local disk")]
+            checks.append(Check("store", "ok", f"{setting} = {path}: written, read, listed and removed"))
+    if not checks:
+        return [Check("store", "skip", "every folder is on the local disk")]
+    return [*checks, _spark_in_store(settings)]
 
 
-def _write_and_remove(path: str) -> bool:
-    file, text = storage.join(path, f"_doctor-{uuid.uuid4().hex}"), b"onetrans doctor"
-    storage.write_bytes(file, text)
-    same = storage.read_bytes(file) == text
-    storage.delete_file(file)
-    if not same:
-        raise PipelineError("what was written is not what was read")
-    return same
+def _spark_in_store(settings: Settings) -> Check:
+    """Tell whether Spark reaches S3 by itself: an answer without Java, by the names of files."""
+    from jobs.objects import advice, installed, problems
+
+    hadoop, found = installed(settings.spark.conf.get("spark.jars.packages", ""))
+    lacking = problems(hadoop, found)
+    if not lacking:
+        return Check("store", "ok", f"Spark reaches S3 by s3a: {', '.join(sorted(found.values()))}")
+    if found or not settings.spark.master.startswith("local"):
+        return Check("store", "FAIL", f"Spark cannot reach S3: {'; '.join(lacking)}", advice(hadoop))
+    return Check("store", "warn", "Spark reads and writes S3 over copies on this disk: it has no s3a", advice(hadoop))
 
 
 def _mlflow(settings: Settings) -> Check:

@@ -208,6 +208,7 @@ def _warehouse(process: psutil.Process) -> str:
     if named is None:
         file = folder / variables.get("ONETRANS_CONFIG", OWN_FILE)
         known = {"ONETRANS_CONFIG": str(file)} if file.is_file() else {}
+        known |= {name: value for name, value in variables.items() if name == "ONETRANS_STORE_ROOT"}
         named = load_settings(known).lake.warehouse if known else Settings().lake.warehouse
     return os.path.realpath(storage.resolve(named if "://" in named else str(folder / named)))
 

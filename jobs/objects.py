@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import pyspark
 from py4j.protocol import Py4JError
 from pyarrow import fs
 from pyspark.sql import Column as SparkColumn
@@ -76,6 +77,18 @@ def found_jars(spark: SparkSession) -> dict[str, str]:
         source = loaded.getProtectionDomain().getCodeSource()
         found[artifact] = str(source.getLocation().getPath()).rsplit("/", 1)[-1] if source is not None else artifact
     return found
+
+
+def installed(packages: str = "") -> tuple[str, dict[str, str]]:
+    """Return what :func:`hadoop_version` and :func:`found_jars` would, by the names of PySpark's files, without Java.
+
+    Args:
+        packages: value of ``spark.jars.packages``, which Spark fetches when it starts.
+    """
+    names = [file.name for file in (Path(pyspark.__file__).parent / "jars").glob("*.jar")]
+    hadoop = next((found[1] for name in names if (found := re.fullmatch(r"hadoop-client-api-(.+)\.jar", name))), "")
+    names += ["{1}-{2}.jar".format(*name.strip().split(":")) for name in packages.split(",") if name.count(":") == 2]
+    return hadoop, {artifact: name for name in names for artifact in CLASSES if re.match(rf"{artifact}-\d", name)}
 
 
 def problems(hadoop: str, found: Mapping[str, str]) -> list[str]:

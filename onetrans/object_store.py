@@ -327,12 +327,14 @@ def problem_with(place: str) -> str:
     written for a person, and holds no credential.
 
     Args:
-        place: ``s3://bucket/prefix``.
+        place: ``s3://bucket/prefix``, or a folder that Arrow reaches otherwise.
     """
+    from onetrans import storage  # which opens places by this module
+
     content = b"written by a check, and deleted by it"
     step = "open"
     try:
-        client, folder = _quick(place)
+        client, folder = _quick(place) if is_s3(place) else storage.open_filesystem(place)
         path = f"{folder}/{_PROBE}-{uuid.uuid4().hex[:8]}"
         step = "write to"
         with client.open_output_stream(path) as stream:

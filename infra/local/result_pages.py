@@ -72,10 +72,11 @@ def take(settings: Settings, out: Path) -> list[Path]:
     plan = newest_judged(settings)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="onetrans-pictures-") as logs:
-        shown = [
-            pages.mlflow_page(settings, Path(logs)),
-            pages.docs_page(site_path(settings.lake, settings.audit), Path(logs)),
-        ]
+        site = site_path(settings.lake, settings.audit)
+        docs = pages.docs_page(site, Path(logs), settings.audit.address)
+        if docs is None:
+            raise BadConfigError(f"the Data Docs are in {site}; name where a browser finds them in audit.address")
+        shown = [pages.mlflow_page(settings, Path(logs)), docs]
         servers = [page.server for page in shown if page.server]
         try:
             for server in servers:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.objects import JARS, advice, problems
+from jobs.objects import JARS, advice, installed, problems
 from onetrans import object_store, storage
 from onetrans.commands import config
 from onetrans.errors import BadConfigError
@@ -107,6 +107,13 @@ def test_what_the_environment_says_to_boto_stays() -> None:
     object_store.export_for_boto(environ)
     assert environ["AWS_MAX_ATTEMPTS"] == "2"
     assert environ["AWS_RETRY_MODE"] == "standard"
+
+
+def test_what_spark_has_is_told_without_java() -> None:
+    hadoop, found = installed()
+    assert hadoop in JARS  # the pinned PySpark's
+    assert found == {}
+    assert problems(*installed(",".join(JARS[hadoop]))) == []
 
 
 def test_what_keeps_spark_from_s3a_is_named() -> None:

@@ -92,7 +92,11 @@ def undisturbed(deployment: Deployment) -> Lake:
 
 
 def _start(deployment: Deployment, ds: date) -> Runs:
+    """Backfill a day; where a test is run by itself, the days before it are built first."""
     deployment.backfills_end(*DAGS)
+    missing = [day for day in DAYS if day < ds and day not in deployment.lake.days("training_requests")]
+    if missing:
+        build(deployment, missing[0], missing[-1])
     return {dag_id: deployment.backfill(dag_id, ds) for dag_id in DAGS}
 
 
@@ -101,6 +105,7 @@ def _wait_for(deployment: Deployment, run: Run, task_id: str, state: str = "runn
     deadline = time.monotonic() + 1800
     while True:
         deployment.airflow.revive()
+        deployment.airflow.check()
         with suppress(OSError, AirflowApiError):
             tasks = deployment.tasks(*run)
             if (state, task_id) in {(task.state, task.task_id) for task in tasks}:
@@ -133,12 +138,17 @@ def _server(deployment: Deployment, name: str) -> Server:
     return next(server for server in deployment.airflow.servers if server.name == f"airflow {name}")
 
 
-def _promoted(deployment: Deployment) -> list[str]:
-    """Return the days of all versions that were promoted, in the order of their registration."""
-    versions = Registry(deployment.settings.mlflow).versions()
+def _promoted_once(deployment: Deployment, *days: date) -> None:
+    """Check that each day has one version that was promoted, no plan two versions, and that the last day's serves."""
+    registry = Registry(deployment.settings.mlflow)
+    versions = registry.versions()
     plans = [version.tags[TAG_PLAN] for version in versions]
     assert len(plans) == len(set(plans)), "a model was registered twice"
-    return [version.tags[TAG_DAY] for version in reversed(versions) if version.tags[TAG_DECISION] == "promoted"]
+    promoted = [version.tags[TAG_DAY] for version in versions if version.tags[TAG_DECISION] == "promoted"]
+    assert [promoted.count(str(ds)) for ds in days] == [1] * len(days), promoted
+    champion = registry.by_alias(CHAMPION)
+    assert champion is not None
+    assert champion.tags[TAG_DAY] == str(max(days))
 
 
 def _is_whole(deployment: Deployment, undisturbed: Lake, *days: date) -> None:
@@ -147,13 +157,6 @@ def _is_whole(deployment: Deployment, undisturbed: Lake, *days: date) -> None:
         for ds in days:
             assert rows(deployment.lake, table, ds) == rows(undisturbed, table, ds), f"{table} {ds}"
         assert deployment.lake.days(table) == [ds for ds in DAYS if ds <= max(days)], table
-
-
-def _serves(deployment: Deployment) -> str:
-    """Return the day of the champion."""
-    champion = Registry(deployment.settings.mlflow).by_alias(CHAMPION)
-    assert champion is not None
-    return champion.tags[TAG_DAY]
 
 
 def test_the_scheduler_is_killed_during_a_day(deployment: Deployment, undisturbed: Lake) -> None:
@@ -165,7 +168,7 @@ def test_the_scheduler_is_killed_during_a_day(deployment: Deployment, undisturbe
     scheduler.process.wait()
     assert "airflow scheduler" in _goes_through(deployment, *runs.values())
     _is_whole(deployment, undisturbed, SCHEDULER)
-    assert _promoted(deployment) == [str(SCHEDULER)]
+    _promoted_once(deployment, SCHEDULER)
 
 
 def test_the_database_is_restarted_during_a_day(
@@ -183,7 +186,7 @@ def test_the_database_is_restarted_during_a_day(
         _answers(deployment)
     _goes_through(deployment, *runs.values())
     _is_whole(deployment, undisturbed, DATABASE)
-    assert _promoted(deployment) == [str(SCHEDULER), str(DATABASE)]
+    _promoted_once(deployment, DATABASE)
 
 
 def _answers(deployment: Deployment) -> None:
@@ -191,6 +194,7 @@ def _answers(deployment: Deployment) -> None:
     deadline = time.monotonic() + 600
     while True:
         deployment.airflow.revive()
+        deployment.airflow.check()
         try:
             deployment.airflow.api.runs(DAGS[0])
         except (OSError, AirflowApiError):
@@ -239,7 +243,7 @@ def test_mlflow_is_away_for_two_minutes_while_models_train(
     assert deployment.task(*run, "evaluate").state != "success", "the day needed no MLflow"
     mlflow_server.start(tracking)
     _goes_through(deployment, run)
-    assert _promoted(deployment) == [str(SCHEDULER), str(DATABASE), str(AWAY)]
+    _promoted_once(deployment, AWAY)
     client = Registry(deployment.settings.mlflow).client
     experiment = client.get_experiment_by_name(deployment.settings.mlflow.experiment)
     assert experiment is not None
@@ -250,6 +254,7 @@ def test_mlflow_is_away_for_two_minutes_while_models_train(
 def test_a_day_is_cleared_and_run_again_while_the_next_one_trains(
     deployment: Deployment, undisturbed: Lake, away: Runs
 ) -> None:
+    _goes_through(deployment, *away.values())
     runs = _start(deployment, NEXT)
     _wait_for(deployment, runs["ranking_model"], "train_onetrans")
     for dag_id, run_id in away.values():
@@ -259,5 +264,4 @@ def test_a_day_is_cleared_and_run_again_while_the_next_one_trains(
     _goes_through(deployment, *runs.values(), *away.values())
     assert all(deployment.lake.snapshot_id(table) != published[table] for table in TABLES), "it was not run again"
     _is_whole(deployment, undisturbed, AWAY, NEXT)
-    assert _promoted(deployment) == [str(ds) for ds in DAYS[1:]]
-    assert _serves(deployment) == str(NEXT)
+    _promoted_once(deployment, AWAY, NEXT)

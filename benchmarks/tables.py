@@ -45,7 +45,7 @@ from pyspark.sql import functions as F
 
 from benchmarks.common import Report, commit, parser
 from infra.local.memory import MemoryWatch
-from jobs.behavior_sequences import collected, merged
+from jobs.behavior_sequences import collected, merged_of
 from jobs.encoding import stored_all
 from jobs.sources.files import Files
 from jobs.sources.simulated.world import WorldConfig
@@ -326,7 +326,7 @@ def by_jobs(work: Workspace, out: Path) -> None:
     requests, tails, events = inputs(work)
     schema = work.schema
     tails, events = of_those_who_ask(tails, requests), of_those_who_ask(events, requests)
-    past = merged(tails, collected(events, schema), schema)
+    past = merged_of(requests.select("user_id").distinct(), tails, collected(events, schema), schema)
     kinds = {field.name: field.dataType for field in past.schema}
     joined = requests.join(past, "user_id", "left")
     joined = joined.withColumns({s.column: _known(s) for s in schema.sequences})

@@ -11,7 +11,7 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
-from jobs.behavior_sequences import collected, merged, tail_days, yesterdays_tails
+from jobs.behavior_sequences import collected, merged_of, tail_days, yesterdays_tails
 from jobs.contract import context_columns
 from jobs.encoding import stored, stored_all
 from jobs.pieces import MANY_EVENTS, PIECE, in_pieces, of_users, piece_of, users_with_many
@@ -53,7 +53,8 @@ def training_requests(
     users = user_features.select("user_id", F.struct(*stored_all(schema.of_side("user"), F.col)).alias("_user"))
     tails = None if tails is None else of_those_who_ask(tails, impressions, few=few)
     events = of_those_who_ask(events, impressions, few=few)
-    joined, past = _with_past(requests.join(users, "user_id", "left"), tails, events, schema, many)
+    asking = impressions.select("user_id").distinct()
+    joined, past = _with_past(requests.join(users, "user_id", "left"), asking, tails, events, schema, many)
     kinds = {field.name: field.dataType for field in past.schema}
     joined = joined.withColumns({s.column: _known(s) for s in schema.sequences})
     user_columns = [
@@ -76,14 +77,20 @@ def of_those_who_ask(rows: DataFrame, requests: DataFrame, *, few: bool = True) 
 
 
 def _with_past(
-    requests: DataFrame, tails: DataFrame | None, events: DataFrame, schema: FeatureSchema, many: Many[str]
+    requests: DataFrame,
+    asking: DataFrame,
+    tails: DataFrame | None,
+    events: DataFrame,
+    schema: FeatureSchema,
+    many: Many[str],
 ) -> tuple[DataFrame, DataFrame]:
     """Return the requests with their users' events, or the piece of them that they need; and these pasts."""
     if not many:
-        past = merged(tails, collected(events, schema), schema)
+        past = merged_of(asking, tails, collected(events, schema), schema)
         return requests.join(past, "user_id", "left"), past
     few = ~of_users(many)
-    whole = merged(None if tails is None else tails.where(few), collected(events.where(few), schema), schema)
+    today = collected(events.where(few), schema)
+    whole = merged_of(asking.where(few), None if tails is None else tails.where(few), today, schema)
     pieces, starts = in_pieces(None if tails is None else tails.where(~few), events.where(~few), schema)
     past = whole.withColumn(PIECE, F.lit(0)).unionByName(pieces)
     placed = requests.join(F.broadcast(starts), "user_id", "left")

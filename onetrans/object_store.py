@@ -22,9 +22,9 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 from pyarrow import fs
@@ -43,10 +43,13 @@ _QUICK_ATTEMPTS = 2
 _READS = 5
 _READ_PAUSE_S = 0.1
 _STREAM_BYTES = 1 << 20
+_LASTING = re.compile("ACCESS_DENIED|NO_SUCH_BUCKET|INVALID_ACCESS_KEY|SIGNATURE|HTTP status 40[0134]")
 _SCHEMES = ("s3", "s3a")
 _PROBE = "_onetrans_check"
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,24 @@ def _client(found: Access, bucket: str, attempts: int) -> fs.S3FileSystem:
 # Reading what broke off again
 
 
+def _repeated(call: Callable[[], T], what: str) -> T:
+    """Return what ``call`` returns; one that fails, but for good reason, is repeated.
+
+    Arrow repeats most of what fails itself, but not a HEAD that is answered with 500: such an answer has no body, by
+    which it would know the error, nor an answer that breaks off.
+    """
+    for attempt in range(1, _READS + 1):
+        try:
+            return call()
+        except OSError as error:
+            lasting = isinstance(error, FileNotFoundError | PermissionError) or _LASTING.search(str(error))
+            if lasting or attempt == _READS:
+                raise
+            logger.warning("%s again: %s", what, reason(error))
+            time.sleep(_READ_PAUSE_S * 2**attempt)
+    raise AssertionError("unreachable")
+
+
 class _Pieces(io.RawIOBase):
     """An object that is read piece by piece; a piece whose connection breaks is asked for again.
 
@@ -186,19 +207,13 @@ class _Pieces(io.RawIOBase):
         return len(content)
 
     def _read_at(self, size: int, offset: int) -> bytes:
-        for attempt in range(1, _READS + 1):
-            try:
-                content: bytes = self._file.read_at(size, offset)
-                if len(content) == size:
-                    return content
-                problem = f"{len(content):,} of {size:,} bytes came"
-            except OSError as error:
-                if isinstance(error, FileNotFoundError) or "ACCESS_DENIED" in str(error) or attempt == _READS:
-                    raise
-                problem = reason(error)
-            logger.warning("s3://%s: reading %d bytes at %d again: %s", self._name, size, offset, problem)
-            time.sleep(_READ_PAUSE_S * 2**attempt)
-        raise OSError(f"s3://{self._name}: {problem}")
+        def read() -> bytes:
+            content: bytes = self._file.read_at(size, offset)
+            if len(content) != size:
+                raise OSError(f"{len(content):,} of {size:,} bytes came")
+            return content
+
+        return _repeated(read, f"s3://{self._name}: reading {size:,} bytes at {offset:,}")
 
     def close(self) -> None:
         if not self.closed:
@@ -233,18 +248,18 @@ class Objects(fs.FileSystemHandler):
 
     def get_file_info(self, paths: list[str]) -> list[fs.FileInfo]:
         """Look at paths."""
-        return list(self.client.get_file_info(paths))
+        return _repeated(lambda: list(self.client.get_file_info(paths)), f"looking at {paths}")
 
     def get_file_info_selector(self, selector: fs.FileSelector) -> list[fs.FileInfo]:
         """List a folder."""
-        return list(self.client.get_file_info(selector))
+        return _repeated(lambda: list(self.client.get_file_info(selector)), f"listing {selector.base_dir}")
 
     def create_dir(self, path: str, recursive: bool) -> None:
         """Do nothing: a folder is there when an object is in it."""
 
     def delete_dir(self, path: str) -> None:
         """Delete all objects in a folder."""
-        self.client.delete_dir(path)
+        _repeated(lambda: self.client.delete_dir(path), f"deleting {path}")
 
     def delete_dir_contents(self, path: str, missing_dir_ok: bool = False) -> None:
         """Delete all objects in a folder."""
@@ -256,7 +271,7 @@ class Objects(fs.FileSystemHandler):
 
     def delete_file(self, path: str) -> None:
         """Delete an object."""
-        self.client.delete_file(path)
+        _repeated(lambda: self.client.delete_file(path), f"deleting {path}")
 
     def move(self, src: str, dest: str) -> None:
         """Copy an object and delete the first."""
@@ -266,14 +281,17 @@ class Objects(fs.FileSystemHandler):
         """Copy an object within the store."""
         self.client.copy_file(src, dest)
 
+    def _open(self, path: str) -> pa.NativeFile:
+        return _repeated(lambda: self.client.open_input_file(path), f"opening {path}")
+
     def open_input_stream(self, path: str) -> pa.NativeFile:
         """Open an object to be read from its beginning."""
-        pieces = _Pieces(path, self.client.open_input_file(path), one_place=True)
+        pieces = _Pieces(path, self._open(path), one_place=True)
         return pa.PythonFile(io.BufferedReader(pieces, _STREAM_BYTES), mode="r")
 
     def open_input_file(self, path: str) -> pa.NativeFile:
         """Open an object to be read anywhere, by any thread."""
-        return pa.PythonFile(_Pieces(path, self.client.open_input_file(path), one_place=False), mode="r")
+        return pa.PythonFile(_Pieces(path, self._open(path), one_place=False), mode="r")
 
     def open_output_stream(self, path: str, metadata: Mapping[str, str] | None) -> pa.NativeFile:
         """Open an object to be written; it is there when the stream is closed."""

@@ -83,7 +83,8 @@ class Shop:
             for scorer, known in (("dcnv2_din", 0.2), ("popularity", 0.1)):
                 blurred = known * truth + (1.0 - known) * rng.random(truth.shape[0])
                 scores = scores.append_column(f"{scorer}_{task}", pa.array(blurred))
-        pq.write_table(scores, storage.local_path(storage.join(plan.path, SCORES_FILE)))
+        with storage.writing(storage.join(plan.path, SCORES_FILE)) as file:
+            pq.write_table(scores, file)
         metrics = {name: m.to_dict() for name, m in compute_metrics(scores, list(plan.models)).items()}
         storage.write_json(storage.join(plan.path, "metrics.json"), {"ds": str(plan.ds), **metrics})
         if plan.mlflow_run_id:

@@ -140,6 +140,21 @@ def test_a_place_is_tried_and_what_is_wrong_is_said(object_store: ObjectStore, m
     assert endpoint in told
 
 
+def test_looking_is_repeated_where_a_head_is_answered_with_500(
+    object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket = object_store.create_bucket("heads")
+    storage.write_bytes(f"{bucket}/folder/a", b"a")
+    faults = Faults({"error": 2})
+    with before(object_store.endpoint, faults) as endpoint:
+        monkeypatch.setenv("ONETRANS_STORE_ENDPOINT", endpoint)
+        for _ in range(5):
+            assert storage.exists(f"{bucket}/folder/a")
+            assert storage.read_bytes(f"{bucket}/folder/a") == b"a"
+            assert not storage.exists(f"{bucket}/folder/b")
+    assert faults.done["error"] > 5
+
+
 def test_an_object_is_read_whole_over_a_connection_that_breaks(
     object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

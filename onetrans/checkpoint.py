@@ -2,20 +2,22 @@
 
 ``step-<n>-<random>.safetensors`` holds every tensor (weights, optimizer state,
 generator state), ``checkpoint.json`` the rest, the name of the tensor file, its
-size and its hash.  The JSON file is replaced last and at once, so a reader finds
-the earlier checkpoint or the new one; tensor files it does not name are leftovers
-and are removed.  Tensors are written from where they lie (:mod:`onetrans.tensors`):
+size and its hash, and a hash of itself.  The JSON file is replaced last and at
+once, so a reader finds the earlier checkpoint or the new one; tensor files it does
+not name are leftovers and are removed.  Tensors are written from where they lie (:mod:`onetrans.tensors`):
 a checkpoint takes no memory of its own.  No pickle is read or written.
 """
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor, nn
 
 from onetrans import storage
@@ -26,6 +28,8 @@ from onetrans.tensors import check_tensors, read_tensors, write_tensors
 
 _INDEX = "checkpoint.json"
 _FORMAT = 1
+_DIGEST = "xxh3_128"
+"""In the JSON file: the hash of all the rest of it; checkpoints of earlier versions have none."""
 _MODEL, _OPTIMIZERS, _GENERATORS = "model", "optimizers", "generators"
 
 
@@ -94,18 +98,16 @@ class Checkpoint:
         # A name of its own also where the step is the same: nothing that the index names is ever written to.
         name = f"step-{self.step}-{uuid.uuid4().hex[:8]}.safetensors"
         written = write_tensors(storage.join(folder, name), self.tensors)
-        storage.write_json(
-            storage.join(folder, _INDEX),
-            {
-                "format": _FORMAT,
-                "step": self.step,
-                "tensors": name,
-                "written": written,
-                "cursor": self.cursor.to_dict(),
-                "progress": self.progress,
-                "trees": self.trees,
-            },
-        )
+        index = {
+            "format": _FORMAT,
+            "step": self.step,
+            "tensors": name,
+            "written": written,
+            "cursor": self.cursor.to_dict(),
+            "progress": self.progress,
+            "trees": self.trees,
+        }
+        storage.write_json(storage.join(folder, _INDEX), {**index, _DIGEST: _digest(index)})
         # Earlier ones, and what a process that was killed while it wrote has left.
         for file in (*storage.list_files(folder, ".safetensors"), *storage.list_files(folder, ".tmp")):
             if not file.endswith(f"/{name}"):
@@ -159,7 +161,14 @@ def _read_index(folder: str) -> dict[str, Any] | None:
     found = data.get("format") if isinstance(data, dict) else None
     if found != _FORMAT:
         raise DamagedCheckpointError(f"{index} has format {found}, expected {_FORMAT}")
+    digest = data.pop(_DIGEST, None)
+    if digest is not None and digest != _digest(data):
+        raise DamagedCheckpointError(f"{index} is damaged: its content is not what was written")
     return data
+
+
+def _digest(index: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(index, sort_keys=True, default=str).encode())
 
 
 # Nested state as JSON: a tensor becomes {"tensor": path}, a mapping {"map": [[key, value], ...]} so that the

@@ -404,7 +404,7 @@ def run(arguments: argparse.Namespace) -> int:
     from onetrans import plain_runs
 
     settings = load_settings()
-    if plain_runs.chosen(arguments, ["data_dir", "model_path"], ["plan", "ds"]):
+    if plain_runs.chosen(arguments, ["data_dir", "model_path"], ["plan", "ds", "config", "from_scratch"]):
         return plain_runs.evaluate_files(arguments, settings)
     if arguments.overlapping_times:
         raise BadConfigError("--overlapping-times needs --data-dir; of a day of the lake only later rows are scored")

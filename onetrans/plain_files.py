@@ -27,7 +27,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 from zoneinfo import ZoneInfo
 
 import numpy as np
@@ -143,7 +143,8 @@ def to_requests(rows: pa.Table, schema: FeatureSchema, where: str) -> pa.Table:
     if "request_id" in rows.column_names:
         request_id = source.ids("request_id")
     else:
-        request_id = pa.array([f"{_name(where)}:{row + 1}" for row in range(rows.num_rows)])
+        told = _name_in_split(where)
+        request_id = pa.array([f"{told}:{row + 1}" for row in range(rows.num_rows)])
     code_N = request_id.dictionary_encode().indices.to_numpy()
     order_N = np.argsort(code_N, kind="stable")
     first = np.flatnonzero(np.concatenate(([True], np.diff(code_N[order_N]) != 0)))
@@ -391,6 +392,12 @@ def _read_csv(stream: pa.NativeFile) -> pa.Table:
 
 def _name(file: str) -> str:
     return Path(file).name
+
+
+def _name_in_split(file: str) -> str:
+    """Return a file's name, with its folder's where that is a split: two splits may have files of the same names."""
+    path = Path(file)
+    return f"{path.parent.name}/{path.name}" if path.parent.name in get_args(Split) else path.name
 
 
 def _names(files: Sequence[str]) -> str:

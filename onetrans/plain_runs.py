@@ -31,7 +31,7 @@ from onetrans.metrics import Metrics
 from onetrans.models import RankingModel, model_name
 from onetrans.optim_config import optimizer_preset
 from onetrans.plain_files import Split
-from onetrans.plan import METRICS_FILE, SCORES_FILE, ModelPlan, Plan, Recipe, configured_models, git_revision
+from onetrans.plan import METRICS_FILE, PLAN_FILE, SCORES_FILE, ModelPlan, Plan, Recipe, configured_models, git_revision
 from onetrans.process import print_json
 from onetrans.schema import FeatureSchema
 from onetrans.settings import Settings
@@ -143,8 +143,8 @@ def evaluate_files(arguments: argparse.Namespace, settings: Settings) -> int:
     """Score a split of ``--data-dir`` with the model at ``--model-path`` and print its figures.
 
     Raises:
-        BadDataError: if there is no model, its schema is not the folder's, or the split has rows of the folder's
-            ``train``, or from before its end.
+        BadDataError: if there is no model, its schema is not the folder's, or the split has rows that the model was
+            trained on, or of the folder's ``train``, or from before their end.
         BadConfigError: if the split is not there.
     """
     folder = storage.resolve(arguments.model_path)
@@ -159,11 +159,16 @@ def evaluate_files(arguments: argparse.Namespace, settings: Settings) -> int:
         )
     split: Split = arguments.split
     files = plain_files.prepare(arguments.data_dir, split, schema, _out(settings))
+    trained_on = _trained_on(folder)
     for earlier in _BEFORE[split]:
         if plain_files.split_files(arguments.data_dir, earlier):
             known = plain_files.prepare(arguments.data_dir, earlier, schema, _out(settings))
+            trained_on = [file for file in trained_on if file not in known]
             # Choosing the best pass learns from val too, but no weights.
             _require_new(known, files, earlier, split, bool(arguments.overlapping_times) or earlier == "val")
+    if trained_on and split != "train":
+        # The model is of another folder, or of other files that lay in this one.
+        _require_new(trained_on, files, "the model's training", split, bool(arguments.overlapping_times))
     name = model_name(config)
     plan = _evaluation_plan(name, ModelPlan(config, optimizer_preset("tiny"), None), schema, files, settings)
     scores, metrics = measure({name: model}, plan, settings)
@@ -209,7 +214,20 @@ def _evaluation_plan(
     )
 
 
-def _require_new(known: Sequence[str], files: Sequence[str], first: Split, second: Split, overlapping: bool) -> None:
+def _trained_on(folder: str) -> list[str]:
+    """Return the files that a saved model was trained on, where they and the plan of its training still lie."""
+    plan = folder.rsplit("/", 2)[0]
+    if plan.endswith(":/") or not storage.exists(storage.join(plan, PLAN_FILE)):
+        return []
+    try:
+        files = Plan.load(plan).train_files
+    except BadConfigError as error:
+        logger.warning("what the model was trained on is not known, so it is not compared: %s", error)
+        return []
+    return [file for file in files if storage.exists(file)]
+
+
+def _require_new(known: Sequence[str], files: Sequence[str], first: str, second: Split, overlapping: bool) -> None:
     """Refuse to measure on rows that were trained on, or on some that are not later: such a figure says too much.
 
     Raises:

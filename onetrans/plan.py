@@ -551,9 +551,19 @@ def add_day_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def plan_of(arguments: argparse.Namespace, settings: Settings) -> Plan:
-    """Return the plan the options name, or make the one they describe."""
+    """Return the plan the options name, or make the one they describe.
+
+    Raises:
+        BadConfigError: if neither is given, or both are.
+    """
     if getattr(arguments, "plan", None):
-        return Plan.load(arguments.plan)
+        for name in ("ds", "config", "from_scratch"):
+            if getattr(arguments, name):
+                raise BadConfigError(
+                    f"--plan names a plan that is made, --{name.replace('_', '-')} decides another: give one of them"
+                )
+        plan = Plan.load(arguments.plan)
+        return replace(plan, mlflow_run_id="") if arguments.no_mlflow else plan
     if arguments.ds is None:
         raise BadConfigError("either --plan PATH or --ds DAY is needed")
     if arguments.config:

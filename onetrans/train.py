@@ -28,7 +28,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, astuple, dataclass, fields
+from dataclasses import asdict, astuple, dataclass, fields, replace
 from datetime import UTC, date, datetime
 from types import FrameType
 from typing import IO, Any, NamedTuple, Protocol
@@ -812,7 +812,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace, settings: Settings, ranks: Ranks, stop: threading.Event) -> int:
     from onetrans import plain_runs
 
-    if plain_runs.chosen(arguments, ["data_dir"], ["plan", "ds"]):
+    if plain_runs.chosen(arguments, ["data_dir"], ["plan", "ds", "from_scratch"]):
         return plain_runs.train_on_files(arguments, settings, stop, ranks)
     if arguments.overlapping_times:
         raise BadConfigError("--overlapping-times needs --data-dir; a day of the lake is never trained on")
@@ -820,6 +820,9 @@ def _run(arguments: argparse.Namespace, settings: Settings, ranks: Ranks, stop: 
         if getattr(arguments, name) is not None:
             raise BadConfigError(f"--{name.replace('_', '-')} needs --data-dir; for days it is training.{name}")
     plan = Plan.load(ranks.decide(lambda: plan_of(arguments, settings).path))
+    if arguments.no_mlflow:
+        # An earlier command may have opened a run for this plan.
+        plan = replace(plan, mlflow_run_id="")
     record = train(plan, arguments.model, settings, stop, ranks=ranks)
     if not ranks.leads:
         return 0

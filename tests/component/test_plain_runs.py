@@ -66,6 +66,11 @@ def test_options_that_contradict_each_other_and_rows_in_two_splits_are_refused(f
     assert "--epochs needs --data-dir" in capsys.readouterr().err
     assert cli(command(folder, "--ds", "2026-01-01")) == EXIT_BAD_CONFIG
     assert "--ds belongs to a day of the lake" in capsys.readouterr().err
+    assert cli(command(folder, "--from-scratch")) == EXIT_BAD_CONFIG
+    assert "--from-scratch belongs to a day of the lake" in capsys.readouterr().err
+    evaluation = ["evaluate", "--data-dir", str(folder), "--model-path", "m", "--config", "base"]
+    assert cli(evaluation) == EXIT_BAD_CONFIG
+    assert "--config belongs to a day of the lake" in capsys.readouterr().err
     assert cli(["evaluate", "--data-dir", str(folder)]) == EXIT_BAD_CONFIG
     assert "--model-path is needed beside --data-dir" in capsys.readouterr().err
     write(folder / "val.jsonl", rows(50, 2, "train", after=401))
@@ -89,3 +94,33 @@ def test_rows_that_are_not_later_than_those_trained_on_are_refused_unless_it_is_
     assert "120 requests stand both in val and in test" in capsys.readouterr().err
     # What the model was trained on may be scored, if that is asked for.
     assert cli([*evaluation[:-1], "train"]) == EXIT_OK
+
+
+def test_rows_that_the_model_was_trained_on_are_refused_wherever_they_lie(folder, tmp_path, capsys):
+    """The folder's own ``train`` may be another one by now, or the model of another folder."""
+    assert cli(command(folder, "--epochs", "1")) == EXIT_OK
+    path = capsys.readouterr().out.strip().splitlines()[-1]
+    other = tmp_path / "other"
+    write(other / "test.parquet", rows(120, 3, "test", after=521))
+    (other / "schema.toml").write_text(SCHEMA)
+    evaluation = ["evaluate", "--model-path", path, "--data-dir", str(other)]
+    assert cli(evaluation) == EXIT_OK
+    write(other / "test.parquet", rows(30, 1, "train", after=521))
+    assert cli(evaluation) == EXIT_BAD_DATA
+    told = "30 requests stand both in the model's training and in test, for example 'train0000'"
+    assert told in capsys.readouterr().err
+    write(other / "test.parquet", rows(120, 3, "test", after=390))
+    assert cli(evaluation) == EXIT_BAD_DATA
+    assert "9 of 120 requests of test are not later than the last of the model's training" in capsys.readouterr().err
+    assert cli([*evaluation, "--overlapping-times"]) == EXIT_OK
+
+
+def test_files_of_one_name_in_two_splits_are_no_common_rows(folder, capsys):
+    """As Spark names them; without ``request_id`` a row is known by its place."""
+    for split, seed, after in (("train", 1, 0), ("val", 2, 401)):
+        for file in folder.glob(f"{split}.*"):
+            file.unlink()
+        given = [{n: v for n, v in row.items() if n != "request_id"} for row in rows(60, seed, after=after)]
+        write(folder / split / "part-0.csv", given)
+    assert cli(command(folder, "--epochs", "1")) == EXIT_OK
+    assert capsys.readouterr().out.startswith("pass 1: val ")

@@ -1,5 +1,6 @@
 """The plan: which days, what to start from, what makes two plans the same, and what is refused."""
 
+import argparse
 import json
 from dataclasses import replace
 from datetime import timedelta
@@ -22,6 +23,7 @@ from onetrans.plan import (
     configured_models,
     git_revision,
     make_plan,
+    plan_of,
     preset_models,
 )
 from onetrans.schema import Feature
@@ -104,6 +106,12 @@ def test_a_damaged_checkpoint_is_left_aside_and_named(settings, days, caplog):
     storage.write_bytes(storage.join(newest.model_path("onetrans"), CHECKPOINT_FOLDER, CHECKPOINT_FILE), b"{")
     assert plan_for(settings, days[4]) == plan
     assert "checkpoint.json is damaged" in caplog.text
+    caplog.clear()
+    _leave_checkpoint(storage.join(newest.model_path("onetrans"), CHECKPOINT_FOLDER))
+    index = storage.join(newest.model_path("onetrans"), CHECKPOINT_FOLDER, CHECKPOINT_FILE)
+    storage.write_bytes(index, storage.read_bytes(index).replace(b'"step": 1', b'"step": 3'))
+    assert plan_for(settings, days[4]) == plan
+    assert "checkpoint.json is damaged: its content is not what was written" in caplog.text
     storage.delete_tree(plan_for(settings, days[2]).path)
     last = plan_for(settings, days[4])
     assert last.warm_start_ds is None
@@ -387,6 +395,17 @@ def test_a_plan_that_is_not_there_or_of_another_version_is_refused(settings, day
     storage.write_json(storage.join(plan.path, "plan.json"), data)
     with pytest.raises(BadConfigError, match=r"written by another version of onetrans \('recipe'\)"):
         Plan.load(plan.path)
+
+
+@pytest.mark.parametrize("given", [{"ds": FIRST_DAY}, {"config": "base"}, {"from_scratch": True}])
+def test_a_plan_is_named_or_decided_and_tracked_only_if_that_is_wanted(settings, days, given):
+    plan = replace(plan_for(settings, days[5]), mlflow_run_id="opened by another command").save()
+    none = {"plan": plan.path, "ds": None, "config": None, "from_scratch": False, "no_mlflow": False}
+    assert plan_of(argparse.Namespace(**none), settings) == plan
+    assert plan_of(argparse.Namespace(**none | {"no_mlflow": True}), settings) == replace(plan, mlflow_run_id="")
+    option = f"--{next(iter(given)).replace('_', '-')}"
+    with pytest.raises(BadConfigError, match=f"--plan names a plan that is made, {option} decides another"):
+        plan_of(argparse.Namespace(**none | given), settings)
 
 
 def test_the_command_prints_the_folder_and_exits_75_when_not_ready(settings, days, tmp_path, monkeypatch, capsys):

@@ -39,10 +39,10 @@ def rows_of(folder: Path, world: World = WORLD, schema: FeatureSchema = SCHEMA) 
     return write_requests(folder / "rows.parquet", FIRST_DAY, schema, world)
 
 
-def save(folder: Path, seed: int = 0, schema: FeatureSchema = SCHEMA) -> RankingModel:
+def save(folder: Path, seed: int = 0, schema: FeatureSchema = SCHEMA, **changed: object) -> RankingModel:
     """Save an untrained tiny model and its fixed batch in ``folder``, as MLflow keeps them; return the model."""
     torch.manual_seed(seed)
-    model = build_model(preset("onetrans", "tiny"), schema).eval()
+    model = build_model(replace(preset("onetrans", "tiny"), **changed), schema).eval()  # type: ignore[arg-type]
     save_model(str(folder / "model"), model, schema, model.config)
     requests = from_rows(rows_of(folder, World(requests=8), schema), schema)
     (folder / "check").mkdir()

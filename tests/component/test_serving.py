@@ -22,6 +22,7 @@ from served import SCHEMA, rows_of, running, save, serve_folder, settings_of
 from onetrans.errors import EXIT_BAD_CONFIG, EXIT_NOT_READY, BadConfigError, BadDataError
 from onetrans.requests import from_rows, score
 from onetrans.serving import OneTransInferenceEngine, app
+from onetrans.serving.cache import UserCache
 
 ROOT = Path(__file__).parents[2]
 
@@ -109,6 +110,32 @@ def test_events_are_appended_to_what_is_kept(folder, requests):
     assert engine.cache.counts.appended >= 2
     assert engine.cache.counts.encoded == 1
     assert len(without.cache) == 0
+
+
+def test_what_is_kept_changes_no_score_whatever_becomes_of_histories(tmp_path):
+    """Events are appended, come late and push others out; users are dropped for room and come back."""
+    save(tmp_path, max_seq_len=16, num_layers=3)
+    engine = OneTransInferenceEngine(str(tmp_path), settings_of(tmp_path))
+    without = OneTransInferenceEngine(str(tmp_path), settings_of(tmp_path, cache_mib=0))
+    requests = from_rows(rows_of(tmp_path), SCHEMA)
+    longest = sorted(requests, key=lambda request: -sum(map(len, request["sequences"].values())))[:5]
+    engine.rank({**longest[0], "user_id": "a"})
+    engine.cache = UserCache(3 * engine.cache.bytes)
+    rng, reached, truncated = np.random.default_rng(0), [3] * 5, 0
+    for _ in range(150):
+        user = int(rng.integers(5))
+        request = copy.deepcopy({**longest[user], "user_id": f"u{user}"})
+        times = sorted(event["ts"] for events in request["sequences"].values() for event in events)
+        reached[user] = 3 if reached[user] == len(times) else min(reached[user] + int(rng.integers(3)), len(times))
+        late = times[reached[user] - 2] if rng.random() < 0.1 else None
+        for name, events in request["sequences"].items():
+            request["sequences"][name] = [e for e in events if e["ts"] <= times[reached[user] - 1] and e["ts"] != late]
+        truncated += reached[user] > 16
+        for ours, theirs in zip(engine.rank(request), without.rank(request), strict=True):
+            assert ours["ctr"] == pytest.approx(theirs["ctr"], abs=1e-6)
+            assert ours["cvr"] == pytest.approx(theirs["cvr"], abs=1e-6)
+    counts = engine.cache.counts
+    assert min(truncated, counts.equal, counts.appended, counts.encoded, counts.evicted) >= 5, (truncated, counts)
 
 
 def test_events_in_the_same_text_are_not_read_again_and_others_are(client, service, requests, expected):

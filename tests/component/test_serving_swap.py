@@ -46,7 +46,10 @@ def test_the_champion_is_followed_without_a_failed_request(shop, requests):
 
     candidate = shop.candidate(shop.days[3])
     answers, stop = [], threading.Event()
+    kept = {**max(requests, key=lambda request: sum(map(len, request["sequences"].values()))), "user_id": "kept"}
     with running(RankingService(served)) as client:
+        before = client.post("/v1/rank", json=kept).json()
+        assert first.cache.get("kept") is not None
 
         def ask(number):
             while not stop.is_set():
@@ -58,7 +61,7 @@ def test_the_champion_is_followed_without_a_failed_request(shop, requests):
             thread.start()
         promote(shop.settings, candidate)
         assert served.look()
-        after = client.post("/v1/rank", json=requests[0]).json()
+        after = client.post("/v1/rank", json=kept).json()
         stop.set()
         for thread in asking:
             thread.join()
@@ -68,10 +71,12 @@ def test_the_champion_is_followed_without_a_failed_request(shop, requests):
         ready = client.get("/readyz").json()
         assert (ready["version"], ready["day"]) == ("2", str(shop.days[3]))
         assert f'onetrans_model{{day="{shop.days[3]}",version="2"}} 1' in client.get("/metrics").text
-    # The kept users of the first version are not those of the second.
-    offline = OneTransInferenceEngine("models:/onetrans-ranker/2", shop.settings).rank(requests[0])
+    # What the first version kept of a user is not used by the second, though the events came in the same text.
+    offline = OneTransInferenceEngine("models:/onetrans-ranker/2", shop.settings).rank(kept)
+    of_first = {item["index"]: item["ctr"] for item in before["results"][0]["items"]}
     for ours, theirs in zip(after["results"][0]["items"], offline, strict=True):
         assert ours["ctr"] == pytest.approx(theirs["ctr"], abs=1e-5)
+    assert max(abs(item["ctr"] - of_first[item["index"]]) for item in offline) > 1e-4, "the versions differ"
 
     # Addresses of one and the same model
     model_id = Registry(shop.settings.mlflow).version("2").tags[TAG_MODEL_ID]
@@ -79,7 +84,7 @@ def test_the_champion_is_followed_without_a_failed_request(shop, requests):
     folder = fetch_folder(shop.settings.mlflow, model_id, "model")
     for address in (f"models:/{model_id}", f"runs:/{run_id}", folder):
         engine = OneTransInferenceEngine(address, shop.settings)
-        assert engine.rank(requests[0])[0]["ctr"] == pytest.approx(offline[0]["ctr"], abs=1e-6)
+        assert engine.rank(kept)[0]["ctr"] == pytest.approx(offline[0]["ctr"], abs=1e-6)
 
     # A version whose scores are not those that were logged, then one that does not load, then a good one
     third = shop.candidate(shop.days[4])

@@ -114,7 +114,7 @@ def test_events_are_appended_to_what_is_kept(folder, requests):
 
 def test_what_is_kept_changes_no_score_whatever_becomes_of_histories(tmp_path):
     """Events are appended, come late and push others out; users are dropped for room and come back."""
-    save(tmp_path, max_seq_len=16, num_layers=3)
+    save(tmp_path, max_seq_len=16, num_layers=4, pyramid_multiple=4)
     engine = OneTransInferenceEngine(str(tmp_path), settings_of(tmp_path))
     without = OneTransInferenceEngine(str(tmp_path), settings_of(tmp_path, cache_mib=0))
     requests = from_rows(rows_of(tmp_path), SCHEMA)

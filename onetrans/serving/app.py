@@ -153,7 +153,10 @@ class RankingService:
     async def _rank(self, request: Request, began: float) -> Response:
         self._authorize(request)
         deadline = began + self._deadline_s(request)
-        self._turn_away_if_late(request, deadline)
+        announced = _announced_bytes(request)
+        if announced > self._largest_body:
+            raise self._too_large()
+        self._turn_away_if_late(announced, deadline)
         body = await self._body(request, began, deadline)
         served = self.served.engine
         try:
@@ -169,11 +172,10 @@ class RankingService:
         self.candidates.observe(call.candidates)
         return Response(answer(call, scores, served.source.version), media_type="application/json")
 
-    def _turn_away_if_late(self, request: Request, deadline: float) -> None:
-        """Turn a call away if what waits will take longer than it can wait."""
-        pace, announced = self._reading_pace, request.headers.get("content-length", "")
+    def _turn_away_if_late(self, size: int, deadline: float) -> None:
+        """Turn a call with a body of ``size`` bytes away if what waits will take longer than it can wait."""
+        pace = self._reading_pace
         wait_s = pace.expected_s(pace.ahead) + self.batcher.wait_s
-        size = int(announced[:15]) if announced.isdigit() else 0
         if self.batcher.waiting >= self.settings.queue_requests or (
             wait_s and time.monotonic() + wait_s + pace.expected_s(size) > deadline
         ):
@@ -224,22 +226,23 @@ class RankingService:
             )
         return min(int(given), self.settings.deadline_ms) / 1000
 
+    @property
+    def _largest_body(self) -> int:
+        return self.settings.max_body_kib << 10
+
+    def _too_large(self) -> CallError:
+        told = f"the body is larger than {self._largest_body} bytes (serving.max_body_kib)"
+        return CallError(413, "body", told, Connection="close")
+
     async def _body(self, request: Request, began: float, deadline: float) -> bytes:
-        limit = self.settings.max_body_kib << 10
-        too_large = CallError(
-            413, "body", f"the body is larger than {limit} bytes (serving.max_body_kib)", Connection="close"
-        )
-        announced = request.headers.get("content-length", "")
-        if announced.isdigit() and int(announced[:15]) > limit:
-            raise too_large
         parts, size = [], 0
         try:
             left_s = max(deadline - time.monotonic(), 0)
             async with asyncio.timeout(min(self.settings.body_timeout_s, left_s)):
                 async for part in request.stream():
                     size += len(part)
-                    if size > limit:
-                        raise too_large
+                    if size > self._largest_body:
+                        raise self._too_large()
                     parts.append(part)
         except TimeoutError as error:
             if left_s < self.settings.body_timeout_s:
@@ -356,6 +359,12 @@ class RankingService:
             schema["components"] = {"securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}}
             operation["security"] = page["security"] = [{"token": []}]
         return schema
+
+
+def _announced_bytes(request: Request) -> int:
+    """Return the length of the body by its head, 0 if that does not say it."""
+    announced = request.headers.get("content-length", "")
+    return int(announced[:15]) if announced.isdigit() else 0
 
 
 async def _unless_gone(scoring: asyncio.Future[Any], receive: Callable[[], Awaitable[Any]]) -> Any:

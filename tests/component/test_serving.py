@@ -487,6 +487,23 @@ def test_overload_is_turned_away_and_the_rest_is_answered_together(folder, reque
         assert client.post("/v1/rank", json=requests[0]).status_code == 200, "it recovers"
 
 
+def test_a_body_that_is_too_large_is_told_so_under_load_too(folder, requests):
+    """Not to come again later: it would be too large then as well."""
+    service = serve_folder(folder)
+    with running(service) as client:
+        service.served.engine = SlowEngine(service.served.engine, 2)
+        busy = threading.Thread(target=_at_once, args=(client, 1, requests[0]))
+        busy.start()
+        until = time.monotonic() + 30
+        while not service.batcher.wait_s:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        head = b"POST /v1/rank HTTP/1.1\r\nHost: x\r\nContent-Length: 900000000000\r\n\r\n"
+        assert _answer_to(client, head)[0] == 413
+        assert service.batcher.wait_s, "something waited all the while"
+        busy.join()
+
+
 def test_what_is_scored_together_is_bounded_in_time(folder, requests):
     service = serve_folder(folder, batch_ms=20)
     with running(service) as client:

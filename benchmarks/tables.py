@@ -1,7 +1,7 @@
 """What the tables of a day cost by its size, and what a skewed day costs more; against windows in Spark, and DuckDB.
 
     python -m benchmarks.tables [--quick] [--json FILE] [--rows N,N,...] [--skewed-rows N] [--driver-memory 4g]
-                                [--costs FILE]
+                                [--history-days N] [--costs FILE]
 
 For each size (rows of a day's log, impressions and behaviours together; default: 100,000, a million and ten million)
 a simulated log is written, its first day is built, and the jobs of the second are measured, in a process of
@@ -63,6 +63,7 @@ QUICK_SIZES = (20_000,)
 FIRST = date(2026, 1, 1)
 DAY = FIRST + timedelta(days=1)
 HISTORY_DAYS = 2
+"""Days of events before the log's first day, unless asked for others."""
 LENGTHS = (64, 32, 32)
 SKEWED_ROWS = 1_000_000
 """Size whose day is skewed."""
@@ -132,6 +133,12 @@ def main(argv: list[str] | None = None) -> int:
         "--skewed-rows", type=int, default=SKEWED_ROWS, help="size whose day is skewed; 0: none (default: %(default)s)"
     )
     options.add_argument("--costs", metavar="FILE", type=Path, help="append every cost to FILE once it is measured")
+    options.add_argument(
+        "--history-days",
+        type=int,
+        default=HISTORY_DAYS,
+        help="days of events before the first day, which fill the tails (default: %(default)s)",
+    )
     options.add_argument("--one", metavar="FOLDER", type=Path, help=argparse.SUPPRESS)
     arguments = options.parse_args(argv)
     sizes: tuple[int, ...] = QUICK_SIZES if arguments.quick else SIZES
@@ -139,14 +146,15 @@ def main(argv: list[str] | None = None) -> int:
         sizes = tuple(int(text) for text in arguments.rows.split(","))
     if arguments.one:
         costs = Costs(sizes[0], arguments.costs)
-        one = measure(arguments.one, costs, arguments.driver_memory, skewed=arguments.skewed_rows == sizes[0])
+        skewed = arguments.skewed_rows == sizes[0]
+        one = measure(arguments.one, costs, arguments.driver_memory, arguments.history_days, skewed=skewed)
         (arguments.one / "measured.json").write_text(json.dumps(asdict(one)), encoding="utf-8")
         return 0
     report = Report("tables", arguments)
     found = []
     for rows in sizes:
         memory = "1g" if arguments.quick else arguments.driver_memory
-        found.append(apart(rows, memory, arguments.skewed_rows, arguments.costs))
+        found.append(apart(rows, memory, arguments.skewed_rows, arguments.history_days, arguments.costs))
         tell(report, found[-1])
     for smaller, larger in itertools.pairwise(found):
         grown = math.log(larger.rows / smaller.rows)
@@ -157,11 +165,12 @@ def main(argv: list[str] | None = None) -> int:
     return report.finish()
 
 
-def apart(rows: int, driver_memory: str, skewed_rows: int, costs: Path | None) -> Measured:
+def apart(rows: int, driver_memory: str, skewed_rows: int, history_days: int, costs: Path | None) -> Measured:
     """Measure one size in a process of its own, so that a peak of memory is that size's."""
     with tempfile.TemporaryDirectory(prefix="onetrans-tables-") as folder:
         command = [sys.executable, "-m", "benchmarks.tables", "--one", folder, "--rows", str(rows)]
         command += ["--driver-memory", driver_memory, "--skewed-rows", str(skewed_rows)]
+        command += ["--history-days", str(history_days)]
         command += ["--costs", str(costs)] if costs else []
         subprocess.run(command, check=True)
         read = json.loads((Path(folder) / "measured.json").read_text(encoding="utf-8"))
@@ -212,7 +221,7 @@ def total(jobs: dict[str, Cost], figure: str) -> float:
     return float(sum(getattr(cost, figure) for cost in jobs.values()))
 
 
-def measure(folder: Path, costs: Costs, driver_memory: str, *, skewed: bool) -> Measured:
+def measure(folder: Path, costs: Costs, driver_memory: str, history_days: int, *, skewed: bool) -> Measured:
     """Write a log, build it, and measure its second day."""
     rows = costs.rows
     logging.basicConfig(level=logging.WARNING)
@@ -232,7 +241,7 @@ def measure(folder: Path, costs: Costs, driver_memory: str, *, skewed: bool) -> 
         items=max(users // 10, 300),
         requests_per_user=_REQUESTS_PER_USER,
         epoch=FIRST,
-        history_days=HISTORY_DAYS,
+        history_days=history_days,
     )
     said(f"{rows:,} rows a day")
     costs.tell("simulate", measured(lambda: write_days(world, settings.source.path, FIRST, 2)))

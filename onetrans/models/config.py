@@ -50,7 +50,8 @@ Beyond the paper (each a field, off by default)
     the other projections are, and has no bias: gates start around one half.
     *Grouped queries*: with ``num_kv_heads`` fewer keys and values are computed and
     cached; neighbouring query heads share one.
-    *Sliding window* counts tokens of the block's input, [SEP] included.
+    *Sliding window* counts tokens of the block's input, [SEP] included.  It is a mask: scores
+    outside it are computed all the same.
     *Relative bias*: a table per head and block over buckets, half a doubling wide, of
     the events between query and key, and one of the seconds; the same tables in both
     stages.  NS-tokens are one step from the latest event and none from each other.
@@ -79,6 +80,14 @@ Heads (3.1)
     The final NS-states are normalised and concatenated (all of them, as each
     has its own parameters), then one MLP with a hidden layer of ``hidden_dim`` per
     task.  CTR is P(click | impression), CVR is P(conversion | click).
+
+Losses and optimizers (3.1, 4.1)
+    *Losses*: binary cross-entropy of either task, that of conversion a mean over the clicked
+    impressions, each with weight 1: nothing published prefers one.  Both weights are
+    settings (``training.click_weight``, ``training.conversion_weight``).
+    *RMSPropV2* is named but not defined: taken to be that of bytedance/monolith, and Adagrad's
+    "beta1, beta2" to be its learning rate and what its sum of squares starts from.  The small
+    sizes have other optimizers, for the reason given in :mod:`onetrans.optim_config`.
 
 Embeddings
     One width for all tables.  Row 0 ("missing") is learned as any other row.  Rows of

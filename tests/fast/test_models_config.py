@@ -95,8 +95,12 @@ def test_unknown_presets_are_refused():
         preset("onetrans", "huge")
 
 
-def test_schedule_of_the_paper():
+def test_sizes_and_schedule_of_the_paper():
     base, large = preset("onetrans", "base"), preset("onetrans", "large")
+    assert [(c.num_layers, c.hidden_dim, c.num_heads, c.num_ns_tokens) for c in (base, large)] == [
+        (6, 256, 4, 12),
+        (8, 384, 4, 16),
+    ]
     assert base.query_schedule() == (1190, 960, 704, 480, 256, 0)
     assert large.query_schedule() == (1500, 1280, 1088, 864, 640, 448, 224, 0)
 

@@ -34,7 +34,8 @@ def test_what_lies_within_another_part_is_counted_there_alone():
         assert profile.seconds[name] >= seconds
     assert sum(profile.seconds.values()) == pytest.approx(taken, rel=0.05)
     assert sum(profile.shares().values()) == pytest.approx(1.0)
-    assert next(iter(profile.shares())) == "inner"
+    shares = list(profile.shares().values())
+    assert shares == sorted(shares, reverse=True)  # a busy machine decides which is the largest
     assert profile.to_dict()["steps_measured"] == 3
 
 

@@ -7,9 +7,11 @@ Credentials have no setting: each client looks for them where AWS' own tools do
 machine's role), so none is ever held, passed on or written here.
 
 A request that fails, or is not answered, is repeated by the client with growing
-pauses; what still fails after :data:`ATTEMPTS` ends the step, which can be run again.
+pauses; what still fails after about a minute ends the step, which can be run again.
 Arrow's client gives up when a connection breaks in the middle of an answer, and an
 object of many parts is read for minutes: :class:`Objects` reads that piece again.
+The strategy that AWS calls standard is not used: it has a budget of repetitions, which
+Arrow never fills again, so the hundred-first failure in the life of a process is final.
 """
 
 from __future__ import annotations
@@ -33,7 +35,10 @@ from onetrans.errors import BadConfigError
 from onetrans.settings import load_settings
 
 ATTEMPTS = 8
-"""Tries of one request; with the pauses between them they reach over a minute of a store that is away."""
+"""Tries of one request by boto3 and by Spark; with the pauses between them they reach over most of a minute."""
+
+ARROW_ATTEMPTS = 11
+"""The same by Arrow, whose pauses double from 50 ms."""
 
 CONNECT_TIMEOUT_S = 5.0
 REQUEST_TIMEOUT_S = 30.0
@@ -42,6 +47,7 @@ REQUEST_TIMEOUT_S = 30.0
 _QUICK_ATTEMPTS = 2
 _READS = 5
 _READ_PAUSE_S = 0.1
+_PATIENCE_S = 45.0
 _STREAM_BYTES = 1 << 20
 _LASTING = re.compile("ACCESS_DENIED|NO_SUCH_BUCKET|INVALID_ACCESS_KEY|SIGNATURE|HTTP status 40[0134]")
 _SCHEMES = ("s3", "s3a")
@@ -118,7 +124,7 @@ def _access(variables: tuple[tuple[str, str], ...]) -> Access:
 
 @functools.cache
 def _filesystem(found: Access, bucket: str) -> fs.PyFileSystem:
-    return fs.PyFileSystem(Objects(_client(found, bucket, ATTEMPTS)))
+    return fs.PyFileSystem(Objects(_client(found, bucket, ARROW_ATTEMPTS)))
 
 
 def _client(found: Access, bucket: str, attempts: int) -> fs.S3FileSystem:
@@ -130,7 +136,7 @@ def _client(found: Access, bucket: str, attempts: int) -> fs.S3FileSystem:
         force_virtual_addressing=bool(found.endpoint) and not found.path_style,
         connect_timeout=CONNECT_TIMEOUT_S,
         request_timeout=REQUEST_TIMEOUT_S,
-        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=attempts),
+        retry_strategy=fs.AwsDefaultS3RetryStrategy(max_attempts=attempts),
         allow_delayed_open=True,  # a small file is one request, not three
     )
 
@@ -141,15 +147,16 @@ def _client(found: Access, bucket: str, attempts: int) -> fs.S3FileSystem:
 def _repeated(call: Callable[[], T], what: str) -> T:
     """Return what ``call`` returns; one that fails, but for good reason, is repeated.
 
-    Arrow repeats most of what fails itself, but not a HEAD that is answered with 500: such an answer has no body, by
-    which it would know the error, nor an answer that breaks off.
+    Arrow repeats most of what fails itself, but not an answer that breaks off.  What it has repeated for
+    :data:`_PATIENCE_S` is given up.
     """
+    until = time.monotonic() + _PATIENCE_S
     for attempt in range(1, _READS + 1):
         try:
             return call()
         except OSError as error:
             lasting = isinstance(error, FileNotFoundError | PermissionError) or _LASTING.search(str(error))
-            if lasting or attempt == _READS:
+            if lasting or attempt == _READS or time.monotonic() > until:
                 raise
             logger.warning("%s again: %s", what, reason(error))
             time.sleep(_READ_PAUSE_S * 2**attempt)

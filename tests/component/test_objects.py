@@ -155,6 +155,20 @@ def test_looking_is_repeated_where_a_head_is_answered_with_500(
     assert faults.done["error"] > 5
 
 
+def test_failures_are_repeated_however_many_there_were(
+    object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A budget of repetitions that is never filled again would be used up: AWS' standard one holds a hundred."""
+    bucket = object_store.create_bucket("often")
+    faults = Faults({"error": 2})
+    with before(object_store.endpoint, faults) as endpoint:
+        monkeypatch.setenv("ONETRANS_STORE_ENDPOINT", endpoint)
+        for number in range(120):
+            storage.write_bytes(f"{bucket}/a", str(number).encode())
+    assert faults.done["error"] > 110
+    assert object_store.client().get_object(Bucket="often", Key="a")["Body"].read() == b"119"
+
+
 def test_an_object_is_read_whole_over_a_connection_that_breaks(
     object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -285,7 +285,7 @@ def _models_text(models: Any) -> str:
     if isinstance(models, Mapping):
         return str(models["error"])
     if not models:
-        return "no training yet; plan one: onetrans plan --ds DAY"
+        return "no training of a day yet; plan one: onetrans plan --ds DAY"
     lines = [f"{'day':<10}  {'preset':<6}  {'CTR lift':>8}  {'CVR lift':>8}  outcome"]
     for day in models:
         lifts = (day["lifts"].get(f"{task}_auc", {}).get("lift") for task in ("ctr", "cvr"))

@@ -237,25 +237,35 @@ def load_trained(plan: Plan, model_name: str) -> RankingModel:
     return model.eval()
 
 
-def score_day(plan: Plan, models: Mapping[str, RankingModel], settings: Settings) -> pa.Table:
+def score_day(plan: Plan, models: Mapping[str, RankingModel], settings: Settings, what: str = "") -> pa.Table:
     """Return a row per impression of day D: its keys and labels, and ``<model>_ctr``, ``<model>_cvr`` of each model.
+
+    ``what`` names rows that are of no day (a split of plain files) where progress is shown.
 
     Raises:
         BadDataError: if a score is not finite; the text names the model and an impression.
     """
     return score_files(
-        plan.evaluation_files, plan.schema, plan.recipe.batch_size, models, settings, f"evaluate {plan.ds}"
+        plan.evaluation_files, plan.schema, plan.recipe.batch_size, models, settings, f"evaluate {what or plan.ds}"
     )
 
 
-def score_share(plan: Plan, models: Mapping[str, RankingModel], settings: Settings, ranks: Ranks) -> pa.Table | None:
+def score_share(
+    plan: Plan, models: Mapping[str, RankingModel], settings: Settings, ranks: Ranks, what: str = ""
+) -> pa.Table | None:
     """Return what :func:`score_day` does where the process leads, None elsewhere; all ``ranks`` share the scoring.
 
     Raises:
         BadDataError: as :func:`score_day` does.
     """
     scored = _scored_batches(
-        plan.evaluation_files, plan.schema, plan.recipe.batch_size, models, settings, f"evaluate {plan.ds}", ranks
+        plan.evaluation_files,
+        plan.schema,
+        plan.recipe.batch_size,
+        models,
+        settings,
+        f"evaluate {what or plan.ds}",
+        ranks,
     )
     return ranks.gather(scored)
 

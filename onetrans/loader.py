@@ -593,7 +593,8 @@ def _encode(chunk: pa.RecordBatch, schema: FeatureSchema, max_seq_len: int, with
             row = where.row + int(owner_E[np.argmax(late_E)])
             raise BadDataError(
                 f"training_requests: {where.file}, row group {where.row_group}: {int(late_E.sum())} events are not "
-                f"before their request, first in row {row}; a label may leak, build the day again"
+                f"before their request, first in row {row}; a label may leak: build the day again, "
+                "or correct the file if it is your own"
             )
     keys = None
     if with_keys:

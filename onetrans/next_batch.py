@@ -319,7 +319,9 @@ def _read(file: str) -> pa.Table:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of a next-batch evaluation."""
     group = parser.add_argument_group(
-        "next-batch evaluation", "score each batch of a range of days, then train on it, in order of time"
+        "next-batch evaluation",
+        "score each batch of a range of published days, then train on it, in order of time; it does not work with "
+        "--data-dir",
     )
     group.add_argument("--next-batch", action="store_true", help="do that, from fresh weights, and print AUC per day")
     group.add_argument("--from", dest="first", type=parse_day, metavar="DAY", help="first day, YYYY-MM-DD")
@@ -336,10 +338,12 @@ def chosen(arguments: argparse.Namespace) -> bool:
     given = [name for name, value in named.items() if value]
     if not given:
         return False
+    if arguments.data_dir is not None:
+        raise BadConfigError(f"{given[0]} needs published days; it does not work with --data-dir")
     absent = [name for name in named if name not in given]
     if absent:
         raise BadConfigError(f"{absent[0]} is needed beside {given[0]}")
-    for name in ("plan", "ds", "data_dir", "epochs", "batch_size", "overlapping_times"):
+    for name in ("plan", "ds", "epochs", "batch_size", "overlapping_times"):
         if getattr(arguments, name) is not None:
             hint = "; the size of a batch is training.batch_size" if name == "batch_size" else ""
             raise BadConfigError(f"--{name.replace('_', '-')} does not go with --next-batch{hint}")

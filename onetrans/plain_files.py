@@ -9,7 +9,7 @@ impression::
     ts           time of the request: ISO 8601 (in the schema's time zone where it names none), or a whole number of
                  the schema's ``epoch`` (microseconds by default)
     click, conversion                      0 or 1; no conversion without a click
-    <column>     what the schema's user, context and item features read
+    <column>     what the schema's user, context and item features read; hour_of_day and day_of_week come from ts
     seq_<name>   per behaviour sequence the events before the request: a list, in CSV as JSON,
                  ``[{"ts": ..., <column of an event feature>: ...}, ...]``
 
@@ -25,7 +25,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal, get_args
 from zoneinfo import ZoneInfo
@@ -33,14 +34,13 @@ from zoneinfo import ZoneInfo
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv as pcsv
-import pyarrow.json as pjson
 import pyarrow.parquet as pq
 
 from onetrans import storage
 from onetrans.errors import BadConfigError, BadDataError
+from onetrans.plain_rows import opened, place, read_rows
 from onetrans.requests import request_columns
-from onetrans.schema import Feature, FeatureSchema, hash64
+from onetrans.schema import CONTEXT_FROM_CLOCK, Feature, FeatureSchema, Side, hash64
 
 Split = Literal["train", "val", "test"]
 
@@ -48,6 +48,10 @@ SCHEMA_FILE = "schema.toml"
 ENDINGS = (".parquet", ".csv", ".csv.gz", ".jsonl", ".jsonl.gz")
 _ROW_GROUP = 8192
 _PER_UNIT = {"": 1, "us": 1, "ms": 1_000, "s": 1_000_000}
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+CONVERSION = 2
+"""Raised when the same file becomes other requests: what an earlier release has converted is not read again."""
+
 _KEYS = ("user_id", "item_id", "ts", "click", "conversion")
 
 
@@ -102,31 +106,14 @@ def digest(files: Sequence[str]) -> str:
 
 
 def _prepared(file: str, schema: FeatureSchema, out: str) -> str:
-    if file.endswith(".parquet") and "candidates" in _opened(file, lambda stream: pq.read_schema(stream)).names:
+    if file.endswith(".parquet") and "candidates" in opened(file, lambda stream: pq.read_schema(stream)).names:
         return file
-    target = storage.join(storage.resolve(out), "data", f"{digest([file])}-{schema.fingerprint}.parquet")
+    target = storage.join(storage.resolve(out), "data", f"{digest([file])}-{schema.fingerprint}-{CONVERSION}.parquet")
     if not storage.exists(target):
         sink = pa.BufferOutputStream()
         pq.write_table(to_requests(read_rows(file), schema, file), sink, row_group_size=_ROW_GROUP)
         storage.write_bytes(target, sink.getvalue().to_pybytes())
     return target
-
-
-def read_rows(file: str) -> pa.Table:
-    """Return a file's rows; every column of a CSV file is text.
-
-    Raises:
-        BadDataError: if it cannot be read, or holds no row.
-    """
-    if file.endswith(".parquet"):
-        rows = _opened(file, lambda stream: pq.read_table(stream))
-    elif ".jsonl" in file:
-        rows = _opened(file, lambda stream: pjson.read_json(_plain(stream, file)))
-    else:
-        rows = _opened(file, lambda stream: _read_csv(_plain(stream, file)))
-    if not rows.num_rows:
-        raise BadDataError(f"{file} holds no row")
-    return rows
 
 
 def to_requests(rows: pa.Table, schema: FeatureSchema, where: str) -> pa.Table:
@@ -171,8 +158,9 @@ def to_requests(rows: pa.Table, schema: FeatureSchema, where: str) -> pa.Table:
         "request_id": request_id.take(heads),
         "user_id": user_id.take(heads),
         "ts": pa.array(ts_N[head_R], pa.timestamp("us", tz="UTC")),
-        **{f.name: source.feature(f).take(heads) for f in (*user, *context)},
-        **{s.column: source.events(s.column, head_R) for s in schema.sequences},
+        **{f.name: source.feature(f).take(heads) for f in user},
+        **{f.name: source.context(f, ts_N).take(heads) for f in context},
+        **{s.column: source.events(s.column, head_R, ts_N[head_R]) for s in schema.sequences},
         "candidates": candidates,
     }
     kinds = {field.name: field.type for field in request_columns(schema)}
@@ -184,14 +172,20 @@ class _Rows:
     """Columns of a file as what the schema says they are; whatever does not fit is refused by name."""
 
     def __init__(self, rows: pa.Table, where: str, schema: FeatureSchema) -> None:
-        self.rows, self.where, self.schema = rows.combine_chunks(), where.removeprefix("file://"), schema
-        needed = [*_KEYS, *(f.column for side in ("user", "context", "item") for f in schema.of_side(side))]
+        self.rows, self.file, self.where = rows.combine_chunks(), where, where.removeprefix("file://")
+        self.schema = schema
+        needed = [*_KEYS, *(f.column for side in ("user", "item") for f in schema.of_side(side))]
+        needed += [f.column for f in schema.of_side("context") if f.column not in CONTEXT_FROM_CLOCK]
         needed += [s.column for s in schema.sequences]
         missing = [name for name in dict.fromkeys(needed) if name not in rows.column_names]
         if missing:
-            raise BadDataError(
-                f"{self.where} has no column {', '.join(map(repr, missing))}; it has {', '.join(rows.column_names)}"
-            )
+            told = ", ".join(f"{name!r}{self._readers(name, ('user', 'item', 'context'))}" for name in missing)
+            renamed = "; plain files have the schema's own names, [columns] is not read" if schema.columns else ""
+            raise BadDataError(f"{self.where} has no column {told}; it has {', '.join(rows.column_names)}{renamed}")
+
+    def _readers(self, column: str, sides: Sequence[Side]) -> str:
+        names = [repr(f.name) for side in sides for f in self.schema.of_side(side) if f.column == column]
+        return f" (read by feature {', '.join(names)})" if names else ""
 
     def column(self, name: str) -> pa.Array:
         """Return a column as one array, empty text as null."""
@@ -210,8 +204,8 @@ class _Rows:
         if bad_N.any():
             row = int(np.argmax(bad_N))
             raise BadDataError(
-                f"{self.where}, column {name}: {int(bad_N.sum()):,} of {len(bad_N):,} rows have {what}, first row "
-                f"{row + 1}: {self.rows[name][row].as_py()!r}"
+                f"{self.where}, column {name}: {int(bad_N.sum()):,} of {len(bad_N):,} rows have {what}, first "
+                f"{place(self.file, row)}: {self.rows[name][row].as_py()!r}"
             )
 
     def ids(self, name: str) -> pa.Array:
@@ -251,6 +245,15 @@ class _Rows:
         """Return a feature's column as it is stored in requests."""
         return self.stored(feature, self.column(feature.column), feature.column)
 
+    def context(self, feature: Feature, ts_N: np.ndarray[Any, Any]) -> pa.Array:
+        """Return a context feature's column; what a clock tells is computed from ``ts``, as for a day of the lake."""
+        if feature.column not in CONTEXT_FROM_CLOCK:
+            return self.feature(feature)
+        local = pa.array(ts_N, pa.timestamp("us", tz="UTC")).cast(pa.timestamp("us", tz=self.schema.timezone))
+        hour = feature.column == "hour_of_day"
+        number = pc.hour(local) if hour else pc.day_of_week(local, count_from_zero=False, week_start=1)
+        return self.stored(feature, number, feature.column)
+
     def stored(self, feature: Feature, column: pa.Array, name: str) -> pa.Array:
         """Return values as they are stored: hashes, numbers, vectors."""
         if feature.kind == "hashed":
@@ -261,8 +264,12 @@ class _Rows:
             column = pa.array([None if v is None else json.loads(v) for v in column.to_pylist()])
         return column.cast(pa.list_(pa.float32()))
 
-    def events(self, name: str, head_R: np.ndarray[Any, Any]) -> pa.Array:
-        """Return the events of each request, oldest first; a list of structs, or the same as JSON text."""
+    def events(self, name: str, head_R: np.ndarray[Any, Any], ts_R: np.ndarray[Any, Any]) -> pa.Array:
+        """Return the events of each request, oldest first; a list of structs, or the same as JSON text.
+
+        Raises:
+            BadDataError: if one lacks a column, has no time, or is not before its request.
+        """
         given = self.column(name).take(pa.array(head_R))
         features = self.schema.of_side("event")
         wanted = list(dict.fromkeys(("ts", *(f.column for f in features))))
@@ -274,13 +281,20 @@ class _Rows:
         missing = [column for column in wanted if column not in fields]
         if missing:
             raise BadDataError(
-                f"{self.where}, column {name}: its events have no {missing[0]!r}, but {', '.join(fields)}"
+                f"{self.where}, column {name}: its events have no {missing[0]!r}"
+                f"{self._readers(missing[0], ('event',))}, but {', '.join(fields)}; "
+                "every event carries it, null where it is not known"
             )
         parts = {column: values.field(column) if len(values) else pa.nulls(0) for column in wanted}
         time_E = microseconds(parts["ts"], self.schema)
-        if time_E.null_count:
-            raise BadDataError(f"{self.where}, column {name}: {time_E.null_count} events have no time that can be read")
         owner_E = np.repeat(np.arange(len(given)), lengths_R)
+        if time_E.null_count:
+            first = int(np.argmax(time_E.is_null().to_numpy(zero_copy_only=False)))
+            raise BadDataError(
+                f"{self.where}, column {name}: {time_E.null_count} events have no time that can be read, first in "
+                f"{place(self.file, int(head_R[owner_E[first]]))}: {parts['ts'][first].as_py()!r}"
+            )
+        self._refuse_late(name, head_R[owner_E], time_E.to_numpy(zero_copy_only=False), ts_R[owner_E])
         order = pa.array(np.lexsort((time_E.to_numpy(zero_copy_only=False), owner_E)))
         stored = [self.stored(f, parts[f.column], f"{name}.{f.column}").take(order) for f in features]
         event = pa.StructArray.from_arrays(
@@ -288,6 +302,23 @@ class _Rows:
         )
         offsets = pa.array(np.concatenate(([0], np.cumsum(lengths_R))), pa.int32())
         return pa.ListArray.from_arrays(offsets, event)
+
+    def _refuse_late(
+        self, name: str, row_E: np.ndarray[Any, Any], time_E: np.ndarray[Any, Any], request_E: np.ndarray[Any, Any]
+    ) -> None:
+        late_E = time_E >= request_E
+        if late_E.any():
+            first = int(np.argmax(late_E))
+            event, request = (self._told(int(us)) for us in (time_E[first], request_E[first]))
+            raise BadDataError(
+                f"{self.where}, column {name}: {int(late_E.sum()):,} of {len(late_E):,} events are not before their "
+                f"request, first in {place(self.file, int(row_E[first]))}: event at {event}, request of {request}. "
+                "What comes after a request may tell its outcome: take such events out of the row, or correct the time "
+                "that is wrong"
+            )
+
+    def _told(self, microsecond: int) -> str:
+        return (_EPOCH + timedelta(microseconds=microsecond)).astimezone(ZoneInfo(self.schema.timezone)).isoformat()
 
     def _parse_events(self, name: str, given: pa.Array, head_R: np.ndarray[Any, Any]) -> pa.Array:
         lists: list[Any] = []
@@ -298,8 +329,8 @@ class _Rows:
                     raise ValueError("not a list of objects")
             except ValueError as error:
                 raise BadDataError(
-                    f"{self.where}, column {name}, row {int(head_R[number]) + 1}: {error}; needed is a JSON list of "
-                    f'events, [{{"ts": ..., ...}}], found {text[:80]!r}'
+                    f"{self.where}, column {name}, {place(self.file, int(head_R[number]))}: {error}; needed is a JSON "
+                    f'list of events, [{{"ts": ..., ...}}], found {text[:80]!r}'
                 ) from error
             lists.append(events)
         try:
@@ -313,18 +344,26 @@ def microseconds(column: pa.Array, schema: FeatureSchema) -> pa.Array:
     kind = column.type
     if pa.types.is_timestamp(kind):
         if kind.tz is None:
-            column = pc.assume_timezone(column, schema.timezone)
+            column = _localized(column, schema.timezone)
         return column.cast(pa.timestamp("us", tz="UTC"), safe=False).cast(pa.int64())
     if pa.types.is_integer(kind):
         return pc.multiply(column.cast(pa.int64()), _PER_UNIT[schema.epoch])
-    if not pa.types.is_string(kind):
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         return pa.nulls(len(column), pa.int64())
     return pa.array([_microsecond(text, schema) for text in column.to_pylist()], pa.int64())
 
 
-def _microsecond(text: str | None, schema: FeatureSchema) -> int | None:
-    from datetime import UTC, datetime, timedelta
+def _localized(column: pa.Array, zone: str) -> pa.Array:
+    """Return local times as moments; one that clocks show twice is the first, one they skip goes on from before."""
+    try:
+        return pc.assume_timezone(column, zone, ambiguous="earliest")
+    except pa.ArrowInvalid:  # Arrow knows no rule for skipped times by which they keep apart
+        times = column.cast(pa.timestamp("us"), safe=False).to_pylist()
+        aware = [None if time is None else time.replace(tzinfo=ZoneInfo(zone)).astimezone(UTC) for time in times]
+        return pa.array(aware, pa.timestamp("us", tz="UTC"))
 
+
+def _microsecond(text: str | None, schema: FeatureSchema) -> int | None:
     if text is None:
         return None
     if text.lstrip("-").isdigit():
@@ -334,7 +373,7 @@ def _microsecond(text: str | None, schema: FeatureSchema) -> int | None:
     except ValueError:
         return None
     time = time if time.tzinfo else time.replace(tzinfo=ZoneInfo(schema.timezone))
-    return (time - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
+    return (time - _EPOCH) // timedelta(microseconds=1)
 
 
 def _hashed(text: pa.Array) -> pa.Array:
@@ -362,32 +401,6 @@ def _float(value: Any) -> float | None:
 def _lost(given: pa.Array, parsed: pa.Array) -> np.ndarray[Any, Any]:
     lost = pc.and_(given.is_valid(), parsed.is_null())
     return np.asarray(lost.to_numpy(zero_copy_only=False), dtype=bool)
-
-
-# Files
-
-
-def _opened(file: str, read: Callable[[pa.NativeFile], Any]) -> Any:
-    filesystem, inner = storage.open_filesystem(file)
-    try:
-        with filesystem.open_input_file(inner) as stream:
-            return read(stream)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise BadDataError(f"{file} cannot be read: {error}") from error
-
-
-def _plain(stream: pa.NativeFile, file: str) -> pa.NativeFile:
-    return pa.CompressedInputStream(stream, "gzip") if file.endswith(".gz") else stream
-
-
-def _read_csv(stream: pa.NativeFile) -> pa.Table:
-    content = pa.py_buffer(stream.read())
-    names = pcsv.open_csv(pa.BufferReader(content)).schema.names
-    text = pcsv.ConvertOptions(
-        column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=True, null_values=[""]
-    )
-    parse = pcsv.ParseOptions(newlines_in_values=True)
-    return pcsv.read_csv(pa.BufferReader(content), parse_options=parse, convert_options=text)
 
 
 def _name(file: str) -> str:

@@ -72,7 +72,7 @@ def train_on_files(
         measured = replace(plan, evaluation_files=tuple(held_out))
 
         def validate(model: RankingModel) -> Metrics:
-            scores = score_share(measured, {arguments.model: model}, settings, ranks)
+            scores = score_share(measured, {arguments.model: model}, settings, ranks, "val")
 
             def figures() -> dict[str, Any]:
                 assert scores is not None, "the leading process has the rows of all"
@@ -112,6 +112,7 @@ def plan_files(directory: str, settings: Settings) -> Plan:
     models = configured_models(training)
     decides = {
         "train": plain_files.digest(sources),
+        "conversion": plain_files.CONVERSION,
         "schema": schema.fingerprint,
         "recipe": asdict(recipe),
         "models": {name: model.decides() for name, model in models.items()},
@@ -171,7 +172,7 @@ def evaluate_files(arguments: argparse.Namespace, settings: Settings) -> int:
         _require_new(trained_on, files, "the model's training", split, bool(arguments.overlapping_times))
     name = model_name(config)
     plan = _evaluation_plan(name, ModelPlan(config, optimizer_preset("tiny"), None), schema, files, settings)
-    scores, metrics = measure({name: model}, plan, settings)
+    scores, metrics = measure({name: model}, plan, settings, split)
     told = {key: figures.to_dict() for key, figures in metrics.items()}
     print_json(told) if arguments.json else print(figures_table(told))
     if arguments.out:
@@ -185,9 +186,11 @@ def evaluate_files(arguments: argparse.Namespace, settings: Settings) -> int:
     return 0
 
 
-def measure(models: Mapping[str, RankingModel], plan: Plan, settings: Settings) -> tuple[pa.Table, dict[str, Metrics]]:
-    """Return the scores of a plan's evaluation files and each model's figures."""
-    scores = score_day(plan, models, settings)
+def measure(
+    models: Mapping[str, RankingModel], plan: Plan, settings: Settings, split: Split
+) -> tuple[pa.Table, dict[str, Metrics]]:
+    """Return the scores of a plan's evaluation files, which are those of ``split``, and each model's figures."""
+    scores = score_day(plan, models, settings, split)
     return scores, compute_metrics(scores, list(models))
 
 

@@ -632,18 +632,19 @@ def train(
     record: dict[str, Any]
     finished = storage.join(plan.model_path(model_name), FINISHED_FILE)
     stop = stop or threading.Event()
+    named = f"{model_name} of {plan.ds}" if plan.train_days else f"{model_name} on plain files"
     # One rank holds the lock for all; the others wait for what it finds.
-    with alone(plan.model_path(model_name), f"{model_name} of {plan.ds}", stop) if ranks.leads else nullcontext():
+    with alone(plan.model_path(model_name), named, stop) if ranks.leads else nullcontext():
         if ranks.decide(lambda: storage.exists(finished)):
             record = storage.read_json(finished)
-            logger.info("%s of %s is finished since %s; nothing to do", model_name, plan.ds, record["finished_at"])
+            logger.info("%s is finished since %s; nothing to do", named, record["finished_at"])
             return record
         threads = settings.training.threads
         if threads or ranks.local_count > 1:
             torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // ranks.local_count))
         with open_tracker(settings, plan, model_name) if ranks.leads else nullcontext(SilentTracker()) as tracker:
             if ranks.leads:
-                logger.info("%s of %s: %s", model_name, plan.ds, plan.decision)
+                logger.info("%s: %s", named, plan.decision)
             training = Training(plan, model_name, settings, validate, ranks)
             if not training.finished:
                 training.run(tracker, stop)

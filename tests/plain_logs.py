@@ -71,7 +71,8 @@ def write(file: Path, given: list[dict[str, Any]]) -> None:
             writer.writeheader()
             writer.writerows({name: _text(value) for name, value in row.items()} for row in given)
     elif ".jsonl" in file.name:
-        file.write_text("".join(json.dumps(row, default=datetime.isoformat) + "\n" for row in given))
+        with gzip.open(file, "wt") if file.name.endswith(".gz") else file.open("w") as stream:
+            stream.writelines(json.dumps(row, default=datetime.isoformat) + "\n" for row in given)
     else:
         pq.write_table(pa.Table.from_pylist(given), file)
 

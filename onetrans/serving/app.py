@@ -35,7 +35,16 @@ from starlette.requests import ClientDisconnect
 from onetrans import __version__
 from onetrans.errors import BadDataError
 from onetrans.serving.batcher import Batcher, DeadlineError, OverloadedError
-from onetrans.serving.calls import Call, answer, answer_schema, call_schema, error_schema, read_call, shortened
+from onetrans.serving.calls import (
+    Call,
+    answer,
+    answer_schema,
+    call_schema,
+    error_schema,
+    example_request,
+    read_call,
+    shortened,
+)
 from onetrans.serving.engine import OneTransInferenceEngine
 from onetrans.serving.metrics import (
     CONTENT_TYPE,
@@ -99,7 +108,10 @@ class RankingService:
         self.app = self._build()
 
     def _build(self) -> FastAPI:
-        app = FastAPI(title="OneTrans ranking", version=__version__, lifespan=self._lifespan)
+        # FastAPI's pages load scripts from a host of others: who looks at a service on loopback would call outside.
+        app = FastAPI(
+            title="OneTrans ranking", version=__version__, lifespan=self._lifespan, docs_url=None, redoc_url=None
+        )
         app.add_route("/v1/rank", self.rank, methods=["POST"])  # Starlette's: nothing of it is FastAPI's to check
         app.add_api_route("/healthz", self.health, methods=["GET"], summary="Is the process alive?")
         app.add_api_route("/readyz", self.ready, methods=["GET"], summary="Which model answers?")
@@ -316,14 +328,15 @@ class RankingService:
 
     def _describe(self, schema: dict[str, Any]) -> dict[str, Any]:
         engine = self.served.engine
-        content: dict[str, Any] = {"schema": call_schema(engine.schema, self.settings)}
         kept = fixed_batch(engine.source)
-        if kept is not None:
-            one = shortened(kept[0][0])
-            content["examples"] = {
-                "one request": {"value": one},
-                "several requests": {"value": {"requests": [one, shortened(kept[0][-1])]}},
-            }
+        first, last = (kept[0][0], kept[0][-1]) if kept else [example_request(engine.schema)] * 2
+        content: dict[str, Any] = {
+            "schema": call_schema(engine.schema, self.settings),
+            "examples": {
+                "one request": {"value": shortened(first)},
+                "several requests": {"value": {"requests": [shortened(first), shortened(last)]}},
+            },
+        }
         error = {"application/json": {"schema": error_schema()}}
         says = {
             400: "a header cannot be read",
@@ -398,7 +411,10 @@ async def _refused(request: Request, error: Exception) -> Response:
     """Answer a call of a route or with a method that does not exist, in the shape of every other error."""
     assert isinstance(error, HTTPException)
     code = {404: "no_such_route", 405: "method"}.get(error.status_code, "http")
-    told = {404: f"there is no {request.url.path[:100]}; see /docs", 405: f"{request.method} is not for this route"}
+    told = {
+        404: f"there is no {request.url.path[:100]}; see /openapi.json",
+        405: f"{request.method} is not for this route",
+    }
     body = error_body(code, told.get(error.status_code, error.detail))
     return Response(body, error.status_code, error.headers, media_type="application/json")
 

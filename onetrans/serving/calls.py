@@ -12,13 +12,15 @@ import msgspec
 from onetrans.batch import RequestBatch
 from onetrans.errors import BadDataError
 from onetrans.plain_batch import EARLIEST_US, LATEST_US
-from onetrans.schema import Feature, FeatureSchema
+from onetrans.schema import Feature, FeatureSchema, Side
 from onetrans.serving.engine import OneTransInferenceEngine, Probabilities, ranked, user_of
 from onetrans.serving.prefix import UserState
 from onetrans.settings import ServingSettings
 
 FIELDS = ("request_id", "user_id", "ts", "user", "context", "sequences", "candidates")
 """Fields of a request."""
+
+_EXAMPLE_TIME_US = 1_769_860_800_000_000  # 2026-01-31 12:00 UTC, as in docs/serving.md
 
 
 @dataclass(frozen=True)
@@ -209,6 +211,32 @@ def error_schema() -> dict[str, Any]:
     """Return the JSON schema of an error."""
     error = _object({"code": {"type": "string"}, "message": {"type": "string"}}, ["code", "message"])
     return _object({"error": error}, ["error"])
+
+
+def example_request(schema: FeatureSchema) -> dict[str, Any]:
+    """Return a request with made-up values of every feature: the example of a model that comes without requests."""
+
+    def values(side: Side, number: int = 1) -> dict[str, Any]:
+        made: dict[str, Any] = {}
+        for feature in schema.of_side(side):
+            if feature.kind == "hashed":
+                made[feature.name] = f"{feature.name}-{number}"
+            else:
+                made[feature.name] = [0.5] * feature.dim if feature.kind == "vector" else feature.boundaries[0]
+        return made
+
+    ts = _EXAMPLE_TIME_US
+    return {
+        "request_id": "r1",
+        "ts": ts,
+        "user": values("user"),
+        "context": values("context"),
+        "sequences": {
+            s.name: [{"ts": ts - back * 3_600_000_000, **values("event", back)} for back in (2, 1)]
+            for s in schema.sequences
+        },
+        "candidates": [{"item_id": f"item-{number}", **values("item", number)} for number in (1, 2)],
+    }
 
 
 def shortened(request: Mapping[str, Any]) -> dict[str, Any]:

@@ -306,6 +306,7 @@ def test_the_command_prints_a_table_and_records_each_day_in_mlflow(lake, tmp_pat
         (["--from", str(days[1])], "--next-batch is needed beside --from"),
         (["--from", str(days[1]), "--next-batch"], "--to is needed beside --next-batch"),
         ([*sound, "--ds", str(days[1])], "--ds does not go with --next-batch"),
+        ([*sound, "--data-dir", "log"], "--next-batch needs published days; it does not work with --data-dir"),
         ([*sound, "--from-scratch"], "--from-scratch does not go with --next-batch"),
         ([*sound, "--batch-size", "8"], "the size of a batch is training.batch_size"),
     ):

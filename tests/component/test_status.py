@@ -105,7 +105,7 @@ def test_an_empty_folder_stays_empty(
     assert cli.main(["status"]) == 0
     printed = capsys.readouterr().out
     assert "no day yet; build one: python -m jobs.backfill" in printed
-    assert "no training yet" in printed
+    assert "no training of a day yet" in printed
     assert cli.main(["status", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["champion"] is None
     assert list(tmp_path.iterdir()) == []

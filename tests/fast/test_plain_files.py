@@ -107,14 +107,17 @@ def test_without_request_ids_every_row_is_a_request(folder: Path) -> None:
     [
         ({"click": 2}, "column click: 1 of"),
         ({"click": ""}, "neither 0 nor 1, first row 3"),
-        ({"click": 0, "conversion": 1}, "a conversion without a click, first row 3: '1'"),
+        ({"click": 0, "conversion": 1}, "a conversion without a click, first row 3 (line 4): '1'"),
         ({"user_id": ""}, "column user_id: 1 of"),
         ({"item_id": None}, "have no value"),
-        ({"ts": "soon"}, "have no time, first row 3: 'soon'"),
+        ({"ts": "soon"}, "have no time, first row 3 (line 4): 'soon'"),
         ({"price": "cheap"}, "column price: 1 of"),
-        ({"seq_click": "{"}, "column seq_click, row 3"),
+        ({"seq_click": "{"}, "column seq_click, row 3 (line 4): "),
         ({"seq_click": '[{"when": 1}]'}, "its events have no 'ts', but when"),
-        ({"seq_click": '[{"ts": "later", "item_id": "i1"}]'}, "1 events have no time that can be read"),
+        (
+            {"seq_click": '[{"ts": "later", "item_id": "i1"}]'},
+            "1 events have no time that can be read, first in row 3 (line 4): 'later'",
+        ),
     ],
 )
 def test_a_row_that_cannot_be_read_is_named(folder: Path, change: dict[str, Any], words: str) -> None:
@@ -134,7 +137,7 @@ def test_rows_of_a_request_must_agree_and_differ_in_their_item(folder: Path) -> 
     for change, words in (
         ({"item_id": "b", "user_id": "other"}, "another user_id than the first row of the same request, first row 2"),
         ({"item_id": "b", "ts": first["ts"] + timedelta(seconds=1)}, "another ts than the first row"),
-        ({}, "an item that the request has shown before, first row 2: 'a'"),
+        ({}, "an item that the request has shown before, first row 2 \\(line 3\\): 'a'"),
     ):
         write(folder / "train.csv", [first, {**first, **change}])
         with pytest.raises(BadDataError, match=words):
@@ -146,7 +149,9 @@ def test_what_is_not_there_or_there_twice_is_named(folder: Path) -> None:
         prepared(folder)
     given = rows(3)
     write(folder / "train.csv", [{name: value for name, value in row.items() if name != "price"} for row in given])
-    with pytest.raises(BadDataError, match="has no column 'price'; it has request_id, user_id"):
+    with pytest.raises(
+        BadDataError, match="has no column 'price' \\(read by feature 'price'\\); it has request_id, user_id"
+    ):
         prepared(folder)
     write(folder / "train" / "part.parquet", given)
     with pytest.raises(BadDataError, match=r"stands there more than once: train.csv, part.parquet"):

@@ -46,6 +46,7 @@ exit codes: 0 the file is accepted (notes may be left), 78 it is not.  docs/inpu
 
 _FIGURE = re.compile(r"(?P<key>\w+)_(?:impressions|clicks|conversions|ctr|cvr)_(?P<days>\d+)d")
 _MOST_SYNTAX = 50
+_NOT_CLOSED = "a list is not closed: ]"
 
 _PARTS: dict[str, type[Any]] = {"features": Feature, "sequences": Sequence, "aggregates": Aggregates}
 
@@ -115,6 +116,7 @@ def check_text(text: str) -> tuple[list[Finding], FeatureSchema | None]:
     mistakes += list(contract_mistakes(schema))
     if syntax:  # what a line that cannot be read would have said is not missing
         mistakes = [m for m in mistakes if "must be given" not in m.text and m.place not in (("features",), ())]
+        mistakes = [m for m in mistakes if m.place in where or m.place[:-1] not in where]
     for mistake in mistakes:
         line = _line_of(mistake.place, where)
         hint = _hint(mistake, data, schema)
@@ -165,7 +167,10 @@ def _without_broken(text: str) -> tuple[str | None, list[tuple[int, str, str]]]:
             line = int(at[1]) if at else len(lines)
             what = re.sub(r" \(at .*\)$", "", str(error))
         first, last = _statement_at("\n".join(lines), line)
-        found.append((line if at else first, f"not TOML: {what[0].lower()}{what[1:]}", _syntax_hint(lines[first - 1])))
+        hint = _syntax_hint(lines[first - 1])
+        # A list that is not closed is noticed lines later, at a statement that is right.
+        shown = line if at and hint != _NOT_CLOSED else first
+        found.append((shown, f"not TOML: {what[0].lower()}{what[1:]}", hint))
         blank = [""] * (last - first + 1)
         if lines[first - 1 : last] == blank:
             break
@@ -194,7 +199,7 @@ def _syntax_hint(line: str) -> str:
     if value.count('"') == 1 or value.count("'") == 1:
         return "a quote is not closed"
     if value.startswith("[") and value.count("[") > value.count("]"):
-        return "a list is not closed: ]"
+        return _NOT_CLOSED
     return ""
 
 

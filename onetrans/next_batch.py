@@ -320,8 +320,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of a next-batch evaluation."""
     group = parser.add_argument_group(
         "next-batch evaluation",
-        "score each batch of a range of published days, then train on it, in order of time; it does not work with "
-        "--data-dir",
+        "score each batch of a range of published days, then train on it, in order of time;\n"
+        "it does not work with --data-dir",
     )
     group.add_argument("--next-batch", action="store_true", help="do that, from fresh weights, and print AUC per day")
     group.add_argument("--from", dest="first", type=parse_day, metavar="DAY", help="first day, YYYY-MM-DD")

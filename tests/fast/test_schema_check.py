@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from pathlib import Path
 
@@ -141,6 +142,14 @@ def test_what_is_no_toml_is_found_by_line(broken: str, line: int, hint: str) -> 
     first = next(finding for finding in found if finding.text.startswith("not TOML"))
     assert first.line in (line, line + 1)
     assert hint in first.hint
+
+
+def test_a_list_that_is_not_closed_is_one_mistake_at_its_own_line() -> None:
+    lines = GOOD.splitlines()
+    at = next(number for number, line in enumerate(lines) if re.match(r"boundaries = \[.*\]", line))
+    lines[at] = lines[at].replace("]", "")
+    found = [finding for finding in check_text("\n".join(lines))[0] if finding.kind == "mistake"]
+    assert [(finding.line, finding.hint) for finding in found] == [(at + 1, "a list is not closed: ]")]
 
 
 STATEMENTS = [line for line in GOOD.splitlines() if line.strip() and not line.lstrip().startswith("#")]

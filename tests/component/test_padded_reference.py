@@ -56,6 +56,9 @@ def lively(config, seed=0, schema=SCHEMA):
     with torch.no_grad():
         for table in model.embedding_parameters().values():
             table.mul_(20.0)
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias.time_KH"):
+                parameter.normal_()  # starts at zero
     return model
 
 

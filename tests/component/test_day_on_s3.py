@@ -68,7 +68,7 @@ class Machine:
         """Wait for a step, which must succeed; return what it printed."""
         out, errors = step.communicate()
         self.said.append(out + errors)
-        assert step.returncode == 0, f"{step.args}: {errors[-4000:]}"
+        assert step.returncode == 0, f"{step.args!r}: {errors[-4000:]}"
         return out
 
     def step(self, *command: str) -> str:

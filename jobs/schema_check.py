@@ -116,6 +116,7 @@ def check_text(text: str) -> tuple[list[Finding], FeatureSchema | None]:
     mistakes += list(contract_mistakes(schema))
     if syntax:  # what a line that cannot be read would have said is not missing
         mistakes = [m for m in mistakes if "must be given" not in m.text and m.place not in (("features",), ())]
+    if any(hint == _NOT_CLOSED for _, _, hint in syntax):  # it has swallowed keys of its table
         mistakes = [m for m in mistakes if m.place in where or m.place[:-1] not in where]
     for mistake in mistakes:
         line = _line_of(mistake.place, where)

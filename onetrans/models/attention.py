@@ -153,3 +153,33 @@ def attend(q_BQHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, mask_BHQL: Tensor) ->
         enable_gqa=k_BLHD.shape[2] != q_BQHD.shape[2],
     )
     return out_BHQD.transpose(1, 2).flatten(2)
+
+
+WINDOW_QUERIES = 64
+"""Queries that look through their windows together, at least: fewer would be many calls of a kernel."""
+
+
+def attend_within(q_RQHD: Tensor, k_RLHD: Tensor, v_RLHD: Tensor, mask_RHQL: Tensor, window: int) -> Tensor:
+    """Return :func:`attend` of queries whose mask shows them no more than the ``window`` keys that end with their own.
+
+    Queries and keys end with the most recent token.  Neighbouring queries are taken together, with the keys that any of
+    them may see: time goes with Q * (window + :data:`WINDOW_QUERIES`) instead of Q * L.  A window of 0 is all.
+    """
+    queries, keys = q_RQHD.shape[1], k_RLHD.shape[1]
+    together = max(window, WINDOW_QUERIES)
+    if not window or queries <= together:
+        return attend(q_RQHD, k_RLHD, v_RLHD, mask_RHQL)
+    before = keys - queries
+    parts = []
+    for start in range(0, queries, together):
+        end = min(start + together, queries)
+        first, last = max(start + before - window + 1, 0), end + before
+        parts.append(
+            attend(
+                q_RQHD[:, start:end],
+                k_RLHD[:, first:last],
+                v_RLHD[:, first:last],
+                mask_RHQL[:, :, start:end, first:last],
+            )
+        )
+    return torch.cat(parts, dim=1)

@@ -50,8 +50,8 @@ Beyond the paper (each a field, off by default)
     the other projections are, and has no bias: gates start around one half.
     *Grouped queries*: with ``num_kv_heads`` fewer keys and values are computed and
     cached; neighbouring query heads share one.
-    *Sliding window* counts tokens of the block's input, [SEP] included.  It is a mask: scores
-    outside it are computed all the same.
+    *Sliding window* counts tokens of the block's input, [SEP] included.  Neighbouring
+    queries are scored together against the keys that any of them may see, and no others.
     *Relative bias*: a table per head and block over buckets, half a doubling wide, of
     the events between query and key, and one of the seconds; the same tables in both
     stages.  NS-tokens are one step from the latest event and none from each other.

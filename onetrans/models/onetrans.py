@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from onetrans.batch import RequestBatch, packed_rows
-from onetrans.models.attention import Rotation, attend, candidate_mask, sequence_mask
+from onetrans.models.attention import Rotation, attend, attend_within, candidate_mask, sequence_mask
 from onetrans.models.config import OneTransConfig
 from onetrans.models.ragged import Groups, Layout, bands, latest_events
 from onetrans.models.ranking import Heads, RankingModel, Scores
@@ -135,6 +135,7 @@ class Block(nn.Module):
         # Two residual branches per block: scaled so that the sum over all of them keeps its variance.
         residual = (2 * config.num_layers) ** -0.5
         self.heads, self.kv_heads, self.head_dim = config.num_heads, config.kv_heads, config.head_dim
+        self.window = config.sliding_window
         self.norm_attention = nn.RMSNorm(width, eps=NORM_EPS)
         self.norm_ffn = nn.RMSNorm(width, eps=NORM_EPS)
         self.query = MixedLinear(config, width, width, for_s=s_queries)
@@ -182,7 +183,7 @@ class Block(nn.Module):
             laid.pad(x_XHD.flatten(1)).unflatten(-1, x_XHD.shape[1:])
             for laid, x_XHD in ((layout, q_QHD), (keys, cache.k_THD), (keys, cache.v_THD))
         )
-        attended_QM = layout.unpad(attend(q_RQHD, k_RLHD, v_RLHD, mask))
+        attended_QM = layout.unpad(attend_within(q_RQHD, k_RLHD, v_RLHD, mask, self.window))
         return self._finish_s(x_QM, normed_QM, attended_QM)
 
     def _finish_s(self, x_QM: Tensor, normed_QM: Tensor, attended_QM: Tensor) -> Tensor:

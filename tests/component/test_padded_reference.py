@@ -130,6 +130,37 @@ def test_the_form_for_other_devices_computes_the_same(shape, config):
         assert_agrees(model, PaddedOneTrans(model), batch, 1e-9)
 
 
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(shape=shapes(), config=configs(), window=st.sampled_from([1, 3, 4]))
+def test_a_window_is_computed_in_parts_as_under_a_mask(shape, config, window):
+    candidates, events, seed = shape
+    if not sum(candidates):
+        return
+    model = lively(replace(config, attention="causal", sliding_window=window), seed).double()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "WINDOW_QUERIES", 2)
+        assert_agrees(model, PaddedOneTrans(model), random_batch(SCHEMA, candidates, events, seed), 1e-9)
+
+
+def test_a_window_hides_and_saves_what_lies_before_it():
+    """Of 1,000 queries and keys, no call is given more keys than two windows hold."""
+    config = replace(LONG, max_seq_len=1000, sliding_window=100)
+    model, batch = lively(config).double(), random_batch(SCHEMA, [2, 1], [1000, 350])
+    seen = []
+
+    def told(q, k, v, mask):
+        seen.append((q.shape[1], k.shape[1]))
+        return attend(q, k, v, mask)
+
+    attend = attention.attend
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "attend", told)
+        model(batch)
+    assert seen
+    assert max(keys for _, keys in seen) <= 2 * 100
+    assert_agrees(model, PaddedOneTrans(model), batch, 1e-9)
+
+
 LONG = replace(BASE, num_layers=2, num_heads=1, max_seq_len=8192, pyramid_multiple=32, first_block="pruned")
 
 

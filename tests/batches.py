@@ -9,7 +9,7 @@ import torch
 from hypothesis import strategies as st
 
 from onetrans.batch import RequestBatch
-from onetrans.schema import Feature, FeatureSchema, Sequence
+from onetrans.schema import Feature, FeatureSchema, Sequence, Side
 
 REQUEST_TIME_S = 1_650_000_000
 
@@ -54,11 +54,11 @@ def random_batch(schema: FeatureSchema, candidates: list[int], events: list[int]
     rng = np.random.default_rng(seed)
     requests = len(candidates)
 
-    def rows(side, count):
+    def rows(side: Side, count: int) -> torch.Tensor:
         columns = [rng.integers(0, f.rows, count) for f in schema.of_side(side)]
         return torch.from_numpy(np.stack(columns, axis=1)) if columns else torch.zeros(count, 0, dtype=torch.int64)
 
-    def vectors(side, rows_MF):
+    def vectors(side: Side, rows_MF: torch.Tensor) -> torch.Tensor | None:
         features = schema.of_side(side)
         parts = [
             torch.from_numpy(f.normalize(rng.normal(0, 2, (rows_MF.shape[0], f.dim)).astype(np.float32)))
@@ -67,7 +67,7 @@ def random_batch(schema: FeatureSchema, candidates: list[int], events: list[int]
         ]
         return torch.cat(parts, dim=1) if parts else None
 
-    def offsets(counts):
+    def offsets(counts: list[int]) -> torch.Tensor:
         return torch.tensor([0, *np.cumsum(counts)], dtype=torch.int64)
 
     request_s = REQUEST_TIME_S + rng.integers(0, 86_400, requests)
@@ -103,7 +103,7 @@ def random_batch(schema: FeatureSchema, candidates: list[int], events: list[int]
 def select_requests(batch: RequestBatch, requests: list[int]) -> RequestBatch:
     """Return a batch of some requests, in the given order, each whole."""
 
-    def ragged(offsets_O):
+    def ragged(offsets_O: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         starts, ends = offsets_O[:-1].tolist(), offsets_O[1:].tolist()
         chosen = [torch.arange(starts[r], ends[r]) for r in requests]
         lengths = torch.tensor([0, *(len(c) for c in chosen)])

@@ -18,13 +18,13 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from html import escape
+from time import sleep
 from typing import Any
 
 from dags.configured import configured
@@ -180,7 +180,7 @@ def _post(address: str, fields: Mapping[str, str]) -> None:
             refused = isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code != 429
             if refused or number == TRIES:
                 raise
-            time.sleep(number)
+            sleep(number)
 
 
 def _mail(message: Message, name: str, extra: Mapping[str, Any]) -> None:

@@ -56,7 +56,8 @@ def receiver():
 def connect(monkeypatch, tmp_path):
     """Return a function that makes Airflow connections, which are then the ones to tell."""
     pauses = []
-    monkeypatch.setattr(notify.time, "sleep", pauses.append)
+    # The name in this module alone: another thread of these tests would run its waiting loop without a pause.
+    monkeypatch.setattr(notify, "sleep", pauses.append)
     monkeypatch.chdir(tmp_path)
 
     def connections(**described):

@@ -82,6 +82,27 @@ def test_a_licence_that_would_bind_users_is_refused(licence: str, refused: bool)
         refuse_forbidden(known)
 
 
+def test_a_licence_without_a_name_is_told_by_its_file_or_refused() -> None:
+    from importlib.metadata import distribution
+
+    from infra.notices import UNKNOWN, licence_of, refuse_forbidden
+    from onetrans.errors import BadDataError
+
+    shipped = distribution("huey").read_text("licenses/LICENSE")
+    assert shipped is not None
+    assert licence_of(shipped).startswith("MIT")
+    for other in (
+        "",
+        shipped + "\nThe Software shall be used for Good, not Evil.\n",
+        "Commons Clause\n\n" + shipped,
+        shipped.replace("sublicense, ", ""),
+        (ROOT / "LICENSE").read_text(encoding="utf-8"),
+    ):
+        assert licence_of(other) == UNKNOWN
+    with pytest.raises(BadDataError, match="no licence is named by some-package"):
+        refuse_forbidden({"some-package": (UNKNOWN, ""), "other": ("MIT", "")})
+
+
 def test_the_picture_of_a_day_is_readable_in_light_and_dark() -> None:
     """Text and its ground differ enough in both schemes (contrast of 4.5, as WCAG asks of small text)."""
     svg = (ROOT / "docs" / "day.svg").read_text(encoding="utf-8")

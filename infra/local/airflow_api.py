@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import urllib.error
 import urllib.parse
@@ -71,7 +72,7 @@ class AirflowApi:
 
         Raises:
             AirflowApiError: if Airflow refuses; the text is its reason.
-            OSError: if there is no answer.
+            OSError: if there is no answer, or it breaks off.
         """
         if not self._token:
             self._token = self._request("GET", "/auth/token")["access_token"]
@@ -89,11 +90,14 @@ class AirflowApi:
         # Loopback must not go through a proxy the environment may name.
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
-            with opener.open(request, data, timeout=self.timeout) as answer:
-                return json.loads(answer.read() or b"null")
-        except urllib.error.HTTPError as error:
-            text = error.read().decode(errors="replace")
-            raise AirflowApiError(f"Airflow answered {error.code} to {method} {path}: {text}") from error
+            try:
+                with opener.open(request, data, timeout=self.timeout) as answer:
+                    return json.loads(answer.read() or b"null")
+            except urllib.error.HTTPError as error:
+                text = error.read().decode(errors="replace")
+                raise AirflowApiError(f"Airflow answered {error.code} to {method} {path}: {text}") from error
+        except http.client.HTTPException as error:  # no OSError, though it is what a server leaves that was killed
+            raise ConnectionError(f"Airflow's answer to {method} {path} broke off: {error!r}") from error
 
     def health(self) -> dict[str, Any]:
         """Return what each server reports of itself, by name.

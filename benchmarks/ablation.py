@@ -10,6 +10,9 @@ Without ``--ds`` the simulated shop is the log, as in :mod:`benchmarks.learning`
 force: trained on the published days before DAY, scored on the days from there to ``--to``, without training on any of
 them.  Learning rates are then those of the settings (``training.dense_lr``), else the preset's.
 
+The last rows of the table ask what [SEP] could tell here: models that see no event, or the latest alone, or whose three
+sequences are embedded alike, so that nothing but [SEP] tells them apart.
+
 The base is the tiny preset.  It has two blocks, of which the top one has no
 S-queries: on the shop the pyramid has nothing to prune there.  So what concerns the pyramid is
 measured on a second base, with four blocks and a pyramid that begins at the
@@ -31,13 +34,15 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
+from torch import nn
 
 from benchmarks.common import Report, parser
 from benchmarks.fitting import LabelledDay
-from benchmarks.trials import FIGURES, Kept, Log, Published, Shop, Trial, drawn, lift, measured, run_kept
+from benchmarks.trials import FIGURES, Alter, Kept, Log, Published, Shop, Trial, drawn, lift, measured, run_kept
+from onetrans.batch import RequestBatch
 from onetrans.bootstrap import Lift
 from onetrans.days import parse_day
-from onetrans.models import OneTransConfig, preset
+from onetrans.models import OneTrans, OneTransConfig, RankingModel, preset
 from onetrans.optim_config import optimizer_preset
 from onetrans.plan import configured_models
 from onetrans.settings import load_settings
@@ -53,13 +58,46 @@ class Variant:
     """What is changed, in words."""
     change: dict[str, Any] = field(default_factory=dict)
     """Fields of the base's configuration that are replaced."""
+    alter: Alter | None = None
+    """What is taken from the model that no field takes."""
     base: str = "default"
     """Variant it is compared with; its own name for a base."""
     paper: float | None = None
     """The paper's change of CTR AUC, in per cent, where it has one."""
 
 
+def no_events(model: RankingModel) -> None:
+    """Hide all past events."""
+
+    def hidden(_: nn.Module, inputs: tuple[RequestBatch]) -> tuple[RequestBatch]:
+        (batch,) = inputs
+        return (
+            replace(
+                batch,
+                event_EV=batch.event_EV[:0],
+                event_sequence_E=batch.event_sequence_E[:0],
+                event_time_E=batch.event_time_E[:0],
+                event_offsets_O=torch.zeros_like(batch.event_offsets_O),
+            ),
+        )
+
+    model.register_forward_pre_hook(hidden)
+
+
+def sequences_alike(model: RankingModel) -> None:
+    """Embed the events of all behaviour sequences alike: one MLP, and no vector of the sequence."""
+    assert isinstance(model, OneTrans)
+    tokenizer = model.s_tokenizer
+    tokenizer.mlps = nn.ModuleList([tokenizer.mlps[0]] * len(tokenizer.mlps))
+    none_SD = torch.zeros_like(tokenizer.type_SD)
+    del tokenizer.type_SD
+    tokenizer.register_buffer("type_SD", none_SD)
+
+
 _DEEP = {"num_layers": 4, "max_seq_len": 32}
+_INTENT: dict[str, Any] = {"merge": "intent_ordered"}
+_LATEST = {**_INTENT, "max_seq_len": 1}
+_SEP = {"separators": True}
 
 VARIANTS = (
     Variant("default"),
@@ -81,8 +119,15 @@ VARIANTS = (
     Variant("sliding window of 8", {"sliding_window": 8}),
     Variant("relative bias", {"relative_bias": True}),
     Variant("relative bias, position: none", {"relative_bias": True, "position": "none"}),
+    Variant("no events", alter=no_events),
+    Variant("intent, alike", _INTENT, sequences_alike, base="intent, alike"),
+    Variant("intent, alike, [SEP]", _INTENT | _SEP, sequences_alike, base="intent, alike"),
+    Variant("intent, latest event", _LATEST, base="intent, latest event"),
+    Variant("intent, latest event, [SEP]", _LATEST | _SEP, base="intent, latest event"),
+    Variant("intent, latest event, alike", _LATEST, sequences_alike, base="intent, latest event, alike"),
+    Variant("intent, latest event, alike, [SEP]", _LATEST | _SEP, sequences_alike, base="intent, latest event, alike"),
 )
-"""Rows of the table; the paper's first, then what goes beyond it.  A base stands before its variants."""
+"""Rows of the table: the paper's, what goes beyond it, what explains [SEP].  A base stands before its variants."""
 
 QUICK = ["group-wise tokenizer", "all parameters shared"]
 """Rows of the quick table."""
@@ -173,7 +218,7 @@ def main(argv: list[str] | None = None) -> int:
     trials: dict[str, list[Trial]] = {variant.name: [] for variant in variants}
     for seed in range(seeds):
         for number, variant in enumerate(variants, 1):
-            trial = run_kept(kept, log, replace(default, **variant.change), optimizer, seed)
+            trial = run_kept(kept, log, replace(default, **variant.change), optimizer, seed, variant.alter)
             trials[variant.name].append(trial)
             logger.info(
                 "seed %d of %d, variant %d of %d, %s: %s, %.0f s", seed + 1, seeds, number, len(variants), variant.name,

@@ -7,8 +7,10 @@ padded, replicated per candidate, plain softmax attention.  Every further line
 adds one change to those above it; figures stand against the line before and
 against the reference.  A step is forward, backward and both optimizers on one
 batch; its time is the fastest of several, which other load on the machine
-disturbs least.  With ``--threads 1`` it is processor time: the same on an idle
-machine, and on a busy one without the waiting.  Every line runs in a process of its own, so that its peak
+disturbs least.  With ``--steps N`` every line has N of them after its first, so that
+none is the fastest of more than another; otherwise as many as fit in ``--seconds``.
+With ``--threads 1`` it is processor time: the same on an idle machine, and on a busy
+one without the waiting.  Every line runs in a process of its own, so that its peak
 memory is its own: what the process held at most, less what it held before the
 model was built.  Before anything is timed, the scores of model and reference
 are compared.
@@ -160,6 +162,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     options.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     options.add_argument("--seconds", type=float, default=8.0, help="time given to the steps of a line (default: 8)")
+    options.add_argument("--steps", type=int, metavar="N", help="time N steps of every line, however long they take")
     options.add_argument("--shapes", type=int, nargs="+", metavar="N", help="measure these shapes of each preset alone")
     options.add_argument("--lines", type=int, nargs="+", metavar="N", help="measure these lines of each table alone")
     options.add_argument("--compile", action="store_true", help="also a line with torch.compile, which takes minutes")
@@ -168,6 +171,8 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.worker:
         print(json.dumps(measure(**json.loads(arguments.worker))))
         return 0
+    if arguments.steps is not None and arguments.steps < 1:
+        options.error(f"--steps {arguments.steps}: at least 1")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         options.error("--device cuda, but there is no CUDA device")
     report = Report("model", arguments, line_per_case=True)
@@ -235,6 +240,7 @@ def _in_own_process(arguments: argparse.Namespace, preset_name: str, shape: Shap
         "device": arguments.device,
         "threads": arguments.threads,
         "seconds": 1.0 if arguments.quick else arguments.seconds,
+        "steps": arguments.steps,
     }
     command = [sys.executable, "-m", "benchmarks.model", "--worker", json.dumps(case)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
@@ -244,9 +250,15 @@ def _in_own_process(arguments: argparse.Namespace, preset_name: str, shape: Shap
 
 
 def measure(
-    preset_name: str, shape: dict[str, Any], number: int, device: str, threads: int, seconds: float
+    preset_name: str,
+    shape: dict[str, Any],
+    number: int,
+    device: str,
+    threads: int,
+    seconds: float,
+    steps: int | None = None,
 ) -> dict[str, Any]:
-    """Measure one line of one shape in this process."""
+    """Measure one line of one shape in this process: ``steps`` timed steps, or as many as fit in ``seconds``."""
     line, drawn = _LINES[number], Shape(**shape)
     torch.set_num_threads(threads)
     config = preset("onetrans", preset_name)
@@ -263,11 +275,11 @@ def measure(
     step = _stepper(model, line, batch, drawn, preset_name, device)
     clock = time.process_time if device == "cpu" and threads == 1 else time.perf_counter
     first_s = _timed(step, device, clock)
-    steps: list[float] = []
-    while not steps or (first_s + sum(steps) < seconds and len(steps) < 200):
-        steps.append(_timed(step, device, clock))
+    timed: list[float] = []
+    while len(timed) < (steps or 1) or (steps is None and first_s + sum(timed) < seconds and len(timed) < 200):
+        timed.append(_timed(step, device, clock))
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - held
-    cost: dict[str, Any] = {"step_s": min(steps), "first_s": first_s, "peak": used}
+    cost: dict[str, Any] = {"step_s": min(timed), "first_s": first_s, "peak": used}
     if device == "cuda":
         cost |= {"peak": torch.cuda.max_memory_allocated(), "ceiling": _matmul_ceiling()}
         cost["flops"] = training_flops(config, schema, batch)

@@ -44,6 +44,8 @@ CONFIDENCE = 0.9
 Floats = npt.NDArray[np.float64]
 Scores = tuple[Floats, Floats]
 """CTR and CVR of every impression of a day."""
+Alter = Callable[[RankingModel], None]
+"""Takes something from a model that no field of its configuration takes; called before its optimizers are built."""
 Key = TypeVar("Key", bound=str)
 
 
@@ -103,8 +105,8 @@ class Log(Protocol):
     days: list[LabelledDay]
     """The scored days, one after the other; none of them is trained on."""
 
-    def run(self, config: ModelConfig, optimizer: OptimizerConfig, seed: int) -> Trial:
-        """Train a fresh model in one pass and score the days."""
+    def run(self, config: ModelConfig, optimizer: OptimizerConfig, seed: int, alter: Alter | None = None) -> Trial:
+        """Train a fresh model in one pass, altered first if so asked, and score the days."""
         ...
 
 
@@ -123,10 +125,9 @@ class Shop:
         batches = [day.take(whole[at : at + 256]) for at in range(0, len(whole), 256)]
         self.days = [LabelledDay(batches, day.user_N)]
 
-    def run(self, config: ModelConfig, optimizer: OptimizerConfig, seed: int) -> Trial:
+    def run(self, config: ModelConfig, optimizer: OptimizerConfig, seed: int, alter: Alter | None = None) -> Trial:
         """Train a fresh model in one pass, requests shuffled within a day by seed, and score the day."""
-        torch.manual_seed(seed)
-        model = build_model(config, self.schema)
+        model = _built(config, self.schema, seed, alter)
         start = time.process_time()
         train(model, self._before, self._requests, seed, optimizer)
         return _trial(model, self.days, time.process_time() - start)
@@ -149,14 +150,21 @@ class Published:
         self.schema = self._lake.schema
         self.days = [self._lake.labelled(ds) for ds in day_range(first, last)]
 
-    def run(self, config: ModelConfig, optimizer: OptimizerConfig, seed: int) -> Trial:
+    def run(self, config: ModelConfig, optimizer: OptimizerConfig, seed: int, alter: Alter | None = None) -> Trial:
         """Train a fresh model in one pass, shuffled as ``onetrans train`` does, and score the days."""
-        torch.manual_seed(seed)
-        model = build_model(config, self.schema)
+        model = _built(config, self.schema, seed, alter)
         batches = self._lake.training(self._before, seed)
         start = time.process_time()
         train_pass(model, build_optimizers(model, optimizer), batches)
         return _trial(model, self.days, time.process_time() - start)
+
+
+def _built(config: ModelConfig, schema: FeatureSchema, seed: int, alter: Alter | None) -> RankingModel:
+    torch.manual_seed(seed)
+    model = build_model(config, schema)
+    if alter:
+        alter(model)
+    return model
 
 
 def _trial(model: RankingModel, days: list[LabelledDay], seconds: float) -> Trial:
@@ -165,10 +173,14 @@ def _trial(model: RankingModel, days: list[LabelledDay], seconds: float) -> Tria
     return Trial(tuple(scores), seconds, dense)
 
 
-def run_kept(kept: Kept, log: Log, config: ModelConfig, optimizer: OptimizerConfig, seed: int) -> Trial:
-    """Return a trial of a log, from the folder if it is there."""
+def run_kept(
+    kept: Kept, log: Log, config: ModelConfig, optimizer: OptimizerConfig, seed: int, alter: Alter | None = None
+) -> Trial:
+    """Return a trial of a log, from the folder if it is there; ``alter`` is known by its name."""
     identity = {"log": log.name, "model": config_to_dict(config), "optimizer": asdict(optimizer), "seed": seed}
-    return kept.trial(identity, lambda: log.run(config, optimizer, seed))
+    if alter:
+        identity["alter"] = alter.__name__
+    return kept.trial(identity, lambda: log.run(config, optimizer, seed, alter))
 
 
 def measured(days: Sequence[LabelledDay], scores: Sequence[Scores]) -> dict[str, float]:

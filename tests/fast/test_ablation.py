@@ -3,15 +3,20 @@
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from benchmarks.ablation import VARIANTS, markdown, with_bases
+from benchmarks.ablation import VARIANTS, markdown, no_events, sequences_alike, with_bases
 from benchmarks.fitting import LabelledDay
-from benchmarks.trials import Kept, Trial, measured
+from benchmarks.trials import Alter, Kept, Trial, measured
+from onetrans.batch import RequestBatch
 from onetrans.models import build_model, preset
 from tests.batches import model_schema, random_batch
+
+EVENT_FIELDS = ("event_EV", "event_sequence_E", "event_time_E", "event_offsets_O")
 
 
 def test_every_variant_is_a_model_unlike_its_base() -> None:
@@ -22,7 +27,36 @@ def test_every_variant_is_a_model_unlike_its_base() -> None:
         build_model(config, model_schema())
         base = by_name[variant.base]
         assert VARIANTS.index(base) <= place
-        assert (replace(preset("onetrans", "tiny"), **base.change) == config) == (base is variant)
+        same = replace(preset("onetrans", "tiny"), **base.change) == config and base.alter is variant.alter
+        assert same == (base is variant)
+
+
+def moved_by(alter: Alter | None, change: dict[str, Any], before: RequestBatch, after: RequestBatch) -> float:
+    """Return how far a fresh model's click logits of two batches lie apart at most."""
+    torch.manual_seed(0)
+    model = build_model(replace(preset("onetrans", "tiny"), **change), model_schema()).eval()
+    if alter:
+        alter(model)
+    with torch.no_grad():
+        return float((model(before).ctr_logit_N - model(after).ctr_logit_N).abs().max())
+
+
+def test_a_model_without_events_scores_alike_whatever_happened() -> None:
+    some, other = (random_batch(model_schema(), [4] * 5, [lengths] * 5) for lengths in (3, 9))
+    other = replace(some, **{name: getattr(other, name) for name in EVENT_FIELDS})
+    assert moved_by(None, {}, some, other) > 0.01
+    assert moved_by(no_events, {}, some, other) == 0
+
+
+@pytest.mark.parametrize("separators", [False, True])
+def test_sequences_embedded_alike_are_told_apart_by_sep_alone(separators: bool) -> None:
+    """One event: moved to another sequence, it keeps all but its sequence."""
+    change = {"merge": "intent_ordered", "max_seq_len": 1, "separators": separators}
+    batch = random_batch(model_schema(), [4] * 5, [1] * 5)
+    moved = replace(batch, event_sequence_E=1 - batch.event_sequence_E.clamp(max=1))
+    assert moved_by(None, change, batch, moved) > 0.01
+    # Rows of a product change places, so what is equal is so up to rounding.
+    assert (moved_by(sequences_alike, change, batch, moved) > 1e-5) == separators
 
 
 def test_bases_come_with_their_variants() -> None:

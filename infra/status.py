@@ -1,5 +1,7 @@
 """``onetrans status``: the last days of every table, the trainings, the champion and why, and what runs now.
 
+Trainings of no day, on plain files or next-batch, are listed after those of the days.
+
 It reads and starts nothing.  A part that cannot be read is one line that says so,
 and the others are shown.
 """
@@ -21,7 +23,7 @@ from infra.local.airflow_api import AirflowApiError
 from onetrans import storage
 from onetrans.errors import EXIT_OK, BadConfigError, PipelineError
 from onetrans.lake import SCORES, TABLES, Lake
-from onetrans.plan import PLAN_FILE
+from onetrans.plan import FINISHED_FILE, NEXT_BATCH_FOLDER, PLAIN_FOLDER, PLAN_FILE
 from onetrans.process import add_json, print_json
 from onetrans.report import report
 from onetrans.settings import OWN_FILE, Settings, load_settings
@@ -37,7 +39,13 @@ _STEPS = ("onetrans", "jobs", "expectations")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
-    parser.add_argument("--days", type=int, default=7, metavar="N", help="days that are shown (default: %(default)s)")
+    parser.add_argument(
+        "--days",
+        type=int,
+        default=7,
+        metavar="N",
+        help="days, and trainings of no day, that are shown (default: %(default)s)",
+    )
     add_json(parser)
 
 
@@ -59,11 +67,12 @@ def status(settings: Settings, days: int) -> dict[str, Any]:
 
     Args:
         settings: the deployment.
-        days: how many of the latest days are told.
+        days: how many of the latest days, and of the latest trainings of no day, are told.
     """
     return {
         "tables": _part(lambda: _tables(settings, days)),
         "models": _part(lambda: _models(settings, days)),
+        "others": _part(lambda: _others(settings, days)),
         "champion": _part(lambda: _champion(settings)),
         "running": _part(lambda: _running(settings)),
         "airflow": _part(_airflow),
@@ -133,6 +142,31 @@ def _models(settings: Settings, days: int) -> list[dict[str, Any]]:
     named = {path.removeprefix(runs).lstrip("/").split("/")[0] for path in storage.list_files(runs, PLAN_FILE)}
     planned = sorted(date.fromisoformat(name.removeprefix("ds=")) for name in named if name.startswith("ds="))
     return [report(settings, ds, ds)[0] for ds in planned[-days:]]
+
+
+def _others(settings: Settings, most: int) -> list[dict[str, Any]]:
+    """Return the newest trainings of no day, oldest first: what they read, and which models are finished."""
+    runs = storage.resolve(settings.training.runs)
+    folders = [storage.join(runs, kind) for kind in (PLAIN_FOLDER, NEXT_BATCH_FOLDER)]
+    plans = [
+        (storage.read_json(path), path.rsplit("/", 1)[0]) for f in folders for path in storage.list_files(f, PLAN_FILE)
+    ]
+    plans.sort(key=lambda found: str(found[0]["created_at"]))
+    return [
+        {
+            "plan_id": plan["plan_id"],
+            "path": path,
+            "created_at": plan["created_at"],
+            "preset": plan["preset"],
+            "reads": plan["decision"],
+            "finished": {
+                name: storage.read_json(file)["finished_at"]
+                for name in plan["models"]
+                if storage.exists(file := storage.join(path, name, FINISHED_FILE))
+            },
+        }
+        for plan, path in plans[-most:]
+    ]
 
 
 def _champion(settings: Settings) -> dict[str, Any] | None:
@@ -217,7 +251,7 @@ def _held_locks(settings: Settings) -> list[dict[str, Any]]:
     if not storage.is_local(settings.training.runs):
         return []
     entries = []
-    for file in sorted(storage.local_path(settings.training.runs).glob("ds=*/*/*/.lock")):
+    for file in sorted(storage.local_path(settings.training.runs).glob("*/*/*/.lock")):
         with file.open("rb") as lock:
             try:
                 # Shared and for an instant: a training that wants it just then looks again half a second later.
@@ -244,7 +278,7 @@ def screen(found: Mapping[str, Any]) -> str:
     """Return :func:`status` as text of one screen."""
     parts = {
         "Tables": _tables_text(found["tables"]),
-        "Models": _models_text(found["models"]),
+        "Models": "\n".join([_models_text(found["models"]), *_others_lines(found["others"])]),
         "Champion": _champion_text(found["champion"]),
         "Running": _running_text(found["running"], found["airflow"]),
     }
@@ -292,6 +326,19 @@ def _models_text(models: Any) -> str:
         shown = "  ".join(f"{'-' if lift is None else format(lift, '+.4f'):>8}" for lift in lifts)
         lines.append(f"{day['ds']:<10}  {day['preset']:<6}  {shown}  {_became(day)}")
     return "\n".join(lines)
+
+
+def _others_lines(others: Any) -> list[str]:
+    if isinstance(others, Mapping):
+        return [f"trainings of no day: {others['error']}"]
+    if not others:
+        return []
+    lines = [f"{'of no day':<10}  {'preset':<6}  {'plan':<12}  {'finished':<19}"]
+    for training in others:
+        finished = ", ".join(training["finished"]) or "none yet"
+        begun, preset, plan = training["created_at"][:10], training["preset"], training["plan_id"]
+        lines.append(f"{begun:<10}  {preset:<6}  {plan:<12}  {finished:<19}  {training['reads']}")
+    return lines
 
 
 def _became(day: Mapping[str, Any]) -> str:

@@ -20,14 +20,12 @@ and the weights at the end, which have seen every row and are never promoted.
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import logging
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, replace
-from datetime import UTC, date, datetime
+from dataclasses import replace
+from datetime import date
 from typing import Any
 
 import pyarrow as pa
@@ -43,13 +41,12 @@ from onetrans.loader import Loaded
 from onetrans.plan import (
     CHECKPOINT_FOLDER,
     FINISHED_FILE,
-    PLAN_FILE,
+    NEXT_BATCH_FOLDER,
     TABLE,
     TRUTH,
     Plan,
-    Recipe,
-    configured_models,
-    git_revision,
+    configured_recipe,
+    plan_of_no_day,
 )
 from onetrans.schema import FeatureSchema, load_schema
 from onetrans.settings import Settings
@@ -66,9 +63,6 @@ PREDICTIONS = "predictions"
 
 AVERAGED = ("ctr_auc", "ctr_uauc", "cvr_auc", "cvr_uauc", "ctr_log_loss", "cvr_log_loss")
 """Figures that are averaged over days."""
-
-_FOLDER = "next-batch"
-"""Folder of these runs beside the days' runs."""
 
 
 def plan_next_batch(settings: Settings, schema: FeatureSchema, first: date, last: date) -> Plan:
@@ -91,35 +85,18 @@ def plan_next_batch(settings: Settings, schema: FeatureSchema, first: date, last
     if training.epochs != 1:
         logger.info("training.epochs = %d does not apply: next-batch evaluation is one pass", training.epochs)
     files = lake.files(TABLE, days, snapshot_id)
-    recipe = Recipe(training.batch_size, 1, training.seed, training.click_weight, training.conversion_weight)
-    models = configured_models(training)
-    decides = {
-        "next_batch": files,
-        "schema": schema.fingerprint,
-        "recipe": asdict(recipe),
-        "models": {name: model.decides() for name, model in models.items()},
-    }
-    plan_id = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
-    path = storage.join(storage.resolve(training.runs), _FOLDER, plan_id)
-    if storage.exists(storage.join(path, PLAN_FILE)):
-        return Plan.load(path)
-    return Plan(
-        plan_id=plan_id,
-        path=path,
+    return plan_of_no_day(
+        settings,
+        NEXT_BATCH_FOLDER,
+        schema,
+        replace(configured_recipe(training), epochs=1),
+        {"next_batch": files},
         ds=days[-1],
-        preset=training.preset,
         decision=f"next-batch evaluation from fresh weights over {describe_days(days)}",
-        train_days=tuple(days),
-        warm_start_ds=None,
+        files=files,
+        train_days=days,
         snapshot_id=snapshot_id,
-        train_files=tuple(files),
-        evaluation_files=(),
-        schema=schema,
-        recipe=recipe,
-        models=models,
-        git_revision=git_revision(),
-        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
-    ).save()
+    )
 
 
 class NextBatchTraining(Training):
@@ -359,7 +336,7 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
     plan = plan_next_batch(settings, load_schema(settings.source), arguments.first, arguments.last)
     if not arguments.no_mlflow:
         # The run itself is found by its tags; the plan only says that it is tracked.
-        plan = replace(plan, mlflow_run_id=_FOLDER)
+        plan = replace(plan, mlflow_run_id=NEXT_BATCH_FOLDER)
     with stop_on_sigterm() as stop:
         record = train_next_batch(plan, arguments.model, settings, stop)
     print(figures_table(record))

@@ -9,13 +9,11 @@ best pass are the ones kept.
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import logging
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
-from datetime import UTC, date, datetime
+from dataclasses import replace
+from datetime import date
 from typing import Any, get_args
 
 import pyarrow as pa
@@ -31,16 +29,23 @@ from onetrans.metrics import Metrics
 from onetrans.models import RankingModel, model_name
 from onetrans.optim_config import optimizer_preset
 from onetrans.plain_files import Split
-from onetrans.plan import METRICS_FILE, PLAN_FILE, SCORES_FILE, ModelPlan, Plan, Recipe, configured_models, git_revision
+from onetrans.plan import (
+    METRICS_FILE,
+    PLAIN_FOLDER,
+    PLAN_FILE,
+    SCORES_FILE,
+    ModelPlan,
+    Plan,
+    Recipe,
+    configured_recipe,
+    plan_of_no_day,
+)
 from onetrans.process import print_json
 from onetrans.schema import FeatureSchema
 from onetrans.settings import Settings
 from onetrans.train import MODEL_FOLDER, train
 
 logger = logging.getLogger(__name__)
-
-_FOLDER = "plain"
-"""Folder of these runs beside the days' runs."""
 
 _BEFORE: Mapping[Split, tuple[Split, ...]] = {"train": (), "val": ("train",), "test": ("train", "val")}
 """Per split those that a model may have seen."""
@@ -105,39 +110,16 @@ def plan_files(directory: str, settings: Settings) -> Plan:
     schema = plain_files.read_schema(directory)
     sources = plain_files.split_files(directory, "train")
     files = plain_files.prepare(directory, "train", schema, _out(settings))
-    training = settings.training
-    recipe = Recipe(
-        training.batch_size, training.epochs, training.seed, training.click_weight, training.conversion_weight
-    )
-    models = configured_models(training)
-    decides = {
-        "train": plain_files.digest(sources),
-        "conversion": plain_files.CONVERSION,
-        "schema": schema.fingerprint,
-        "recipe": asdict(recipe),
-        "models": {name: model.decides() for name, model in models.items()},
-    }
-    plan_id = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
-    path = storage.join(_out(settings), plan_id)
-    if storage.exists(storage.join(path, "plan.json")):
-        return Plan.load(path)
-    return Plan(
-        plan_id=plan_id,
-        path=path,
+    return plan_of_no_day(
+        settings,
+        PLAIN_FOLDER,
+        schema,
+        configured_recipe(settings.training),
+        {"train": plain_files.digest(sources), "conversion": plain_files.CONVERSION},
         ds=_last_day(files),
-        preset=training.preset,
         decision=f"reads the files of {directory}, without a lake",
-        train_days=(),
-        warm_start_ds=None,
-        snapshot_id=0,
-        train_files=tuple(files),
-        evaluation_files=(),
-        schema=schema,
-        recipe=recipe,
-        models=models,
-        git_revision=git_revision(),
-        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
-    ).save()
+        files=files,
+    )
 
 
 def evaluate_files(arguments: argparse.Namespace, settings: Settings) -> int:
@@ -265,7 +247,7 @@ def _column(file: str, name: str) -> pa.Array:
 
 
 def _out(settings: Settings) -> str:
-    return storage.join(storage.resolve(settings.training.runs), _FOLDER)
+    return storage.join(storage.resolve(settings.training.runs), PLAIN_FOLDER)
 
 
 def _told(figures: Mapping[str, Any]) -> str:

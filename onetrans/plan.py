@@ -28,7 +28,7 @@ import json
 import logging
 import subprocess
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
@@ -63,6 +63,10 @@ PROMOTION_FILE = "promotion.json"
 """What was done in the registry."""
 FINISHED_FILE = "finished.json"
 """In a model's folder: its training is done."""
+PLAIN_FOLDER = "plain"
+"""Beside the days' runs: trainings on plain files, which belong to no day."""
+NEXT_BATCH_FOLDER = "next-batch"
+"""Beside the days' runs: next-batch evaluations, which belong to several."""
 CHECKPOINT_FOLDER = "checkpoint"
 """In a model's folder: what a later training goes on from; retention removes old ones."""
 CHECKPOINT_FILE = "checkpoint.json"
@@ -130,6 +134,13 @@ def configured_models(training: TrainingSettings) -> dict[str, ModelPlan]:
         for name, model in preset_models(training.preset).items()
     }
     return {name: _with_fields(model, name, getattr(training, name)) for name, model in models.items()}
+
+
+def configured_recipe(training: TrainingSettings) -> Recipe:
+    """Return how the settings want models to be trained."""
+    return Recipe(
+        training.batch_size, training.epochs, training.seed, training.click_weight, training.conversion_weight
+    )
 
 
 def _with_fields(model: ModelPlan, name: str, text: str) -> ModelPlan:
@@ -278,6 +289,67 @@ class Plan:
             raise BadConfigError(f"{path} was written by another version of onetrans ({error}); plan again") from error
 
 
+def plan_of_no_day(
+    settings: Settings,
+    folder: str,
+    schema: FeatureSchema,
+    recipe: Recipe,
+    decides: Mapping[str, Any],
+    *,
+    ds: date,
+    decision: str,
+    files: Sequence[str],
+    train_days: Sequence[date] = (),
+    snapshot_id: int = 0,
+) -> Plan:
+    """Return the plan of a training beside those of the days, from fresh weights; the same inputs find it again.
+
+    Args:
+        settings: where runs are, and both models.
+        folder: name of the folder of its kind beside the days' runs.
+        schema: the feature schema.
+        recipe: how it is trained.
+        decides: what decides the outcome beside schema, recipe and models.
+        ds: its last day.
+        decision: what it reads, in words.
+        files: files to train on.
+        train_days: days of the lake that these are of.
+        snapshot_id: state of the table that they are of.
+    """
+    models = configured_models(settings.training)
+    plan_id = _plan_id(schema, recipe, models, decides)
+    path = storage.join(storage.resolve(settings.training.runs), folder, plan_id)
+    if storage.exists(storage.join(path, PLAN_FILE)):
+        return Plan.load(path)
+    return Plan(
+        plan_id=plan_id,
+        path=path,
+        ds=ds,
+        preset=settings.training.preset,
+        decision=decision,
+        train_days=tuple(train_days),
+        warm_start_ds=None,
+        snapshot_id=snapshot_id,
+        train_files=tuple(files),
+        evaluation_files=(),
+        schema=schema,
+        recipe=recipe,
+        models=models,
+        git_revision=git_revision(),
+        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+    ).save()
+
+
+def _plan_id(schema: FeatureSchema, recipe: Recipe, models: Mapping[str, ModelPlan], decides: Mapping[str, Any]) -> str:
+    whole = {
+        **decides,
+        "schema": schema.fingerprint,
+        "recipe": asdict(recipe),
+        "models": {name: model.decides() for name, model in models.items()},
+    }
+    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:12]
+
+
 @dataclass(frozen=True)
 class _Start:
     """Where training begins: the days to read and what to go on from."""
@@ -318,20 +390,15 @@ def make_plan(
     if snapshot_id is None:
         raise NotReadyError(f"table {TABLE} has no published day; needed: {ds} and the days before it")
     start = _decide(lake, snapshot_id, settings, ds, schema, models, from_scratch)
-    recipe = Recipe(
-        training.batch_size, training.epochs, training.seed, training.click_weight, training.conversion_weight
-    )
+    recipe = configured_recipe(training)
     train_files = lake.files(TABLE, start.days, snapshot_id)
     evaluation_files = lake.files(TABLE, [ds], snapshot_id)
     decides = {
         "train": train_files,
         "evaluation": evaluation_files,
-        "schema": schema.fingerprint,
-        "recipe": asdict(recipe),
-        "models": {name: model.decides() for name, model in models.items()},
         "warm_start": start.folder and start.folder.rsplit("/", 1)[-1],
     }
-    plan_id = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
+    plan_id = _plan_id(schema, recipe, models, decides)
     path = storage.join(storage.resolve(training.runs), f"ds={ds}", plan_id)
     if storage.exists(storage.join(path, PLAN_FILE)):
         plan = Plan.load(path)

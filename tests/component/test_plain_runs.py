@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,8 @@ from onetrans import storage
 from onetrans.artifact import load_model
 from onetrans.cli import main as cli
 from onetrans.errors import EXIT_BAD_CONFIG, EXIT_BAD_DATA, EXIT_OK
+from onetrans.plain_runs import plan_files
+from onetrans.settings import TrainingSettings, load_settings
 from tests.plain_logs import SCHEMA, rows, write
 
 
@@ -59,6 +63,19 @@ def test_without_held_out_rows_the_last_pass_is_kept(folder, capsys):
     assert cli(command(folder, "--epochs", "1")) == EXIT_OK
     (path,) = capsys.readouterr().out.strip().splitlines()
     assert load_model(path)[1].name == "plain"
+
+    # The command that shows the days shows it too, and another one before it is finished.
+    plan_files(str(folder), replace(load_settings(), training=TrainingSettings(preset="base")))
+    assert cli(["status", "--json"]) == EXIT_OK
+    finished, begun = json.loads(capsys.readouterr().out)["others"]
+    assert path.startswith(finished["path"])
+    assert list(finished["finished"]) == ["onetrans"]
+    assert (begun["preset"], begun["finished"]) == ("base", {})
+    assert cli(["status", "--days", "1"]) == EXIT_OK
+    shown = capsys.readouterr().out
+    assert f"base    {begun['plan_id']}  none yet" in shown
+    assert f"reads the files of {folder}, without a lake" in shown
+    assert finished["plan_id"] not in shown
 
 
 def test_options_that_contradict_each_other_and_rows_in_two_splits_are_refused(folder, capsys):

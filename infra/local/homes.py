@@ -1,4 +1,4 @@
-"""Which configuration a local deployment goes by, and where its Airflow keeps its database and logs."""
+"""Which configuration a local deployment goes by, where its Airflow keeps its database and logs; and a small one."""
 
 from __future__ import annotations
 
@@ -36,3 +36,25 @@ def chosen_config(
     if environ.get("ONETRANS_CONFIG"):
         return Path(environ["ONETRANS_CONFIG"]).resolve()
     return next((path.resolve() for path in (own, demo) if path.is_file()), None)
+
+
+def small_config(folder: Path) -> Path:
+    """Write the configuration of a deployment that lies in one folder, log included, with the smallest models."""
+    config = folder / "onetrans.toml"
+    config.write_text(
+        f"""
+[source]
+path = "{folder / "raw"}"
+[lake]
+warehouse = "{folder / "lake"}"
+[training]
+preset = "tiny"
+runs = "{folder / "runs"}"
+threads = 1
+[mlflow]
+tracking_uri = "sqlite:///{folder / "mlflow" / "mlflow.db"}"
+artifacts = "{folder / "mlflow" / "artifacts"}"
+""",
+        encoding="utf-8",
+    )
+    return config

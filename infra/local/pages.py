@@ -6,10 +6,12 @@ import os
 import sys
 import urllib.error
 import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from infra.local.processes import Server, free_port, wait_until
+from infra.local.processes import Server, free_port, stop, wait_until
 from onetrans import storage
 from onetrans.errors import BadConfigError
 from onetrans.settings import Settings
@@ -89,3 +91,21 @@ def wait_for(page: Page, seconds: float = 90.0) -> None:
         ServerError: if its server ends, or does not answer in time.
     """
     wait_until(page.ready, [page.server] if page.server else [], page.title, seconds)
+
+
+@contextmanager
+def served(shown: Sequence[Page]) -> Iterator[list[Server]]:
+    """Start the servers of pages, wait until each page answers, and stop the servers at the end.
+
+    Raises:
+        ServerError: if a server ends, or does not answer in time.
+    """
+    servers = [page.server for page in shown if page.server]
+    try:
+        for server in servers:
+            server.start()
+        for page in shown:
+            wait_for(page)
+        yield servers
+    finally:
+        stop(servers)

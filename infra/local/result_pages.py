@@ -21,7 +21,6 @@ from expectations.site import site_path
 from infra.local import pages
 from infra.local.airflow_page import chromium
 from infra.local.homes import REPOSITORY, chosen_config
-from infra.local.processes import stop
 from onetrans import storage
 from onetrans.errors import EXIT_OK, BadConfigError, NotReadyError
 from onetrans.plan import GATE_FILE, PAGE_FILE, Plan
@@ -77,22 +76,14 @@ def take(settings: Settings, out: Path) -> list[Path]:
         if docs is None:
             raise BadConfigError(f"the Data Docs are in {site}; name where a browser finds them in audit.address")
         shown = [pages.mlflow_page(settings, Path(logs)), docs]
-        servers = [page.server for page in shown if page.server]
-        try:
-            for server in servers:
-                server.start()
-            for page in shown:
-                pages.wait_for(page)
-            verdict = storage.local_path(storage.join(plan.path, PAGE_FILE)).as_uri()
-            wanted = {
-                "mlflow.png": (_comparison(settings, plan, shown[0].address), re.compile("Comparing", re.I)),
-                "verdict.png": (verdict, re.compile(str(plan.ds))),
-                "data_docs.png": (shown[1].address, re.compile("Data Docs|audit", re.I)),
-            }
-            with _browser() as browser:
-                return [_picture(browser, address, text, out / name) for name, (address, text) in wanted.items()]
-        finally:
-            stop(servers)
+        verdict = storage.local_path(storage.join(plan.path, PAGE_FILE)).as_uri()
+        wanted = {
+            "mlflow.png": (_comparison(settings, plan, shown[0].address), re.compile("Comparing", re.I)),
+            "verdict.png": (verdict, re.compile(str(plan.ds))),
+            "data_docs.png": (shown[1].address, re.compile("Data Docs|audit", re.I)),
+        }
+        with pages.served(shown), _browser() as browser:
+            return [_picture(browser, address, text, out / name) for name, (address, text) in wanted.items()]
 
 
 def newest_judged(settings: Settings) -> Plan:

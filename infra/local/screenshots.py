@@ -24,6 +24,7 @@ from playwright.sync_api import expect
 from infra.local.airflow import REPOSITORY, LocalAirflow
 from infra.local.airflow_api import AirflowApi, Run
 from infra.local.airflow_page import AirflowPage, chromium
+from infra.local.homes import small_config
 from onetrans.errors import BadConfigError, PipelineError
 from onetrans.process import Parser, exit_code_of
 
@@ -80,23 +81,7 @@ def take(folder: Path, out: Path) -> None:
 
 def _shop(folder: Path) -> LocalAirflow:
     """Write a log of three days, build the first and spoil the last; return the Airflow, not yet started."""
-    config = folder / "onetrans.toml"
-    config.write_text(
-        f"""
-[source]
-path = "{folder / "raw"}"
-[lake]
-warehouse = "{folder / "lake"}"
-[training]
-preset = "tiny"
-runs = "{folder / "runs"}"
-threads = 1
-[mlflow]
-tracking_uri = "sqlite:///{folder / "mlflow" / "mlflow.db"}"
-artifacts = "{folder / "mlflow" / "artifacts"}"
-""",
-        encoding="utf-8",
-    )
+    config = small_config(folder)
     airflow = LocalAirflow(folder / "airflow", {"ONETRANS_CONFIG": str(config), "ONETRANS_AIRFLOW_DEADLINE_HOURS": "0"})
     _process(
         airflow.environment,

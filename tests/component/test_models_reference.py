@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onetrans.models import DCNv2DINConfig, OneTransConfig, build_model
+from onetrans.models import DCNv2DINConfig, OneTransConfig
 from tests.batches import model_schema, random_batch, shapes, vector_schema
 from tests.plain_models import plain_dcnv2_din, plain_onetrans
+from tests.trained_like import gradients, trained_like
 
 SCHEMA = model_schema()
 ONETRANS = OneTransConfig(
@@ -57,18 +58,6 @@ def baseline_configs(draw):
     )
 
 
-def gradients(model, scores):
-    """Gradients of every parameter for a loss that weighs every score differently."""
-    ctr, cvr = scores
-    weights = torch.linspace(0.5, 1.5, ctr.shape[0], dtype=ctr.dtype)
-    loss = (ctr * weights).sum() + (cvr.square() * weights.flip(0)).sum()
-    found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
-    return {
-        name: torch.zeros_like(parameter) if gradient is None else gradient.to_dense()
-        for (name, parameter), gradient in zip(model.named_parameters(), found, strict=True)
-    }
-
-
 def assert_equal(model, batch, plain, relative):
     expected = plain(model, batch)
     got = model(batch)
@@ -83,25 +72,13 @@ def assert_equal(model, batch, plain, relative):
         )  # fmt: skip
 
 
-def larger_embeddings(model):
-    """Scale the tables up, so that a score depends on its inputs as in a trained model."""
-    with torch.no_grad():
-        for table in model.embedding_parameters().values():
-            table.mul_(20.0)
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias.time_KH"):
-                parameter.normal_()  # starts at zero
-    return model
-
-
 @settings(max_examples=60, deadline=None)
 @given(shape=shapes(), config=onetrans_configs())
 def test_onetrans_equals_the_plain_reference(shape, config):
     candidates, events, seed = shape
     if not sum(candidates):
         return
-    torch.manual_seed(seed)
-    model = larger_embeddings(build_model(config, SCHEMA)).double()
+    model = trained_like(config, SCHEMA, seed).double()
     assert_equal(model, random_batch(SCHEMA, candidates, events, seed), plain_onetrans, 1e-9)
 
 
@@ -113,8 +90,7 @@ def test_baseline_equals_the_plain_reference(shape, config):
         return
     if not sum(candidates):
         return
-    torch.manual_seed(seed)
-    model = larger_embeddings(build_model(config, SCHEMA)).double()
+    model = trained_like(config, SCHEMA, seed).double()
     if config.normalization == "batch":
         model.eval()
     assert_equal(model, random_batch(SCHEMA, candidates, events, seed), plain_dcnv2_din, 1e-9)
@@ -127,8 +103,7 @@ def test_long_sequences_equal_the_plain_reference(position, window):
         ONETRANS, num_layers=2, num_heads=2, max_seq_len=2048, pyramid_multiple=32, position=position,
         sliding_window=window,
     )  # fmt: skip
-    torch.manual_seed(0)
-    model, batch = larger_embeddings(build_model(config, SCHEMA)).double(), random_batch(SCHEMA, [1, 1], [2048, 1])
+    model, batch = trained_like(config, SCHEMA).double(), random_batch(SCHEMA, [1, 1], [2048, 1])
     with torch.no_grad():
         torch.testing.assert_close(torch.stack(model(batch)), torch.stack(plain_onetrans(model, batch)))
 
@@ -142,13 +117,11 @@ def test_vectors_take_an_embeddings_place_in_both_models(shape, tokenizer):
     schema = vector_schema()
     batch = random_batch(schema, candidates, events, seed)
     for config, plain in ((replace(ONETRANS, tokenizer=tokenizer), plain_onetrans), (BASELINE, plain_dcnv2_din)):
-        torch.manual_seed(seed)
-        model = larger_embeddings(build_model(config, schema)).double().eval()
+        model = trained_like(config, schema, seed).double().eval()
         assert_equal(model, batch, plain, 1e-9)
 
 
 @pytest.mark.parametrize(("config", "plain"), [(ONETRANS, plain_onetrans), (BASELINE, plain_dcnv2_din)])
 def test_float32_agrees_to_1e_5(config, plain):
-    torch.manual_seed(3)
-    model = larger_embeddings(build_model(config, SCHEMA)).eval()
+    model = trained_like(config, SCHEMA, 3).eval()
     assert_equal(model, random_batch(SCHEMA, [3, 1, 0, 11], [9, 0, 4, 14], seed=3), plain, 1e-5)

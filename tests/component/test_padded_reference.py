@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.attention.varlen import varlen_attn
 
-from onetrans.models import OneTransConfig, Scores, attention, build_model, embeddings, onetrans, ragged, rowwise
+from onetrans.models import OneTransConfig, Scores, attention, embeddings, onetrans, ragged, rowwise
 from onetrans.models.compute import Compute
 from tests.batches import model_schema, random_batch, select_requests, shapes, vector_schema
 from tests.padded_onetrans import PaddedOneTrans
+from tests.trained_like import gradients, trained_like
 
 SCHEMA = model_schema()
 BASE = OneTransConfig(
@@ -49,31 +50,6 @@ def configs(draw):
     )
 
 
-def lively(config, seed=0, schema=SCHEMA):
-    """A model whose tables are as large as a trained model's, so that scores depend on the inputs."""
-    torch.manual_seed(seed)
-    model = build_model(config, schema)
-    with torch.no_grad():
-        for table in model.embedding_parameters().values():
-            table.mul_(20.0)
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias.time_KH"):
-                parameter.normal_()  # starts at zero
-    return model
-
-
-def gradients(model, scores):
-    """Gradients of a loss that weighs every score differently."""
-    ctr, cvr = scores
-    weights = torch.linspace(0.5, 1.5, ctr.shape[0], dtype=ctr.dtype, device=ctr.device)
-    loss = (ctr * weights).sum() + (cvr.square() * weights.flip(0)).sum()
-    found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
-    return {
-        name: torch.zeros_like(parameter) if gradient is None else gradient.to_dense()
-        for (name, parameter), gradient in zip(model.named_parameters(), found, strict=True)
-    }
-
-
 def assert_agrees(model, reference, batch, relative):
     """Each score and each parameter's gradient differs by no more than rounding of what it is a sum of."""
     expected, got = reference(batch), model(batch)
@@ -104,7 +80,7 @@ def test_every_step_computes_the_same(flags, shape, config):
     candidates, events, seed = shape
     if not sum(candidates):
         return
-    model = lively(config, seed).double()
+    model = trained_like(config, SCHEMA, seed).double()
     assert_agrees(model, PaddedOneTrans(model, **flags), random_batch(SCHEMA, candidates, events, seed), 1e-9)
 
 
@@ -112,7 +88,7 @@ def test_every_step_computes_the_same(flags, shape, config):
 @pytest.mark.parametrize("tokenizer", ["auto_split", "group_wise"])
 def test_every_step_computes_the_same_with_vectors(flags, tokenizer):
     schema = vector_schema()
-    model = lively(replace(BASE, tokenizer=tokenizer), schema=schema).double()
+    model = trained_like(replace(BASE, tokenizer=tokenizer), schema).double()
     assert_agrees(model, PaddedOneTrans(model, **flags), random_batch(schema, [3, 0, 11], [9, 2, 0]), 1e-9)
 
 
@@ -123,7 +99,7 @@ def test_the_form_for_other_devices_computes_the_same(shape, config):
     candidates, events, seed = shape
     if not sum(candidates):
         return
-    model, batch = lively(config, seed).double(), random_batch(SCHEMA, candidates, events, seed)
+    model, batch = trained_like(config, SCHEMA, seed).double(), random_batch(SCHEMA, candidates, events, seed)
     with pytest.MonkeyPatch.context() as patch:
         for module in (attention, embeddings, onetrans, rowwise):
             patch.setattr(module, "written_out", lambda *_: False)
@@ -136,7 +112,7 @@ def test_a_window_is_computed_in_parts_as_under_a_mask(shape, config, window):
     candidates, events, seed = shape
     if not sum(candidates):
         return
-    model = lively(replace(config, attention="causal", sliding_window=window), seed).double()
+    model = trained_like(replace(config, attention="causal", sliding_window=window), SCHEMA, seed).double()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "WINDOW_QUERIES", 2)
         assert_agrees(model, PaddedOneTrans(model), random_batch(SCHEMA, candidates, events, seed), 1e-9)
@@ -145,7 +121,7 @@ def test_a_window_is_computed_in_parts_as_under_a_mask(shape, config, window):
 def test_a_window_hides_and_saves_what_lies_before_it():
     """Of 1,000 queries and keys, no call is given more keys than two windows hold."""
     config = replace(LONG, max_seq_len=1000, sliding_window=100)
-    model, batch = lively(config).double(), random_batch(SCHEMA, [2, 1], [1000, 350])
+    model, batch = trained_like(config, SCHEMA).double(), random_batch(SCHEMA, [2, 1], [1000, 350])
     seen = []
 
     def told(q, k, v, mask):
@@ -167,14 +143,14 @@ LONG = replace(BASE, num_layers=2, num_heads=1, max_seq_len=8192, pyramid_multip
 @pytest.mark.parametrize("events", [0, 1, 2048, 8192])
 def test_no_length_is_built_in(events):
     """Outputs and gradients; the reference holds the scores of 4,096 queries and 8,192 keys."""
-    model, batch = lively(LONG).double(), random_batch(SCHEMA, [2], [events])
+    model, batch = trained_like(LONG, SCHEMA).double(), random_batch(SCHEMA, [2], [events])
     assert model.schedule == (4096, 0)
     assert_agrees(model, PaddedOneTrans(model, shared_user_side=True, kept_queries_only=True), batch, 1e-9)
 
 
 def test_a_batch_mixes_none_one_2048_and_8192_events():
     """Each request scores as it does alone, and the gradients are those of the requests alone, added up."""
-    model, batch = lively(LONG).double(), random_batch(SCHEMA, [2, 1, 1, 3], [8192, 0, 1, 2048])
+    model, batch = trained_like(LONG, SCHEMA).double(), random_batch(SCHEMA, [2, 1, 1, 3], [8192, 0, 1, 2048])
     alone = [model(select_requests(batch, [request])) for request in range(4)]
     apart = Scores(*(torch.cat(task) for task in zip(*alone, strict=True)))
     together = model(batch)
@@ -189,7 +165,7 @@ def test_a_batch_mixes_none_one_2048_and_8192_events():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("change", [{}, {"relative_bias": True, "num_kv_heads": 1}, {"top_block": "s_tail"}])
 def test_a_gpu_computes_what_the_reference_does(change):
-    model = lively(replace(BASE, **change)).double()
+    model = trained_like(replace(BASE, **change), SCHEMA).double()
     batch = random_batch(SCHEMA, [3, 1, 0, 11], [9, 0, 4, 14])
     on_cpu = everything(model, model(batch))
     model, batch = model.to("cuda"), batch.to("cuda")
@@ -214,7 +190,7 @@ def test_float32_agrees_to_1e_5(shape, config):
     candidates, events, seed = shape
     if not sum(candidates):
         return
-    model = lively(config, seed)
+    model = trained_like(config, SCHEMA, seed)
     assert_agrees(model, PaddedOneTrans(model), random_batch(SCHEMA, candidates, events, seed), 1e-5)
 
 
@@ -225,7 +201,7 @@ def test_bfloat16_agrees_within_its_rounding(shape, config):
     candidates, events, seed = shape
     if not sum(candidates):
         return
-    model, batch = lively(config, seed), random_batch(SCHEMA, candidates, events, seed)
+    model, batch = trained_like(config, SCHEMA, seed), random_batch(SCHEMA, candidates, events, seed)
     exact = everything(model, model(batch))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         scores, plain_scores = model(batch), PaddedOneTrans(model)(batch)
@@ -248,7 +224,7 @@ def test_recomputation_changes_nothing(shape, config):
     candidates, events, seed = shape
     if not sum(candidates):
         return
-    model, batch = lively(config, seed), random_batch(SCHEMA, candidates, events, seed)
+    model, batch = trained_like(config, SCHEMA, seed), random_batch(SCHEMA, candidates, events, seed)
     kept, kept_gradients = model(batch), gradients(model, model(batch))
     model.use(Compute(recompute=True))
     assert torch.equal(torch.stack(model(batch)), torch.stack(kept))
@@ -263,7 +239,7 @@ def test_a_score_depends_on_nothing_beside_it(shape, config):
     candidates, events, seed = shape
     if not sum(candidates):
         return
-    model, batch = lively(config, seed).double(), random_batch(SCHEMA, candidates, events, seed)
+    model, batch = trained_like(config, SCHEMA, seed).double(), random_batch(SCHEMA, candidates, events, seed)
     with torch.no_grad():
         together = torch.stack(model(batch))
         for n, request in enumerate(batch.candidate_request_N.tolist()):

@@ -19,6 +19,7 @@ import pytest
 
 from infra.local.airflow import REPOSITORY, LocalAirflow
 from infra.local.airflow_api import Run, Task
+from infra.local.homes import small_config
 from jobs.sources.simulated.world import WorldConfig
 from jobs.sources.simulated.write import write_days
 from onetrans.lake import Lake
@@ -203,23 +204,7 @@ def receiver() -> Iterator[Receiver]:
 def deployment(tmp_path_factory: pytest.TempPathFactory, receiver: Receiver) -> Iterator[Deployment]:
     """Write a small log, build its first day, and start Airflow."""
     folder = tmp_path_factory.mktemp("deployment")
-    config = folder / "onetrans.toml"
-    config.write_text(
-        f"""
-[source]
-path = "{folder / "raw"}"
-[lake]
-warehouse = "{folder / "lake"}"
-[training]
-preset = "tiny"
-runs = "{folder / "runs"}"
-threads = 1
-[mlflow]
-tracking_uri = "sqlite:///{folder / "mlflow" / "mlflow.db"}"
-artifacts = "{folder / "mlflow" / "artifacts"}"
-""",
-        encoding="utf-8",
-    )
+    config = small_config(folder)
     write_days(WorldConfig(users=400, items=120, history_days=3, epoch=FIRST), str(folder / "raw"), FIRST, 3)
     (folder / "dags").mkdir()
     for name in ("feature_tables.py", "ranking_model.py", "retention.py"):

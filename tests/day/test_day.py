@@ -19,7 +19,6 @@ from expectations.site import site_path
 from infra.local import pages
 from infra.local.airflow import REPOSITORY
 from infra.local.airflow_api import AirflowApiError
-from infra.local.processes import stop
 from onetrans.lake import TABLES
 from tests.day.conftest import BAD, HISTORY, SECRET, TODAY, Deployment
 
@@ -234,12 +233,7 @@ def test_every_server_listens_on_loopback_alone(deployment: Deployment) -> None:
     logs = deployment.folder / "airflow" / "logs"
     site = site_path(deployment.settings.lake, deployment.settings.audit)
     shown = [pages.mlflow_page(deployment.settings, logs), pages.docs_page(site, logs)]
-    servers = [page.server for page in shown if page.server]
-    try:
-        for server in servers:
-            server.start()
-        for page in shown:
-            pages.wait_for(page)
+    with pages.served(shown) as servers:
         family = {
             member.pid
             for server in (*servers, *deployment.airflow.servers)
@@ -251,8 +245,6 @@ def test_every_server_listens_on_loopback_alone(deployment: Deployment) -> None:
             for connection in psutil.net_connections("inet")
             if connection.pid in family and connection.status == psutil.CONN_LISTEN
         ]
-    finally:
-        stop(servers)
     ports = {int(address.rsplit(":", 1)[1]) for address in (deployment.airflow.address, *(p.address for p in shown))}
     assert {address.port for address in listening} >= ports
     assert {address.ip for address in listening} == {"127.0.0.1"}

@@ -24,6 +24,7 @@ from onetrans.models.relative_bias import (
 from onetrans.optim import build_optimizers
 from onetrans.optim_config import optimizer_preset
 from tests.batches import model_schema, random_batch, select_requests, vector_schema
+from tests.trained_like import trained_like
 
 SCHEMA = model_schema()
 ONETRANS = replace(preset("onetrans", "tiny"), max_seq_len=12, pyramid_multiple=4, num_layers=3)
@@ -40,17 +41,8 @@ CONFIGS = [
 ]
 
 
-def trained_like(config, seed=0):
-    """A model in evaluation mode whose tables are as large as a trained model's."""
-    torch.manual_seed(seed)
-    model = build_model(config, SCHEMA).eval()
-    with torch.no_grad():
-        for table in model.embedding_parameters().values():
-            table.mul_(20.0)
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias.time_KH"):
-                parameter.normal_()  # starts at zero
-    return model
+def scoring(config):
+    return trained_like(config, SCHEMA).eval()
 
 
 def scores(model, batch):
@@ -60,7 +52,7 @@ def scores(model, batch):
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_a_request_scores_the_same_alone_and_in_any_company(config):
-    model, batch = trained_like(config), random_batch(SCHEMA, [3, 1, 0, 11, 2], [9, 0, 4, 30, 1], seed=1)
+    model, batch = scoring(config), random_batch(SCHEMA, [3, 1, 0, 11, 2], [9, 0, 4, 30, 1], seed=1)
     together = scores(model, batch)
     order = [3, 0, 4, 1]
     reordered = scores(model, select_requests(batch, order))
@@ -73,7 +65,7 @@ def test_a_request_scores_the_same_alone_and_in_any_company(config):
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_a_candidate_does_not_see_the_others(config):
-    model, batch = trained_like(config), random_batch(SCHEMA, [6, 2], [9, 3], seed=2)
+    model, batch = scoring(config), random_batch(SCHEMA, [6, 2], [9, 3], seed=2)
     before = scores(model, batch)
     item_NI = batch.item_NI.clone()
     item_NI[2] = torch.tensor([17, 3, 1])
@@ -88,7 +80,7 @@ def test_a_candidate_does_not_see_the_others(config):
 def test_every_input_matters_to_its_own_request_alone(config, what):
     if what == "event_time_E" and getattr(config, "position", "rotary_time") == "learned":
         pytest.skip("this position encoding does not read times")
-    model, batch = trained_like(config), random_batch(SCHEMA, [2, 3], [4, 6], seed=4)
+    model, batch = scoring(config), random_batch(SCHEMA, [2, 3], [4, 6], seed=4)
     before = scores(model, batch)
     values = getattr(batch, what).clone()
     of_second = slice(4, None) if what.startswith("event") else slice(1, None)
@@ -108,7 +100,7 @@ def test_every_input_matters_to_its_own_request_alone(config, what):
     ("candidates", "events"), [([], []), ([0], [5]), ([2, 1], [0, 0]), ([1], [1]), ([1, 1, 1], [0, 200, 0])]
 )
 def test_rare_shapes_give_finite_scores_and_gradients(config, candidates, events):
-    model = trained_like(config).train()
+    model = trained_like(config, SCHEMA)
     ctr, cvr = model(random_batch(SCHEMA, candidates, events))
     assert ctr.shape == cvr.shape == (sum(candidates),)
     assert ctr.dtype == cvr.dtype == torch.float32
@@ -121,7 +113,7 @@ def test_rare_shapes_give_finite_scores_and_gradients(config, candidates, events
 @pytest.mark.parametrize("config", CONFIGS[:4])
 def test_s_never_sees_ns(config):
     """Stage I is bitwise the same whatever user, context and candidates are, and stage II reads no events."""
-    model, batch = trained_like(config), random_batch(SCHEMA, [3, 2], [9, 4], seed=5)
+    model, batch = scoring(config), random_batch(SCHEMA, [3, 2], [9, 4], seed=5)
     other = random_batch(SCHEMA, [1, 4], [9, 4], seed=6)
     swapped = replace(
         batch, user_RU=other.user_RU, context_RK=other.context_RK, item_NI=other.item_NI,
@@ -142,7 +134,7 @@ def test_s_never_sees_ns(config):
 def test_later_events_do_not_change_earlier_keys(config):
     """Append-stable: all blocks' keys of a request's first events stay when more events follow, unless pruned."""
     config = replace(config, pyramid=False)
-    model, batch = trained_like(config), random_batch(SCHEMA, [1], [9], seed=7)
+    model, batch = scoring(config), random_batch(SCHEMA, [1], [9], seed=7)
     shorter = replace(
         batch, event_EV=batch.event_EV[:6], event_sequence_E=batch.event_sequence_E[:6],
         event_time_E=batch.event_time_E[:6], event_offsets_O=torch.tensor([0, 6]),
@@ -155,7 +147,7 @@ def test_later_events_do_not_change_earlier_keys(config):
 
 def test_causal_s_tokens_do_not_see_later_ones():
     config = replace(ONETRANS, pyramid=False)
-    model, batch = trained_like(config), random_batch(SCHEMA, [1], [9], seed=8)
+    model, batch = scoring(config), random_batch(SCHEMA, [1], [9], seed=8)
     event_EV = batch.event_EV.clone()
     event_EV[6:] = 1
     before, after = (
@@ -167,7 +159,7 @@ def test_causal_s_tokens_do_not_see_later_ones():
 
 
 def test_pyramid_keeps_the_most_recent_tail():
-    model = trained_like(replace(ONETRANS, max_seq_len=16, num_layers=3))
+    model = scoring(replace(ONETRANS, max_seq_len=16, num_layers=3))
     assert model.schedule == (16, 12, 0)  # 16, (16 + 4) / 2 rounded up to a multiple of 4, none
     state = model.encode_requests(random_batch(SCHEMA, [1, 1, 1], [16, 3, 14], seed=9))
     assert [layout.lengths_R.tolist() for layout in state.layouts] == [[16, 3, 14], [16, 3, 14], [12, 3, 12]]
@@ -199,7 +191,7 @@ def test_top_block_without_s_queries_has_no_parameters_for_them():
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_every_parameter_gets_a_gradient(config):
-    model = trained_like(config).train()
+    model = trained_like(config, SCHEMA)
     ctr, cvr = model(random_batch(SCHEMA, [4, 3], [12, 9]))
     (ctr.sum() + cvr.sum()).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
@@ -244,7 +236,7 @@ def test_relative_bias_starts_as_a_power_of_the_distance():
 
 def test_sliding_window_hides_what_is_further_back_from_s_tokens():
     config = replace(ONETRANS, pyramid=False, num_layers=2, sliding_window=3)
-    model, batch = trained_like(config), random_batch(SCHEMA, [1], [9], seed=8)
+    model, batch = scoring(config), random_batch(SCHEMA, [1], [9], seed=8)
     event_EV = batch.event_EV.clone()
     event_EV[2] = (event_EV[2] + 1) % 3
     before, after = (model.encode_requests(b).blocks[-1] for b in (batch, replace(batch, event_EV=event_EV)))
@@ -253,7 +245,7 @@ def test_sliding_window_hides_what_is_further_back_from_s_tokens():
 
 
 def test_grouped_queries_compute_and_keep_fewer_keys():
-    model = trained_like(replace(ONETRANS, num_kv_heads=1))
+    model = scoring(replace(ONETRANS, num_kv_heads=1))
     state = model.encode_requests(random_batch(SCHEMA, [1], [9]))
     assert {cache.k_THD.shape[1] for cache in state.blocks} == {cache.v_THD.shape[1] for cache in state.blocks} == {1}
     assert model.blocks[0].key_value.weight_s.shape == (2 * 16, 32)
@@ -289,8 +281,8 @@ SWITCHES = {
 def test_every_switch_gives_another_model():
     """No field is read and ignored: from one seed, scores differ for every switch, and between any two."""
     batch = random_batch(SCHEMA, [3, 2], [12, 9], seed=12)
-    found = {name: scores(trained_like(replace(ONETRANS, **change)), batch) for name, change in SWITCHES.items()}
-    found["default"] = scores(trained_like(ONETRANS), batch)
+    found = {name: scores(scoring(replace(ONETRANS, **change)), batch) for name, change in SWITCHES.items()}
+    found["default"] = scores(scoring(ONETRANS), batch)
     for one, other in itertools.combinations(found, 2):
         assert (found[one] - found[other]).abs().max() > 1e-4, (one, other)
 
@@ -321,7 +313,7 @@ def test_rows_that_are_not_few_or_only_look_equal_are_left_alone(monkeypatch):
 
 def test_equal_events_are_computed_once_and_learn_from_all(monkeypatch):
     """With two kinds of events in 1,500, scores and gradients are those of computing each by itself."""
-    model, batch = trained_like(ONETRANS).double(), random_batch(SCHEMA, [3, 2], [800, 700], seed=1)
+    model, batch = scoring(ONETRANS).double(), random_batch(SCHEMA, [3, 2], [800, 700], seed=1)
     model.config = replace(ONETRANS, max_seq_len=800)
     model.schedule = model.config.query_schedule()
     batch = replace(batch, event_EV=batch.event_EV % 2, event_sequence_E=batch.event_sequence_E % 2)
@@ -404,7 +396,7 @@ def test_a_selection_of_requests_keeps_everything_of_each():
 
 @pytest.mark.parametrize("config", CONFIGS[:3])
 def test_bands_change_no_score(config, monkeypatch):
-    model, batch = trained_like(config), random_batch(SCHEMA, [3, 1, 0, 11, 2, 2], [9, 0, 4, 30, 1, 5], seed=1)
+    model, batch = scoring(config), random_batch(SCHEMA, [3, 1, 0, 11, 2, 2], [9, 0, 4, 30, 1, 5], seed=1)
     monkeypatch.setitem(onetrans_module.BAND_CALLS, "cpu", 1e12)
     together = scores(model, batch)
     monkeypatch.setitem(onetrans_module.BAND_CALLS, "cpu", 0.0)
@@ -444,7 +436,7 @@ def test_single_candidate_trains_under_batch_normalisation():
 def test_dropout_is_off_in_evaluation():
     config = replace(ONETRANS, dropout=0.5)
     assert isinstance(config, OneTransConfig)
-    model, batch = trained_like(config), random_batch(SCHEMA, [4], [6])
+    model, batch = scoring(config), random_batch(SCHEMA, [4], [6])
     assert torch.equal(scores(model, batch), scores(model, batch))
     model.train()
     assert not torch.equal(scores(model, batch), scores(model, batch))
@@ -506,6 +498,6 @@ def test_wrong_number_of_vector_columns_is_named():
 
 
 def test_wrong_number_of_feature_columns_is_named():
-    model, batch = trained_like(BASELINE), random_batch(SCHEMA, [2], [3])
+    model, batch = scoring(BASELINE), random_batch(SCHEMA, [2], [3])
     with pytest.raises(ValueError, match="item rows have 2 columns, the schema has 3 features"):
         model(replace(batch, item_NI=batch.item_NI[:, :2]))

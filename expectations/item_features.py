@@ -32,7 +32,5 @@ def expectations(day: AuditDay) -> list[Expectation]:
         *rules.row_count(day),
         rules.only_this_day(day),
         rules.one_row_per(*KEY),
-        rules.none_of("impossible_counts", "clicks are at most impressions, conversions at most clicks"),
-        rules.none_of("shrinking_windows", "a count is not larger in a shorter window than in a longer one"),
-        *rules.every_impression_counted(day, "item"),
+        *rules.counts_agree(day, "item"),
     ]

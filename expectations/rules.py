@@ -141,13 +141,17 @@ def adds_up_to(column: str, total: int, description: str) -> Expectation:
     )
 
 
-def every_impression_counted(day: AuditDay, key: str) -> list[Expectation]:
-    """The counts of all users, or items, add up to the impressions they were counted from."""
-    if day.window_impressions is None:
-        return []
-    longest = max(day.schema.aggregates.windows)
-    text = f"every published impression of {longest} days is counted for one {key}: {day.window_impressions:,} in all"
-    return [adds_up_to("counted", day.window_impressions, text)]
+def counts_agree(day: AuditDay, key: str) -> list[Expectation]:
+    """The counts of users, or items, agree with one another, and in all with the impressions they were counted from."""
+    found = [
+        none_of("impossible_counts", "clicks are at most impressions, conversions at most clicks"),
+        none_of("shrinking_windows", "a count is not larger in a shorter window than in a longer one"),
+    ]
+    if day.window_impressions is not None:
+        longest, counted = max(day.schema.aggregates.windows), day.window_impressions
+        text = f"every published impression of {longest} days is counted for one {key}: {counted:,} in all"
+        found.append(adds_up_to("counted", counted, text))
+    return found
 
 
 def none_of(column: str, description: str, severity: FailureSeverity = CRITICAL) -> Expectation:

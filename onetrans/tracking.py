@@ -324,9 +324,7 @@ def start_model(settings: Settings, plan: Plan, model_name: str) -> Iterator[Mod
     run, created = _find_or_create(settings.mlflow, wanted, f"{plan.ds} {model_name}", tags)
     client = connect(settings.mlflow)
     if not created:
-        _again(lambda: client.update_run(run.info.run_id, status="RUNNING"))
-        if TAG_ERROR in run.data.tags:
-            _again(lambda: client.delete_tag(run.info.run_id, TAG_ERROR))
+        _open_again(client, run)
     see_run(settings.mlflow, str(run.info.run_id))
     model_run = ModelRun(settings, plan, model_name, client, str(run.info.run_id))
     try:
@@ -339,6 +337,13 @@ def start_model(settings: Settings, plan: Plan, model_name: str) -> Iterator[Mod
         _end_as_failed(client, parent, f"{TAG_ERROR}.{model_name}", error)
         raise
     _again(lambda: client.set_terminated(model_run.run_id, "FINISHED"))
+
+
+def _open_again(client: MlflowClient, run: Run) -> None:
+    """Make a run that ended one that runs, without the error it ended with."""
+    _again(lambda: client.update_run(run.info.run_id, status="RUNNING"))
+    if TAG_ERROR in run.data.tags:
+        _again(lambda: client.delete_tag(run.info.run_id, TAG_ERROR))
 
 
 @contextmanager
@@ -381,9 +386,7 @@ def start_next_batch(settings: Settings, plan: Plan, model_name: str) -> Iterato
     if created:
         _again(lambda: client.log_dict(run.info.run_id, plan.to_dict(), PLAN_FILE))
     else:
-        _again(lambda: client.update_run(run.info.run_id, status="RUNNING"))
-        if TAG_ERROR in run.data.tags:
-            _again(lambda: client.delete_tag(run.info.run_id, TAG_ERROR))
+        _open_again(client, run)
     opened = NextBatchRun(settings, plan, model_name, client, str(run.info.run_id))
     try:
         with system_metrics(settings.mlflow, opened.run_id):

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from examples import train_example
-from onetrans.errors import PipelineError
+from onetrans.errors import EXIT_OK
+from onetrans.process import exit_code_of
 from onetrans.serving import OneTransInferenceEngine
 from onetrans.serving.source import fixed_batch
 
@@ -37,7 +38,8 @@ def main(argv: list[str] | None = None) -> int:
     model = arguments.model or str(train_example.FOLDER)
     if arguments.model is None and not (Path(model) / "model.json").is_file():
         train_example.main([])
-    try:
+
+    def ask() -> int:
         engine = OneTransInferenceEngine(model)
         request = example_request(engine)
         print(f"model {engine.source.version}, {len(request['candidates'])} candidates, best first:")
@@ -56,10 +58,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{first['item_id']} alone: " + ", ".join(f"{task} {value:.4f}" for task, value in one.items()))
         kept = engine.cache.counts
         print(f"past events were encoded {kept.encoded} time(s) and taken from what is kept {kept.equal} time(s)")
-    except PipelineError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+        return EXIT_OK
+
+    return exit_code_of(ask)
 
 
 if __name__ == "__main__":

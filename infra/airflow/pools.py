@@ -9,11 +9,11 @@ started, so a new Airflow gets its pools before its DAGs.
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import Any
 
-from onetrans.errors import PipelineError
+from onetrans.errors import EXIT_OK
+from onetrans.process import exit_code_of, print_json
 from onetrans.settings import AirflowSettings, load_settings
 
 
@@ -41,12 +41,12 @@ def pools(settings: AirflowSettings) -> dict[str, dict[str, Any]]:
 
 def main() -> int:
     """Print the pools as JSON."""
-    try:
-        print(json.dumps(pools(load_settings().airflow), indent=2))
-    except PipelineError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+
+    def run() -> int:
+        print_json(pools(load_settings().airflow))
+        return EXIT_OK
+
+    return exit_code_of(run)
 
 
 if __name__ == "__main__":

@@ -199,16 +199,20 @@ def main(argv: list[str] | None = None) -> int:
             copy = copied(Path(folder), protection)
             for test in protection.tests:
                 command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", test]
-                done = subprocess.run(
-                    command, cwd=copy, env={**os.environ, "PYTHONPATH": str(copy)}, capture_output=True, text=True
-                )
+                # Wide enough for pytest's last line on a test to say why it failed.
+                environment = {**os.environ, "PYTHONPATH": str(copy), "COLUMNS": "400"}
+                done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
                 fails = done.returncode == 1  # any other code: no test was run, or all were skipped
                 passed += not fails
                 print(
                     f"{'fails' if fails else 'DOES NOT FAIL'} without {protection.name!r} ({protection.what}): {test}"
                 )
                 print(f"    after {time.monotonic() - begun:.0f} s", flush=True)
-                if not fails:
+                if fails:  # for a reader to judge: it may have failed for another reason
+                    for line in done.stdout.splitlines():
+                        if line.startswith(("FAILED tests", "ERROR tests")):
+                            print(f"    {line}", flush=True)
+                else:
                     print(done.stdout[-2000:] + done.stderr[-2000:])
     return min(passed, 1)
 

@@ -24,6 +24,7 @@ from benchmarks.loader import write_file
 from benchmarks.model import SCHEMA_FILE
 from benchmarks.scale import CANDIDATES
 from onetrans import storage
+from onetrans.freed_memory import keep_freed_memory
 from onetrans.plan import Plan, Recipe, git_revision, preset_models
 from onetrans.schema import FeatureSchema
 from onetrans.settings import Settings
@@ -59,6 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     options.add_argument("--preset", default="small", help="size of both models (default: small)")
     options.add_argument("--threads", type=int, default=2, help="threads of torch (default: 2)")
     arguments = options.parse_args(argv)
+    keep_freed_memory()
     torch.set_num_threads(arguments.threads)
     report = Report("profile", arguments)
     schema = FeatureSchema.load(SCHEMA_FILE)

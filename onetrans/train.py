@@ -44,6 +44,7 @@ from onetrans.batch import RequestBatch
 from onetrans.checkpoint import Checkpoint, DamagedCheckpointError
 from onetrans.distributed import Ranks, is_rank, launch, open_ranks
 from onetrans.errors import EXIT_BAD_CONFIG, BadConfigError, PipelineError
+from onetrans.freed_memory import keep_freed_memory
 from onetrans.growth import describe, grown_checkpoint
 from onetrans.guards import UnmovedWeights, blame, largest_embedding, looked_up_in
 from onetrans.loader import Cursor, Loaded, LoaderConfig, RequestData, Share, prefetch
@@ -797,6 +798,7 @@ def run(arguments: argparse.Namespace) -> int:
     from onetrans import next_batch
 
     settings = load_settings()
+    keep_freed_memory()
     if next_batch.chosen(arguments):
         if is_rank():
             raise BadConfigError(

@@ -45,13 +45,13 @@ from pyspark.sql import functions as F
 
 from benchmarks.common import Report, commit, parser
 from infra.local.memory import MemoryWatch
-from jobs.behavior_sequences import collected, merged_of
+from jobs.arrow_files import write_partitions
 from jobs.encoding import stored_all
 from jobs.sources.files import Files
 from jobs.sources.simulated.world import WorldConfig
 from jobs.sources.simulated.write import SCHEMA_FILE, write_days
 from jobs.spark import session
-from jobs.training_requests import _known, _seen, of_those_who_ask
+from jobs.training_requests import of_those_who_ask, with_past
 from jobs.workspace import Workspace
 from onetrans import storage
 from onetrans.lake import TABLES, Lake
@@ -335,12 +335,9 @@ def by_jobs(work: Workspace, out: Path) -> None:
     requests, tails, events = inputs(work)
     schema = work.schema
     tails, events = of_those_who_ask(tails, requests), of_those_who_ask(events, requests)
-    past = merged_of(requests.select("user_id").distinct(), tails, collected(events, schema), schema)
-    kinds = {field.name: field.dataType for field in past.schema}
-    joined = requests.join(past, "user_id", "left")
-    joined = joined.withColumns({s.column: _known(s) for s in schema.sequences})
-    seen = [_seen(s, kinds[s.column]) for s in schema.sequences]
-    joined.select("request_id", *seen).write.mode("overwrite").parquet(str(out))
+    rows, made = with_past(requests, None, tails, events, schema, ["request_id"])
+    out.mkdir()
+    write_partitions(rows, made.table, str(out))
 
 
 def by_windows(work: Workspace, out: Path) -> None:

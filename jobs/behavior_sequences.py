@@ -52,26 +52,6 @@ def merged(tails: DataFrame | None, today: DataFrame, schema: FeatureSchema) -> 
     return known.unionByName(new.select("user_id", *(F.sort_array(s.column).alias(s.column) for s in schema.sequences)))
 
 
-def merged_of(users: DataFrame, tails: DataFrame | None, today: DataFrame, schema: FeatureSchema) -> DataFrame:
-    """Return what :func:`merged` returns of some users, one row each; who has no event has empty lists.
-
-    ``users`` has a column ``user_id`` without repeats.  Everything is joined to it, so the lists are moved once, and
-    what is joined with them next need not move them again.
-    """
-    lists = {field.name: field.dataType for field in today.schema}
-    joined = users
-    if tails is not None:
-        old = tails.select("user_id", *(F.col(s.column).alias(f"old_{s.column}") for s in schema.sequences))
-        joined = joined.join(old, "user_id", "left")
-    joined = joined.join(today, "user_id", "left")
-
-    def whole(column: str) -> SparkColumn:
-        new = _or_empty(column, lists[column])
-        return F.sort_array(new) if tails is None else _appended(_or_empty(f"old_{column}", lists[column]), new)
-
-    return joined.select("user_id", *(whole(s.column).alias(s.column) for s in schema.sequences))
-
-
 def behavior_sequences(tails: DataFrame | None, events: DataFrame, schema: FeatureSchema, ds: date) -> DataFrame:
     """Return the tails at the end of ``ds`` from those of the day before and the events delivered on ``ds``.
 

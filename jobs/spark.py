@@ -101,6 +101,9 @@ def _start(settings: SparkSettings, app: str, write_archive: Path | None) -> Spa
         "spark.hadoop.mapreduce.fileoutputcommitter.algorithm.version": "2",
         "spark.hadoop.mapreduce.fileoutputcommitter.marksuccessfuljobs": "false",
         "spark.sql.sources.parallelPartitionDiscovery.threshold": "10000",
+        # To stay below a limit of bytes Spark would measure the whole batch after each row, lists and all.
+        "spark.sql.execution.arrow.maxBytesPerBatch": str(2**31 - 1),
+        "spark.sql.execution.arrow.maxRecordsPerBatch": "2000",
         **access().spark(),
     }
     if local:

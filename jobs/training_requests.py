@@ -2,30 +2,42 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence as Many
 from datetime import date
+from functools import reduce
+from typing import cast
 
 from pyspark.sql import Column as SparkColumn
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
+from pyspark.sql.pandas.types import to_arrow_schema
 
-from jobs.behavior_sequences import collected, merged_of, tail_days, yesterdays_tails
+from jobs.behavior_sequences import tail_days, yesterdays_tails
 from jobs.contract import context_columns
 from jobs.encoding import stored, stored_all
-from jobs.pieces import MANY_EVENTS, PIECE, in_pieces, of_users, piece_of, users_with_many
+from jobs.past_events import (
+    DECIDING,
+    EVENT,
+    FEATURES,
+    HAPPENED,
+    REQUEST,
+    ROW,
+    TAIL,
+    TYPE,
+    USER,
+    RequestsOfPartition,
+    Seen,
+)
 from jobs.runner import main
 from jobs.workspace import Workspace
 from onetrans.lake import Staged
-from onetrans.schema import FeatureSchema, Sequence
+from onetrans.schema import FeatureSchema
 
 TABLE = "training_requests"
 
 FEW_IMPRESSIONS = 20_000_000
 """Up to so many impressions a day, the list of their users fits the memory of every executor."""
-
-logger = logging.getLogger(__name__)
 
 
 def training_requests(
@@ -35,7 +47,6 @@ def training_requests(
     tails: DataFrame | None,
     events: DataFrame,
     schema: FeatureSchema,
-    many: Many[str] = (),
     *,
     few: bool = True,
 ) -> DataFrame:
@@ -43,59 +54,86 @@ def training_requests(
 
     ``tails`` are the behaviour sequences of the day before (None on the log's first day), ``events`` the behaviours
     delivered on the day.  A request at ``t`` sees the events with ``available_at < t``, strictly, and of those the
-    last ``max_length`` of each sequence by (ts, event_id), oldest first.  Candidates are ordered by item id.  A user
-    or item without a row of features has missing features.
+    last ``max_length`` of each sequence by (ts, event_id), oldest first.  Candidates are ordered by item id, the rows
+    of a partition by (ts, request_id).  A user or item without a row of features has missing features.
 
-    ``many`` are users with very many events: their requests get a piece of their past (``jobs.pieces``).  With ``few``
-    every executor is given the list of all users who ask.  Both change how long it takes, and no row.
+    With ``few`` every executor is given the list of all users who ask.  It changes how long it takes, and no row.
     """
+    rows, made = partitions(impressions, user_features, item_features, tails, events, schema, few=few)
+    return rows.mapInArrow(made, made.spark_schema())
+
+
+def partitions(
+    impressions: DataFrame,
+    user_features: DataFrame,
+    item_features: DataFrame,
+    tails: DataFrame | None,
+    events: DataFrame,
+    schema: FeatureSchema,
+    *,
+    few: bool = True,
+) -> tuple[DataFrame, RequestsOfPartition]:
+    """Return what :func:`training_requests` is made of, the rows of a user in one partition, and what makes it."""
     requests = _requests(impressions, item_features, schema)
-    users = user_features.select("user_id", F.struct(*stored_all(schema.of_side("user"), F.col)).alias("_user"))
-    tails = None if tails is None else of_those_who_ask(tails, impressions, few=few)
+    own = [f for f in schema.of_side("user") if f.column == "user_id"]
+    requests = requests.withColumns({f.name: stored(f, F.col("user_id")) for f in own})
+    declared = [stored(f, F.col(f.column)) for f in schema.of_side("user") if f not in own]
+    users = user_features.select("user_id", *declared) if declared else None
     events = of_those_who_ask(events, impressions, few=few)
-    asking = impressions.select("user_id").distinct()
-    joined, past = _with_past(requests.join(users, "user_id", "left"), asking, tails, events, schema, many)
-    kinds = {field.name: field.dataType for field in past.schema}
-    joined = joined.withColumns({s.column: _known(s) for s in schema.sequences})
-    user_columns = [
-        F.col("_user")[f.name].alias(f.name) if f.column != "user_id" else stored(f, F.col("user_id"))
-        for f in schema.of_side("user")
-    ]
-    return joined.select(
+    tails = None if tails is None else of_those_who_ask(tails, impressions, few=few)
+    users = None if users is None else of_those_who_ask(users, impressions, few=few)
+    names = [
         "request_id", "user_id", "ts",
-        *user_columns,
+        *(f.name for f in schema.of_side("user")),
         *(f.name for f in schema.of_side("context")),
-        *(_seen(sequence, kinds[sequence.column]) for sequence in schema.sequences),
-        "candidates",
-    )  # fmt: skip
+    ]  # fmt: skip
+    return with_past(requests, users, tails, events, schema, names, ["candidates"])
+
+
+def with_past(
+    requests: DataFrame,
+    users: DataFrame | None,
+    tails: DataFrame | None,
+    events: DataFrame,
+    schema: FeatureSchema,
+    before: Many[str],
+    after: Many[str] = (),
+) -> tuple[DataFrame, RequestsOfPartition]:
+    """Return requests, features, tails and events as one frame, divided by user, and what puts them together.
+
+    The table has the columns ``before`` of requests and users, the sequences, and the columns ``after``.
+    """
+    event = F.struct("ts", "event_id", "available_at", *stored_all(schema.of_side("event"), F.col))
+    happened = events.where(F.col("type").isin([s.event for s in schema.sequences]))
+    happened = happened.select(F.lit(EVENT).alias(ROW), "user_id", event.alias(HAPPENED), F.col("type").alias(TYPE))
+    seen = tuple(Seen(s.column, s.event, s.max_length) for s in schema.sequences)
+    parts = [requests.withColumn(ROW, F.lit(REQUEST)), happened]
+    if users is not None:
+        features = F.struct(*(name for name in users.columns if name != "user_id")).alias(FEATURES)
+        parts.append(users.select(F.lit(USER).alias(ROW), "user_id", features))
+    if tails is not None:
+        told = [F.col(s.column).alias(s.tail) for s in seen]
+        parts.append(tails.select(F.lit(TAIL).alias(ROW), "user_id", *told))
+    rows = reduce(lambda one, other: one.unionByName(other, allowMissingColumns=True), parts)
+    fields = {f.name: f.dataType for f in [*(users.schema if users is not None else ()), *requests.schema]}
+    event_kind = cast("T.StructType", rows.schema[HAPPENED].dataType)
+    shown = T.ArrayType(T.StructType([field for field in event_kind if field.name not in DECIDING]))
+    kinds = T.StructType(
+        [
+            *(T.StructField(name, fields[name]) for name in before),
+            *(T.StructField(s.column, shown) for s in seen),
+            *(T.StructField(name, fields[name]) for name in after),
+        ]
+    )
+    order = ("ts", "request_id")
+    made = RequestsOfPartition(seen, tuple(requests.columns), to_arrow_schema(kinds), order)
+    return rows.repartition("user_id"), made
 
 
 def of_those_who_ask(rows: DataFrame, requests: DataFrame, *, few: bool = True) -> DataFrame:
     """Return the rows of users who have a request; with ``few`` every executor is given the list of them."""
     asking = requests.select("user_id").distinct()
     return rows.join(F.broadcast(asking) if few else asking, "user_id", "left_semi")
-
-
-def _with_past(
-    requests: DataFrame,
-    asking: DataFrame,
-    tails: DataFrame | None,
-    events: DataFrame,
-    schema: FeatureSchema,
-    many: Many[str],
-) -> tuple[DataFrame, DataFrame]:
-    """Return the requests with their users' events, or the piece of them that they need; and these pasts."""
-    if not many:
-        past = merged_of(asking, tails, collected(events, schema), schema)
-        return requests.join(past, "user_id", "left"), past
-    few = ~of_users(many)
-    today = collected(events.where(few), schema)
-    whole = merged_of(asking.where(few), None if tails is None else tails.where(few), today, schema)
-    pieces, starts = in_pieces(None if tails is None else tails.where(~few), events.where(~few), schema)
-    past = whole.withColumn(PIECE, F.lit(0)).unionByName(pieces)
-    placed = requests.join(F.broadcast(starts), "user_id", "left")
-    placed = placed.withColumn(PIECE, piece_of(F.col("_starts"), F.col("ts"))).drop("_starts")
-    return placed.join(past, ["user_id", PIECE], "left"), past
 
 
 def _requests(impressions: DataFrame, item_features: DataFrame, schema: FeatureSchema) -> DataFrame:
@@ -123,43 +161,21 @@ def _requests(impressions: DataFrame, item_features: DataFrame, schema: FeatureS
     return grouped.select("request_id", "user_id", "ts", "candidates", *stored)
 
 
-def _known(sequence: Sequence) -> SparkColumn:
-    """Return those of a user's events that were known before the request."""
-    return F.filter(sequence.column, lambda event: event["available_at"] < F.col("ts"))
-
-
-def _seen(sequence: Sequence, kind: T.DataType) -> SparkColumn:
-    """Return the last of the known events, without the columns that only decided which they are."""
-    known, length = F.col(sequence.column), sequence.max_length
-    last = F.when(F.size(known) > length, F.slice(known, -length, length)).otherwise(known)
-    assert isinstance(kind, T.ArrayType)
-    assert isinstance(kind.elementType, T.StructType)
-    kept = [name for name in kind.elementType.names if name not in ("event_id", "available_at")]
-    shown = F.transform(last, lambda event: F.struct(*(event[name].alias(name) for name in kept)))
-    none = T.ArrayType(T.StructType([f for f in kind.elementType if f.name in kept]))
-    return F.coalesce(shown, F.array().cast(none)).alias(sequence.column)
-
-
 def build(work: Workspace, ds: date) -> Staged:
-    """Stage one day, its rows in the order of time."""
-    events = work.read("behaviors", [ds])
-    many = users_with_many(events, work.schema)
-    if many:
-        logger.info("%s %s: %s users with more than %s events", TABLE, ds, f"{len(many):,}", f"{MANY_EVENTS:,}")
+    """Stage one day, the rows of a partition in the order of time."""
     impressions = sum(day.rows for day in work.lake.published("impressions") if day.ds == ds)
-    frame = training_requests(
+    rows, made = partitions(
         work.read("impressions", [ds]),
         work.read("user_features", [ds]),
         work.read("item_features", [ds]),
         yesterdays_tails(work, ds),
-        events,
+        work.read("behaviors", [ds]),
         work.schema,
-        many,
         few=impressions <= FEW_IMPRESSIONS,
     )
     today = dict.fromkeys(("impressions", "user_features", "item_features", "behaviors"), (ds, ds))
     reads = {**today, "behavior_sequences": tail_days(work, ds)}
-    return work.stage(TABLE, ds, frame.sortWithinPartitions("ts", "request_id"), reads)
+    return work.stage_partitions(TABLE, ds, rows, made, reads)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,9 @@ from pyspark.sql import types as T
 from pyspark.sql.pandas.types import from_arrow_schema
 
 from jobs import objects
+from jobs.arrow_files import write_partitions
 from jobs.checks import REPEAT
+from jobs.past_events import RequestsOfPartition
 from jobs.sources import Source, open_source
 from jobs.sources.reading import AS_JSON, FILE, ROW
 from jobs.spark import session
@@ -183,6 +185,25 @@ class Workspace:
         staged = self._from(table, ds, reads)
         write(frame.withColumn("ds", F.lit(ds)).select("ds", *(c for c in frame.columns if c != "ds")), staged.path)
         return self._mark(replace(staged, quarantined=quarantined), started)
+
+    def stage_partitions(
+        self, table: str, ds: date, rows: DataFrame, made: RequestsOfPartition, reads: Reads
+    ) -> Staged:
+        """Write one day of a table that Python workers make, and its manifest.
+
+        On a disk the workers write their files themselves; into an object store Spark writes what they made.
+
+        Raises:
+            BadDataError: if the day has no rows.
+        """
+        started = time.monotonic()
+        staged = self._from(table, ds, reads)
+        of_day = made.of_day(ds)
+        if storage.is_local(staged.path):
+            write_partitions(rows, of_day.table, staged.path)
+        else:
+            write(rows.mapInArrow(of_day, of_day.spark_schema()), staged.path)
+        return self._mark(staged, started)
 
     def stage_checked(self, table: str, ds: date, checked: DataFrame, reads: Reads, key: Sequence[str]) -> Staged:
         """Write the good rows of a checked frame as one day of a table, the refused ones to the quarantine.

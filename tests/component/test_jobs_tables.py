@@ -18,7 +18,6 @@ from jobs import (
     behaviors,
     impressions,
     item_features,
-    pieces,
     training_requests,
     user_features,
 )
@@ -111,33 +110,21 @@ def test_requests_see_what_the_oracle_sees(work: Workspace, world: World, ds: da
 
 
 @pytest.mark.parametrize("ds", DAYS)
-def test_requests_of_users_with_very_many_events_see_the_same(
-    work: Workspace, world: World, ds: date, monkeypatch: pytest.MonkeyPatch
+def test_requests_are_the_same_where_spark_writes_them_and_no_list_of_users_is_broadcast(
+    work: Workspace, world: World, ds: date
 ) -> None:
-    """One event of the day is "very many", and a piece of the past is two: fewer than a sequence may hold."""
-    monkeypatch.setattr(pieces, "MANY_EVENTS", 0)
-    monkeypatch.setattr(pieces, "PIECE_EVENTS", 2)
-    events = work.read("behaviors", [ds])
-    many = pieces.users_with_many(events, work.schema)
-    asking = {row["user_id"] for row in oracle.training_requests(world, ds).values()}
-    assert asking & set(many)
-    assert asking - set(many)
+    """So it is in an object store, and above ``FEW_IMPRESSIONS``."""
     frame = training_requests.training_requests(
         work.read("impressions", [ds]),
         work.read("user_features", [ds]),
         work.read("item_features", [ds]),
         behavior_sequences.yesterdays_tails(work, ds),
-        events,
+        work.read("behaviors", [ds]),
         work.schema,
-        many,
         few=False,
     )
-    found = {row["request_id"]: row for row in frame.toArrow().to_pylist()}
-    expected = oracle.training_requests(world, ds)
-    assert found.keys() == expected.keys()
-    for request, row in expected.items():
-        for sequence in work.schema.sequences:
-            assert found[request][sequence.column] == row[sequence.column], request
+    found = {row["request_id"]: {"ds": ds, **row} for row in frame.toArrow().to_pylist()}
+    assert found == {row["request_id"]: row for row in rows_of(work, "training_requests", ds)}
 
 
 def test_the_world_holds_what_can_go_wrong(world: World) -> None:

@@ -9,13 +9,19 @@ conversion rate, clicks), so a key with little evidence sits near the mean.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import date, timedelta
 
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from jobs.checks import day_limits
-from onetrans.schema import Aggregates, FeatureSchema
+from jobs.checks import attributes, day_limits, good_rows
+from jobs.workspace import Workspace
+from onetrans.lake import Staged
+from onetrans.schema import Aggregates, FeatureSchema, InputTable
+
+Features = Callable[[DataFrame, DataFrame | None, FeatureSchema, date], DataFrame]
+"""The rule of a feature table: good rows of the snapshot, impressions of the windows, schema and day to its rows."""
 
 _COUNTED = ("impressions", "clicks", "conversions")
 
@@ -69,3 +75,19 @@ def with_figures(rows: DataFrame, total: DataFrame, key: str, name: str, aggrega
 def unknown_figures(rows: DataFrame, name: str, aggregates: Aggregates) -> DataFrame:
     """Add the columns ``aggregates.columns(name)`` as null: nothing was published before this day."""
     return rows.withColumns({column: F.lit(None).cast("double") for column in aggregates.columns(name)})
+
+
+def stage_features(work: Workspace, ds: date, table: str, raw: InputTable, key: str, features: Features) -> Staged:
+    """Stage one day of a feature table from the raw snapshot ``raw``, whose rows ``key`` names.
+
+    Raises:
+        BadDataError: if more rows are refused than the settings allow, or none is left.
+    """
+    checked = attributes(work.raw(raw, ds), raw, work.schema)
+    quarantined = work.quarantine_attributes(table, ds, checked, key)
+    longest = max(work.schema.aggregates.windows)
+    days = work.window("impressions", ds, longest)
+    impressions = work.read("impressions", days) if days else None
+    frame = features(good_rows(checked), impressions, work.schema, ds)
+    window = (ds - timedelta(days=longest), ds - timedelta(days=1))
+    return work.stage(table, ds, frame, {"impressions": window}, quarantined)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from datetime import date, timedelta
+from datetime import date
 
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from jobs.checks import attributes, good_rows
-from jobs.figures import count_columns, counts, totals, unknown_figures, with_figures
+from jobs.figures import count_columns, counts, stage_features, totals, unknown_figures, with_figures
 from jobs.runner import main
 from jobs.workspace import Workspace
 from onetrans.lake import Staged
@@ -42,15 +41,7 @@ def item_features(items: DataFrame, impressions: DataFrame | None, schema: Featu
 
 def build(work: Workspace, ds: date) -> Staged:
     """Stage one day."""
-    checked = attributes(work.raw("items", ds), "items", work.schema)
-    quarantined = work.quarantine_attributes(TABLE, ds, checked, "item_id")
-    longest = max(work.schema.aggregates.windows)
-    days = work.window("impressions", ds, longest)
-    impressions = work.read("impressions", days) if days else None
-    frame = item_features(good_rows(checked), impressions, work.schema, ds)
-    return work.stage(
-        TABLE, ds, frame, {"impressions": (ds - timedelta(days=longest), ds - timedelta(days=1))}, quarantined
-    )
+    return stage_features(work, ds, TABLE, "items", "item_id", item_features)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from datetime import date, timedelta
+from datetime import date
 
 from pyspark.sql import DataFrame
 
-from jobs.checks import attributes, good_rows
-from jobs.figures import counts, totals, unknown_figures, with_figures
+from jobs.figures import counts, stage_features, totals, unknown_figures, with_figures
 from jobs.runner import main
 from jobs.workspace import Workspace
 from onetrans.lake import Staged
@@ -32,15 +31,7 @@ def user_features(users: DataFrame, impressions: DataFrame | None, schema: Featu
 
 def build(work: Workspace, ds: date) -> Staged:
     """Stage one day."""
-    checked = attributes(work.raw("users", ds), "users", work.schema)
-    quarantined = work.quarantine_attributes(TABLE, ds, checked, "user_id")
-    longest = max(work.schema.aggregates.windows)
-    days = work.window("impressions", ds, longest)
-    impressions = work.read("impressions", days) if days else None
-    frame = user_features(good_rows(checked), impressions, work.schema, ds)
-    return work.stage(
-        TABLE, ds, frame, {"impressions": (ds - timedelta(days=longest), ds - timedelta(days=1))}, quarantined
-    )
+    return stage_features(work, ds, TABLE, "users", "user_id", user_features)
 
 
 if __name__ == "__main__":

@@ -70,7 +70,8 @@ def run_day(context: Mapping[str, Any]) -> str:
 
 def is_backfill(context: Mapping[str, Any]) -> bool:
     """Tell whether a run is one of a backfill's."""
-    return str(getattr(context.get("dag_run"), "run_type", "")) == "backfill"
+    # Not str(): of the SDK's members, which are strings too, that is "DagRunType.BACKFILL".
+    return bool(getattr(context.get("dag_run"), "run_type", "") == "backfill")
 
 
 def _candidates(context: Mapping[str, Any]) -> list[tuple[str, Any]]:

@@ -168,8 +168,12 @@ def test_spark_and_gpu_work_has_pools_and_nothing_else_waits_for_them():
     assert pool_of["ranking_model.promote"] == steps.REGISTRY_POOL
     assert {pool_of[name] for name in pool_of.keys() - spark - gpu - {"ranking_model.promote"}} == {steps.DEFAULT_POOL}
     made = pools(AirflowSettings(spark_slots=7, gpu_slots=4))
-    slots = {name: pool["slots"] for name, pool in made.items()}
-    assert slots == {steps.SPARK_POOL: 7, steps.GPU_POOL: 4, steps.REGISTRY_POOL: 1}
+    # A training in a pod holds its GPU while it is deferred; the other pools' steps hold nothing then.
+    assert {name: (pool["slots"], pool["include_deferred"]) for name, pool in made.items()} == {
+        steps.SPARK_POOL: (7, False),
+        steps.GPU_POOL: (4, True),
+        steps.REGISTRY_POOL: (1, False),
+    }
 
 
 @pytest.mark.parametrize(
@@ -302,6 +306,19 @@ def event(ds, second):
 LOGICAL = datetime(2022, 5, 4, tzinfo=UTC)
 
 
+def dag_run(run_type):
+    """Return a run as a task gets to see it."""
+    from airflow.sdk.api.datamodels._generated import DagRun
+
+    return DagRun.model_validate(
+        {
+            **{"dag_id": "ranking_model", "run_id": "r", "logical_date": LOGICAL, "run_after": LOGICAL},
+            **{"data_interval_start": LOGICAL, "data_interval_end": LOGICAL, "start_date": LOGICAL, "end_date": None},
+            **{"run_type": run_type, "state": "running", "consumed_asset_events": [], "partition_key": None},
+        }
+    )
+
+
 @pytest.mark.parametrize(
     ("given", "day"),
     [
@@ -320,11 +337,13 @@ def test_the_day_of_a_run(given, day):
 
 def test_a_backfill_with_one_day_for_all_its_runs_is_refused():
     """Each of its runs would build the same day, and the range would look done."""
-    backfill = SimpleNamespace(run_type="backfill")
+    backfill = dag_run("backfill")
     with pytest.raises(AirflowFailException, match="the field Day says 2022-05-01 in a backfill"):
         run_day(context(dag_run=backfill, logical_date=LOGICAL, params={"ds": "2022-05-01"}))
     assert run_day(context(dag_run=backfill, logical_date=LOGICAL, params={"ds": "2022-05-04"})) == "2022-05-04"
     assert run_day(context(dag_run=backfill, logical_date=LOGICAL)) == "2022-05-04"
+    by_hand = context(dag_run=dag_run("manual"), logical_date=LOGICAL, params={"ds": "2022-05-01"})
+    assert run_day(by_hand) == "2022-05-01"
 
 
 def test_a_run_without_a_day_fails_for_good_and_says_what_to_do():
@@ -629,7 +648,7 @@ FORM = {"preset": "as configured", "from_scratch": False, "gate_mode": "as confi
 def test_a_forced_promotion_that_cannot_be_meant_is_refused_before_anything_runs(script, asked, run_type, why):
     refuse = by_id(ranking_model)["wait_for_day"].refuse
     step = script("print('published')", cls=WaitStep, at_most=timedelta(hours=2), refuse=refuse)
-    given = context(logical_date=LOGICAL, params={**FORM, **asked}, dag_run=SimpleNamespace(run_type=run_type))
+    given = context(logical_date=LOGICAL, params={**FORM, **asked}, dag_run=dag_run(run_type))
     if not why:
         assert step.execute(given) == "published"
         return
@@ -647,6 +666,39 @@ def test_the_reason_of_a_forced_promotion_reaches_the_steps_that_keep_and_use_it
         step.render_template_fields(context(logical_date=LOGICAL, params={**FORM, "force_reason": reason}, ti=ti))
         forced = [argument for argument in step.command if argument.startswith("--force")]
         assert forced == ([f"--force={reason}"] if reason else [])
+
+
+@pytest.mark.parametrize(
+    ("asked", "variables", "from_scratch"),
+    [
+        ({}, {}, False),
+        ({"preset": "large"}, {"ONETRANS_TRAINING_PRESET": "large"}, False),
+        ({"gate_mode": "dry_run"}, {"ONETRANS_GATE_MODE": "dry_run"}, False),
+        ({"from_scratch": True}, {}, True),
+        (
+            {"preset": "tiny", "gate_mode": "off", "from_scratch": True},
+            {"ONETRANS_TRAINING_PRESET": "tiny", "ONETRANS_GATE_MODE": "off"},
+            True,
+        ),
+    ],
+)
+def test_what_the_form_chose_reaches_every_step_and_what_it_left_does_not(asked, variables, from_scratch):
+    plan = ["--plan", "var/runs/x"]
+    arguments = {
+        "plan": ["plan", "--ds", "2022-05-04", *(["--from-scratch"] if from_scratch else [])],
+        "train_onetrans": ["train", *plan, "--model", "onetrans"],
+        "train_dcnv2_din": ["train", *plan, "--model", "dcnv2_din"],
+        "evaluate": ["evaluate", *plan],
+        "gate": ["gate", *plan],
+        "promote": ["promote", *plan],
+    }
+    ti = SimpleNamespace(xcom_pull=lambda task_ids: {"plan": "var/runs/x"}[task_ids])
+    form = {**FORM, "force_reason": None, **asked}
+    for task_id, wanted in arguments.items():
+        step = by_id(ranking_model)[task_id].prepare_for_execution()
+        step.render_template_fields(context(logical_date=LOGICAL, params=form, ti=ti))
+        assert step.variables == variables, task_id
+        assert step.command == [sys.executable, "-m", "onetrans.cli", *wanted], task_id
 
 
 def test_a_wait_for_something_impossible_fails_at_once(script):

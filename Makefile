@@ -71,7 +71,7 @@ screenshots: env ## take the pictures of docs/airflow.md again (needs Chromium)
 	$(PY) -m infra.local.screenshots
 
 pictures: env ## take the pictures of MLflow, the verdict and Data Docs, of what make ui would show (needs Chromium)
-	$(PY) -m infra.local.result_pages
+	$(PY) -m infra.local.result_pictures
 
 clean: ## remove everything a run wrote (var/) and the environment
 	rm -rf var .venv build dist *.egg-info spark-warehouse

@@ -1,4 +1,4 @@
-"""The other two pages on loopback: MLflow's, and the Data Docs of the audits as static files."""
+"""The pages of MLflow and of the Data Docs on loopback: MLflow's server, and the Data Docs as static files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures of what a night leaves to look at: ``python -m infra.local.result_pages [--config FILE] [--out DIR]``.
+"""Pictures of what a night leaves to look at: ``python -m infra.local.result_pictures [--config FILE] [--out DIR]``.
 
 MLflow's comparison of the two models of the newest judged day, that day's verdict,
 and the Data Docs of its audits, of the deployment that ``make ui`` would show: after
@@ -39,9 +39,9 @@ _DRAWN_MS = 4000
 def main(argv: list[str] | None = None) -> int:
     """Take the pictures and return the exit code."""
     parser = Parser(
-        prog="python -m infra.local.result_pages",
+        prog="python -m infra.local.result_pictures",
         description=__doc__,
-        epilog=f"example: python -m infra.local.result_pages --config var/demo/onetrans.toml\n\n{EXIT_CODES}",
+        epilog=f"example: python -m infra.local.result_pictures --config var/demo/onetrans.toml\n\n{EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="configuration file (default: as of make ui)")
@@ -64,7 +64,7 @@ def take(settings: Settings, out: Path) -> list[Path]:
 
     Raises:
         BadConfigError: if there is no Chromium.
-        NotReadyError: if no day was judged yet.
+        NotReadyError: if no day was judged yet, or none audited.
     """
     if not chromium():
         raise BadConfigError("there is no Chromium here; install one (Debian: apt-get install chromium)")
@@ -72,6 +72,8 @@ def take(settings: Settings, out: Path) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="onetrans-pictures-") as logs:
         site = site_path(settings.lake, settings.audit)
+        if not storage.exists(storage.join(site, "index.html")):
+            raise NotReadyError(f"{site} holds no Data Docs: no day has been audited yet")
         docs = pages.docs_page(site, Path(logs), settings.audit.address)
         if docs is None:
             raise BadConfigError(f"the Data Docs are in {site}; name where a browser finds them in audit.address")

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from tracked_days import Shop
 
-from infra.local import result_pages
+from expectations.site import Record, add_page, site_path
+from infra.local import result_pictures
 from infra.local.airflow_page import chromium
 from onetrans.errors import NotReadyError
 
@@ -19,9 +20,15 @@ def test_three_pictures(tmp_path: Path) -> None:
         pytest.skip("there is no Chromium here")
     shop = Shop.open(tmp_path / "shop")
     with pytest.raises(NotReadyError, match="has a verdict"):
-        result_pages.newest_judged(shop.settings)
+        result_pictures.newest_judged(shop.settings)
     plan = shop.candidate(shop.days[-1])
-    assert result_pages.newest_judged(shop.settings).plan_id == plan.plan_id
-    taken = result_pages.take(shop.settings, tmp_path / "out")
+    assert result_pictures.newest_judged(shop.settings).plan_id == plan.plan_id
+    with pytest.raises(NotReadyError, match="no day has been audited"):
+        result_pictures.take(shop.settings, tmp_path / "out")
+    # The shop's tables are written without jobs and audits, so the site gets what an audit would have left.
+    site = site_path(shop.settings.lake, shop.settings.audit)
+    for ds in shop.days:
+        add_page(site, Record("training_requests", str(ds), "passed", 400, 0, 0), "<title>A day</title>")
+    taken = result_pictures.take(shop.settings, tmp_path / "out")
     assert [file.name for file in taken] == ["mlflow.png", "verdict.png", "data_docs.png"]
     assert all(file.read_bytes().startswith(b"\x89PNG") and file.stat().st_size > 10_000 for file in taken)

@@ -1,7 +1,7 @@
 """What the tables of a day cost by its size, and what a skewed day costs more; against windows in Spark, and DuckDB.
 
     python -m benchmarks.tables [--quick] [--json FILE] [--rows N,N,...] [--skewed-rows N] [--driver-memory 4g]
-                                [--history-days N] [--costs FILE]
+                                [--history-days N] [--sequences-only] [--costs FILE]
 
 For each size (rows of a day's log, impressions and behaviours together; default: 100,000, a million and ten million)
 a simulated log is written, its first day is built, and the jobs of the second are measured, in a process of
@@ -139,6 +139,11 @@ def main(argv: list[str] | None = None) -> int:
         default=HISTORY_DAYS,
         help="days of events before the first day, which fill the tails (default: %(default)s)",
     )
+    options.add_argument(
+        "--sequences-only",
+        action="store_true",
+        help="measure the request sequences and the two tables they are made of, not the other four jobs",
+    )
     options.add_argument("--one", metavar="FOLDER", type=Path, help=argparse.SUPPRESS)
     arguments = options.parse_args(argv)
     sizes: tuple[int, ...] = QUICK_SIZES if arguments.quick else SIZES
@@ -147,14 +152,16 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.one:
         costs = Costs(sizes[0], arguments.costs)
         skewed = arguments.skewed_rows == sizes[0]
-        one = measure(arguments.one, costs, arguments.driver_memory, arguments.history_days, skewed=skewed)
+        tables = TABLES[:2] if arguments.sequences_only else TABLES
+        one = measure(arguments.one, costs, arguments.driver_memory, arguments.history_days, tables, skewed=skewed)
         (arguments.one / "measured.json").write_text(json.dumps(asdict(one)), encoding="utf-8")
         return 0
     report = Report("tables", arguments)
     found = []
     for rows in sizes:
         memory = "1g" if arguments.quick else arguments.driver_memory
-        found.append(apart(rows, memory, arguments.skewed_rows, arguments.history_days, arguments.costs))
+        more = ["--sequences-only"] if arguments.sequences_only else []
+        found.append(apart(rows, memory, arguments.skewed_rows, arguments.history_days, arguments.costs, more))
         tell(report, found[-1])
     for smaller, larger in itertools.pairwise(found):
         grown = math.log(larger.rows / smaller.rows)
@@ -165,13 +172,16 @@ def main(argv: list[str] | None = None) -> int:
     return report.finish()
 
 
-def apart(rows: int, driver_memory: str, skewed_rows: int, history_days: int, costs: Path | None) -> Measured:
+def apart(
+    rows: int, driver_memory: str, skewed_rows: int, history_days: int, costs: Path | None, more: list[str]
+) -> Measured:
     """Measure one size in a process of its own, so that a peak of memory is that size's."""
     with tempfile.TemporaryDirectory(prefix="onetrans-tables-") as folder:
         command = [sys.executable, "-m", "benchmarks.tables", "--one", folder, "--rows", str(rows)]
         command += ["--driver-memory", driver_memory, "--skewed-rows", str(skewed_rows)]
         command += ["--history-days", str(history_days)]
         command += ["--costs", str(costs)] if costs else []
+        command += more
         subprocess.run(command, check=True)
         read = json.loads((Path(folder) / "measured.json").read_text(encoding="utf-8"))
     return Measured(
@@ -221,7 +231,9 @@ def total(jobs: dict[str, Cost], figure: str) -> float:
     return float(sum(getattr(cost, figure) for cost in jobs.values()))
 
 
-def measure(folder: Path, costs: Costs, driver_memory: str, history_days: int, *, skewed: bool) -> Measured:
+def measure(
+    folder: Path, costs: Costs, driver_memory: str, history_days: int, tables: tuple[str, ...], *, skewed: bool
+) -> Measured:
     """Write a log, build it, and measure its second day."""
     rows = costs.rows
     logging.basicConfig(level=logging.WARNING)
@@ -248,7 +260,7 @@ def measure(folder: Path, costs: Costs, driver_memory: str, history_days: int, *
     work = Workspace(settings, spark, Lake(settings.lake), schema, Files(settings.source.path, schema))
     for table in ("impressions", "behaviors", "behavior_sequences"):
         costs.tell(f"{FIRST} {table}", measured(lambda table=table: build(work, table, FIRST)))  # type: ignore[misc]
-    jobs = measure_jobs(work, DAY, costs)
+    jobs = measure_jobs(work, DAY, costs, tables)
     programs: dict[str, Callable[[Workspace, Path], None]] = {"jobs": by_jobs}
     if importlib.util.find_spec("duckdb"):
         programs["duckdb"] = by_duckdb
@@ -265,7 +277,7 @@ def measure(folder: Path, costs: Costs, driver_memory: str, history_days: int, *
         for place, kind in enumerate(("even", "one user", "one item"), start=1):
             ds = DAY + timedelta(days=place)
             write_skewed(spark, Path(settings.source.path), ds, kind)
-            kinds[kind] = measure_jobs(work, ds, costs, kind)
+            kinds[kind] = measure_jobs(work, ds, costs, tables, kind)
     spark.stop()
     return Measured(rows=jobs["impressions"].rows + jobs["behaviors"].rows, jobs=jobs, sequences=found, skewed=kinds)
 
@@ -278,11 +290,13 @@ def build(work: Workspace, table: str, ds: date) -> int:
     return int(staged.rows)
 
 
-def measure_jobs(work: Workspace, ds: date, telling: Costs, kind: str = "measured") -> dict[str, Cost]:
-    """Build, publish and measure a day of every table."""
+def measure_jobs(
+    work: Workspace, ds: date, telling: Costs, tables: tuple[str, ...], kind: str = "measured"
+) -> dict[str, Cost]:
+    """Build, publish and measure a day of the tables."""
     costs = {}
     built = {}
-    for table in TABLES:
+    for table in tables:
         holder: list[int] = []
 
         def run(table: str = table, holder: list[int] = holder) -> None:

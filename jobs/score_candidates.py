@@ -231,15 +231,16 @@ def build(work: Workspace, ds: date) -> Staged:
     if finished is not None and work.lake.staged(TABLE, ds).path == path:
         logger.info("%s %s: scored before by version %s, %s rows", TABLE, ds, source.version, f"{finished.rows:,}")
         return finished
-    requests = requests_of(work, ds, candidates_of(work, ds))
+    candidates = candidates_of(work, ds)
     digest = hashlib.sha256(files["model.json"]).hexdigest()
     scored = score_with(work.spark.sparkContext.broadcast(files), digest, source.version)
     parts, rows, began, done = work.settings.scoring.parts, 0, time.monotonic(), 0
     for part in range(parts):
         mark = storage.join(path, f"_part-{part}-of-{parts}.json")
         if not storage.exists(mark):
-            mine = requests.where(F.pmod(F.xxhash64("user_id"), F.lit(parts)) == part)
-            scores = mine.mapInArrow(scored, COLUMNS).withColumn("ds", F.lit(ds))
+            # Of the pairs, not of the requests: Spark cannot look behind the workers that make these.
+            mine = candidates.where(F.pmod(F.xxhash64("user_id"), F.lit(parts)) == part)
+            scores = requests_of(work, ds, mine).mapInArrow(scored, COLUMNS).withColumn("ds", F.lit(ds))
             folder = storage.join(path, f"part-{part}-of-{parts}")
             for left in storage.list_files(folder, ".parquet"):  # of an attempt that did not end
                 storage.delete_file(left)

@@ -2,7 +2,7 @@
 
 Everything goes through :mod:`pyarrow.fs`, so one path string decides where a
 file lives; how S3 is reached is said in :mod:`onetrans.object_store`.  Table data
-itself is written by Spark and committed by :mod:`onetrans.lake`.
+itself is written by Spark or its Python workers and committed by :mod:`onetrans.lake`.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ class LaunchStep(Step):
             self._pod.trigger_reentry(context, dict(event))
         except PodEndedError as error:
             if event["status"] == "timeout":
-                raise AirflowException(self._too_slow(context)) from error
+                raise AirflowException(self._late(context, str(event["message"]))) from error
             self._raise_for(context, error.ended)
         except AirflowFailException:
             raise
@@ -69,6 +69,15 @@ class LaunchStep(Step):
             # Deleted, evicted, or its node is gone.
             why = f"{str(error).rstrip('.')}. What it did since its last checkpoint is lost, and nothing else."
             raise AirflowException(self._paragraph(context, "POD LOST", why)) from error
+
+    def _late(self, context: Any, message: str) -> str:
+        """Return what the log ends with where time was up: that of the step, or that of a pod to get a node and begin.
+
+        Airflow's event has one status for both, and names the first limit in its message.
+        """
+        if "execution_timeout" in message:
+            return self._too_slow(context)
+        return self._paragraph(context, "POD NOT STARTED", f"{message.rstrip('.')}. Nothing of it ran.")
 
     def on_kill(self) -> None:
         """End the process, or delete the pod."""

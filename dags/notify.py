@@ -27,6 +27,9 @@ from html import escape
 from time import sleep
 from typing import Any
 
+from airflow.sdk.exceptions import AirflowRuntimeError
+
+from dags import others
 from dags.configured import configured
 from dags.days import run_day
 
@@ -103,10 +106,15 @@ def run_failed(context: Mapping[str, Any]) -> None:
     )
 
 
-async def day_undecided(context: Mapping[str, Any]) -> None:
+async def day_undecided(context: Mapping[str, Any], decided_by: str) -> None:
     """Tell that a day has no verdict at its deadline; Airflow calls this in the triggerer.
 
-    A run that was asked for when the deadline had passed makes up for a day: nobody waits for it at a set hour.
+    Airflow's deadline is about the run, which goes on after the verdict.  A run that was asked for when the deadline
+    had passed makes up for a day: nobody waits for it at a set hour.
+
+    Args:
+        context: what Airflow says of the run and of the deadline.
+        decided_by: task whose success is the verdict.
     """
     from asgiref.sync import sync_to_async
 
@@ -116,11 +124,20 @@ async def day_undecided(context: Mapping[str, Any]) -> None:
     if run["run_type"] == "backfill" or asked_for > due:
         logger.info("%s %s was started after its deadline, %s; nobody is told", run["dag_id"], run["dag_run_id"], due)
         return
-    day = str(run["logical_date"])[:10]
+    try:
+        decided = await sync_to_async(others.succeeded)(run["dag_id"], run["dag_run_id"], decided_by)
+        known = "is neither promoted nor declined"
+    except AirflowRuntimeError as error:
+        logger.warning("Airflow does not say whether %s has succeeded: %s", decided_by, error)
+        decided, known = False, "may be neither promoted nor declined: Airflow did not answer"
+    if decided:
+        logger.info("%s of %s %s has succeeded; nobody is told", decided_by, run["dag_id"], run["dag_run_id"])
+        return
+    day = str((run.get("conf") or {}).get("ds") or run["logical_date"])[:10]
     await sync_to_async(send)(
         Message(
             title=f"{run['dag_id']} {day}: no verdict by {due:%Y-%m-%d %H:%M} UTC",
-            text=f"The model of {day} is neither promoted nor declined, and the run is {run['state']}. The champion "
+            text=f"The model of {day} {known}, and the run is {run['state']}. The champion "
             "serves as before. The grid shows the task it is at: if that waits for tables or for the log, look there "
             "first.",
             dag_id=run["dag_id"],

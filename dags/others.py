@@ -117,6 +117,11 @@ def state_of(dag_id: str, task_id: str, day: str) -> State:
     return "failed" if runs("failed") else "done"
 
 
+def succeeded(dag_id: str, run_id: str, task_id: str) -> bool:
+    """Tell whether a task of a run has succeeded, or was marked as success; blocks while Airflow is asked."""
+    return bool(_airflow().get_ti_count(dag_id=dag_id, run_ids=[run_id], task_ids=[task_id], states=["success"]))
+
+
 def _airflow() -> Any:
     from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance
 

@@ -47,7 +47,7 @@ from typing import Any
 
 from airflow.sdk import DAG, Asset, AsyncCallback, DeadlineAlert, DeadlineReference, Param  # type: ignore[attr-defined]
 
-from dags.configured import configured
+from dags.configured import configured_number
 from dags.days import DAILY, START, day_param, is_backfill
 from dags.launch import LaunchStep
 from dags.notify import day_undecided, run_failed
@@ -118,7 +118,7 @@ def undecided_at(hours: float) -> list[DeadlineAlert]:
     if hours == 0:
         return []
     when = DeadlineReference.DAGRUN_LOGICAL_DATE
-    callback = AsyncCallback(day_undecided)
+    callback = AsyncCallback(day_undecided, kwargs={"decided_by": "promote"})
     return [DeadlineAlert(reference=when, interval=timedelta(hours=hours), callback=callback, name="verdict")]
 
 
@@ -181,7 +181,7 @@ with DAG(
     },
     tags=["ranking", "model"],
     on_failure_callback=run_failed,
-    deadline=undecided_at(float(configured("airflow", "deadline_hours", "36"))),
+    deadline=undecided_at(configured_number("airflow", "deadline_hours", 36.0, most=720.0)),
     doc_md=__doc__,
 ) as dag:
 

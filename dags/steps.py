@@ -34,7 +34,13 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, NoReturn
 
 from airflow.sdk import BaseOperator
-from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowSkipException, AirflowTaskTimeout
+from airflow.sdk.exceptions import (
+    AirflowException,
+    AirflowFailException,
+    AirflowRuntimeError,
+    AirflowSkipException,
+    AirflowTaskTimeout,
+)
 
 from dags.days import run_day
 from dags.notify import task_failed
@@ -284,7 +290,12 @@ class WaitStep(Step):
                 "with other values."
             )
         others = [other.of(run_day(context)) for other in self.others]
-        seen = look_at(others)
+        try:
+            seen = look_at(others)
+        except AirflowRuntimeError as error:
+            why = f"Airflow does not say how other runs stand: {error}"
+            self._raise_for(context, Ended(EXIT_NOT_READY, None, why))
+            raise
         if seen.stop:
             self._stop(context, seen.stop)
         if not seen.waiting:

@@ -28,6 +28,8 @@ class Cluster:
         self.processes: dict[str, subprocess.Popen] = {}
         self.made: list[str] = []
         """Names of all pods that were ever created."""
+        self.full = False
+        """Whether no node takes another pod: those created now stay pending."""
         cluster = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -84,6 +86,10 @@ class Cluster:
         command = [*container["command"], *container["args"]]
         command[0] = sys.executable if command[0] == "python" else command[0]
         variables = {entry["name"]: entry.get("value", "") for entry in container["env"]}
+        self.pods[name] = pod
+        self.made.append(name)
+        if self.full:
+            return pod
         with (self.folder / f"{name}.log").open("wb") as log:
             self.processes[name] = subprocess.Popen(
                 command,
@@ -92,14 +98,14 @@ class Cluster:
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
-        self.pods[name] = pod
-        self.made.append(name)
         return pod
 
     def _log(self, name: str) -> str:
         return (self.folder / f"{name}.log").read_text(encoding="utf-8")
 
     def _seen(self, name: str) -> dict:
+        if name not in self.processes:
+            return {**self.pods[name], "status": {"phase": "Pending"}}
         code = self.processes[name].poll()
         started = "2022-05-05T00:00:00Z"
         if code is None:
@@ -152,6 +158,8 @@ class Cluster:
             return 200, {"kind": "PodList", "apiVersion": "v1", "metadata": {"resourceVersion": "1"}, "items": found}
         if name not in self.pods:
             return 404, {"kind": "Status", "reason": "NotFound", "code": 404}
+        if rest[0] == "log" and name not in self.processes:
+            return 400, {"kind": "Status", "reason": "BadRequest", "code": 400}
         if rest[0] == "log":
             return 200, self._log(name)
         seen = self._seen(name)

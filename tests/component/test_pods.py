@@ -69,12 +69,12 @@ def cluster(tmp_path, monkeypatch):
 
 @pytest.fixture
 def step():
-    return lambda *arguments: LaunchStep(
+    return lambda *arguments, at_most=timedelta(hours=1): LaunchStep(
         task_id="train_onetrans",
         module="program",
         arguments=arguments,
         parallel=True,
-        execution_timeout=timedelta(hours=1),
+        execution_timeout=at_most,
     )
 
 
@@ -142,6 +142,24 @@ def test_a_pod_that_is_lost_is_tried_again_and_goes_on_from_its_checkpoint(clust
     run(step("killed"), this_try=2)
     assert "goes on from step 7" in capsys.readouterr().out
     assert len(cluster.made) == 2
+
+
+@pytest.mark.parametrize(
+    ("at_most", "words"),
+    [
+        (timedelta(hours=1), "POD NOT STARTED. Pod took too long to be scheduled on the cluster"),
+        (timedelta(seconds=1), "TOO SLOW. It ran for longer than 0:00:01"),
+    ],
+)
+def test_a_pod_that_no_node_takes_is_not_told_of_as_slow(cluster, step, monkeypatch, at_most, words):
+    """Airflow's event says "timeout" of both: a wait for a node that was in vain, and a step that ran too long."""
+    monkeypatch.setattr("dags.pods.START_S", 2)
+    cluster.full = at_most > timedelta(minutes=1)
+    with pytest.raises(AirflowException, match="was try 1 of 4") as raised:
+        run(step("killed", at_most=at_most))
+    assert type(raised.value) is AirflowException
+    assert f"train_onetrans of 2022-05-04: {words}" in str(raised.value)
+    assert cluster.pods == {}
 
 
 def test_a_worker_that_was_lost_finds_the_pod_it_had_started(cluster, step, tmp_path):

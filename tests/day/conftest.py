@@ -45,9 +45,16 @@ for name in ("transient", "lasting", "killed", "quick"):
     with DAG(name, params={"ds": day_param()}, on_failure_callback=run_failed, **COMMON):
         Step(task_id="step", module="probe", arguments=[name, DAY])
 soon, when = timedelta(seconds=4), DeadlineReference.DAGRUN_LOGICAL_DATE
-alert = DeadlineAlert(reference=when, interval=soon, callback=AsyncCallback(day_undecided))
+callback = AsyncCallback(day_undecided, kwargs={"decided_by": "step"})
+alert = DeadlineAlert(reference=when, interval=soon, callback=callback)
 with DAG("late", deadline=alert, **COMMON):
     Step(task_id="step", module="probe", arguments=["late", DAY])
+alert = DeadlineAlert(reference=when, interval=timedelta(hours=1), callback=callback)
+with DAG("decided", deadline=alert, **COMMON):  # As scores are computed once a model is promoted.
+    first = Step(task_id="step", module="probe", arguments=["one_day", DAY])
+    first >> Step(task_id="after", module="probe", arguments=["go", DAY])
+with DAG("one_day", params={"ds": day_param()}, **COMMON):
+    Step(task_id="step", module="probe", arguments=["one_day", DAY])
 with DAG("ordered", params={"ds": day_param()}, **COMMON):
     before = Other("ordered", days_back=1, why="Each day is built on the one before.")
     wait = WaitStep(
@@ -81,6 +88,11 @@ elif name == "killed":  # As by the system for want of memory: the whole worker 
     import os, signal
     os.kill(os.getppid(), signal.SIGKILL)
     time.sleep(30)
+elif name == "one_day":
+    print("done")
+elif name == "go":  # Waits to be told.
+    while not (here / f"go-{day}").exists():
+        time.sleep(0.2)
 elif name == "crowded":
     time.sleep(1)
 elif name == "ready":
@@ -149,6 +161,10 @@ class Deployment:
     def backfill_range(self, dag_id: str, first: date, last: date, at_once: int = 1) -> list[tuple[str, str]]:
         """Create a backfill of several days and return (dag id, run id) of each."""
         self.airflow.api.backfill(dag_id, first, last, at_once=at_once)
+        return self.runs(dag_id, first, last)
+
+    def runs(self, dag_id: str, first: date, last: date) -> list[tuple[str, str]]:
+        """Return (dag id, run id) of each day of a backfill, once it has created them."""
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
             runs = {run.logical_date: run.run_id for run in self.airflow.api.runs(dag_id)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +208,39 @@ def test_a_day_without_a_verdict_is_told_of_at_its_deadline(deployment: Deployme
     assert "neither promoted nor declined, and the run is running" in message["text"]
     assert [run.state for run in deployment.wait(("late", run_id), past, seconds=120)] == ["success", "success"]
     assert not [told for told in deployment.told if (told["dag_id"], told["run_id"]) == past]
+
+
+def test_a_day_that_has_its_verdict_is_not_told_of_though_its_run_goes_on(deployment: Deployment) -> None:
+    """Airflow's deadline is about the run; candidates are scored for hours after the verdict."""
+    seconds = 60.0
+    logical = datetime.now(UTC) - timedelta(hours=1) + timedelta(seconds=seconds)
+    body = {"logical_date": logical.isoformat(), "conf": {}}
+    run = ("decided", deployment.airflow.api.call("POST", "/dags/decided/dagRuns", body)["dag_run_id"])
+    deadline = time.monotonic() + seconds
+    while deployment.task(*run, "step").state != "success":
+        assert time.monotonic() < deadline, "the verdict came too late for what is tested here"
+        time.sleep(0.2)
+    logs = deployment.folder / "airflow" / "logs"
+    deadline = time.monotonic() + seconds + 90
+    while not any("step of decided" in path.read_text(errors="replace") for path in logs.rglob("*") if path.is_file()):
+        assert [told for told in deployment.told if (told["dag_id"], told["run_id"]) == run] == []
+        assert time.monotonic() < deadline, "Airflow did not notice that the deadline had passed"
+        time.sleep(1)
+    assert deployment.airflow.api.run(*run).state == "running"
+    (deployment.folder / f"go-{logical:%Y-%m-%d}").touch()
+    (ended,) = deployment.wait(run, seconds=60)
+    assert ended.state == "success"
+    assert [told for told in deployment.told if (told["dag_id"], told["run_id"]) == run] == []
+
+
+def test_a_backfill_with_one_day_for_all_its_runs_is_refused(deployment: Deployment) -> None:
+    deployment.airflow.api.backfill("one_day", HISTORY, TODAY, {"ds": str(TODAY)}, at_once=2)
+    runs = deployment.runs("one_day", HISTORY, TODAY)
+    assert [run.state for run in deployment.wait(*runs, seconds=180)] == ["failed", "success"]
+    refused = deployment.task(*runs[0], "step")
+    assert refused.tries == 1
+    text = "\n".join(deployment.airflow.api.log(refused))
+    assert f"the field Day says {TODAY} in a backfill, so every one of its runs would work on that day" in text
 
 
 def test_the_weekly_run_lists_what_it_would_remove(deployment: Deployment, day: Any) -> None:

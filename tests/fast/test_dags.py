@@ -121,12 +121,28 @@ def test_a_task_has_owner_retries_timeout_and_documentation(task):
     assert task.unharmed.endswith(".")
 
 
+@pytest.mark.parametrize(("this_try", "minutes"), [(1, 1), (2, 2), (3, 4)])
+def test_airflow_waits_longer_before_each_further_try(this_try, minutes):
+    """It spreads tries: between once and twice what the declaration says."""
+    from airflow.models.taskinstance import TaskInstance
+
+    ended = datetime(2022, 5, 5, tzinfo=UTC)
+    for task in TASKS:
+        failed = SimpleNamespace(
+            **{"dag_id": task.dag.dag_id, "task_id": task.task_id, "logical_date": LOGICAL, "try_number": this_try},
+            **{"task": task, "end_date": ended, "retry_delay_override": None},
+        )
+        waits = TaskInstance.next_retry_datetime(failed) - ended
+        assert timedelta(minutes=minutes) <= waits < timedelta(minutes=2 * minutes), task.task_id
+
+
 def test_a_day_without_a_verdict_has_a_deadline_that_a_deployment_sets():
     from dags.ranking_model import undecided_at
 
     (alert,) = ranking_model.deadline
     assert alert.interval == timedelta(hours=36)
     assert alert.callback.path == "dags.notify.day_undecided"
+    assert alert.callback.kwargs["decided_by"] in by_id(ranking_model)
     assert undecided_at(0) == []
     assert undecided_at(30.5)[0].interval == timedelta(hours=30.5)
 
@@ -790,6 +806,26 @@ def test_how_another_run_stands_decides_whether_a_step_begins(script, stands, ot
     if outcome != "deferred":
         assert outcome in str(raised.value)
         assert "Published data is as it was." in str(raised.value)
+
+
+def test_an_airflow_that_does_not_say_how_other_runs_stand_is_asked_again(script, monkeypatch):
+    from airflow.sdk.exceptions import AirflowRuntimeError
+    from airflow.sdk.execution_time.comms import ErrorResponse, ErrorType
+
+    def away(*_):
+        raise AirflowRuntimeError(ErrorResponse(error=ErrorType.API_SERVER_ERROR, detail={"status_code": 503}))
+
+    monkeypatch.setattr(others, "state_of", away)
+    step = script("raise SystemExit(0)", cls=WaitStep, at_most=timedelta(hours=2), others=[DAY_BEFORE])
+    with pytest.raises(AirflowException) as raised:
+        step.execute(context(logical_date=LOGICAL))
+    assert type(raised.value) is AirflowException, "it would not be tried again"
+    text = str(raised.value)
+    assert text.startswith(
+        "program of 2022-05-04: NOT READY. Airflow does not say how other runs stand: API_SERVER_ERR"
+    )
+    assert "503" in text
+    assert text.endswith("Airflow tries it again: this was try 1 of 4.")
 
 
 def test_a_wait_for_other_runs_alone_starts_no_process(stands):

@@ -1,9 +1,11 @@
 """Who is told of a failure and of a missed deadline: real receivers on loopback, and receivers that are not there."""
 
 import asyncio
+import importlib
 import json
 import os
 import socketserver
+import sys
 import tempfile
 import threading
 from datetime import UTC, datetime
@@ -15,8 +17,8 @@ import pytest
 # Airflow writes a configuration file into its home as soon as it is imported.
 os.environ.setdefault("AIRFLOW_HOME", tempfile.mkdtemp(prefix="airflow-"))
 
-from dags import notify
-from dags.configured import configured
+from dags import notify, others
+from dags.configured import configured, configured_number
 
 SECRET = "T000-B000-whoever-has-this-can-write"
 LOGICAL = datetime(2022, 5, 4, tzinfo=UTC)
@@ -249,25 +251,47 @@ def test_a_run_that_failed_says_why(receiver, connect, reason, words):
 
 
 @pytest.mark.parametrize(
-    ("run_type", "queued_at", "told"),
+    ("run_type", "queued_at", "decided", "told"),
     [
-        ("scheduled", "2022-05-05T00:00:01Z", True),
-        ("manual", "2022-05-05T11:59:00Z", True),
-        ("manual", "2022-05-05T12:01:00Z", False),  # nobody can keep a deadline that is over
-        ("backfill", "2022-05-05T00:00:01Z", False),
+        ("scheduled", "2022-05-05T00:00:01Z", 0, "is neither promoted nor declined"),
+        ("manual", "2022-05-05T11:59:00Z", 0, "is neither promoted nor declined"),
+        ("scheduled", "2022-05-05T00:00:01Z", None, "Airflow did not answer"),
+        ("scheduled", "2022-05-05T00:00:01Z", 1, ""),  # what follows the verdict has no deadline
+        ("manual", "2022-05-05T12:01:00Z", 0, ""),  # nobody can keep a deadline that is over
+        ("backfill", "2022-05-05T00:00:01Z", 0, ""),
     ],
 )
-def test_a_day_without_a_verdict_at_its_deadline_is_told_of(receiver, connect, run_type, queued_at, told):
+@pytest.mark.parametrize("conf", [None, {}, {"ds": "2022-05-01"}])
+def test_a_day_without_a_verdict_at_its_deadline_is_told_of(
+    receiver, connect, monkeypatch, run_type, queued_at, decided, told, conf
+):
+    """tests/day asks a real Airflow."""
+    from airflow.sdk.exceptions import AirflowRuntimeError
+    from airflow.sdk.execution_time.comms import ErrorResponse
+
+    def get_ti_count(**asked):
+        assert asked == {
+            **{"dag_id": "ranking_model", "run_ids": ["scheduled__2022-05-05"], "task_ids": ["promote"]},
+            **{"states": ["success"]},
+        }
+        if decided is None:
+            raise AirflowRuntimeError(ErrorResponse())
+        return decided
+
+    monkeypatch.setattr(others, "_airflow", lambda: SimpleNamespace(get_ti_count=get_ti_count))
     connect(hook={"conn_type": "http", "password": receiver.address})
     run = {
         "dag_id": "ranking_model", "dag_run_id": "scheduled__2022-05-05", "run_type": run_type, "state": "running",
         "queued_at": queued_at, "run_after": "2022-05-05T00:00:00Z", "logical_date": "2022-05-04T00:00:00Z",
     }  # fmt: skip
     due = datetime(2022, 5, 5, 12, tzinfo=UTC)
-    asyncio.run(notify.day_undecided({"dag_run": run, "deadline": {"id": "1", "deadline_time": due}}))
-    assert [fields["title"] for _, fields in receiver.got] == (
-        ["ranking_model 2022-05-04: no verdict by 2022-05-05 12:00 UTC"] if told else []
-    )
+    happened = {"dag_run": {**run, "conf": conf}, "deadline": {"id": "1", "deadline_time": due}}
+    asyncio.run(notify.day_undecided(happened, decided_by="promote"))
+    assert len(receiver.got) == bool(told)
+    for _, fields in receiver.got:
+        day = (conf or {}).get("ds", "2022-05-04")
+        assert fields["title"] == f"ranking_model {day}: no verdict by 2022-05-05 12:00 UTC"
+        assert told in fields["text"]
 
 
 def test_what_airflow_reads_of_the_settings_is_what_the_library_reads(monkeypatch, tmp_path):
@@ -279,7 +303,7 @@ def test_what_airflow_reads_of_the_settings_is_what_the_library_reads(monkeypatc
 
     def read():
         default = AirflowSettings()
-        hours = float(configured("airflow", "deadline_hours", str(default.deadline_hours)))
+        hours = configured_number("airflow", "deadline_hours", default.deadline_hours, most=720.0)
         return configured("airflow", "notify", default.notify), hours
 
     def agree():
@@ -296,3 +320,17 @@ def test_what_airflow_reads_of_the_settings_is_what_the_library_reads(monkeypatc
     other.write_text('[spark]\nmaster = "local[1]"\n')
     monkeypatch.setenv("ONETRANS_CONFIG", str(other))
     assert agree() == ("mail", 36.0)
+
+
+@pytest.mark.parametrize("value", ["noon", "-1", "721", "nan", "36 h"])
+def test_a_deadline_that_is_none_is_named_where_airflow_shows_it(monkeypatch, value):
+    """As the library refuses it; what raises while a DAG file is read is that DAG's import error."""
+    from onetrans.errors import BadConfigError
+    from onetrans.settings import load_settings
+
+    monkeypatch.setenv("ONETRANS_AIRFLOW_DEADLINE_HOURS", value)
+    with pytest.raises(BadConfigError, match=r"deadline_hours|DEADLINE_HOURS"):
+        load_settings()
+    monkeypatch.delitem(sys.modules, "dags.ranking_model", raising=False)
+    with pytest.raises(ValueError, match=rf"airflow\.deadline_hours = '{value}' must be a number from 0 to 720"):
+        importlib.import_module("dags.ranking_model")

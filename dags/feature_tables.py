@@ -40,6 +40,7 @@ not fail a step: they go to the table `quarantine`, with the reason.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
 
 from airflow.sdk import DAG, Asset, TaskGroup
@@ -47,7 +48,7 @@ from airflow.sdk import DAG, Asset, TaskGroup
 from dags.days import DAILY, START, day_param
 from dags.notify import run_failed
 from dags.others import Other
-from dags.steps import DAY, DEFAULTS, SPARK_POOL, Step, WaitStep
+from dags.steps import DAY, DEFAULTS, PREVIOUS_DAY, SPARK_POOL, Step, WaitStep
 
 NEEDS: dict[str, tuple[str, ...]] = {
     "impressions": (),
@@ -78,7 +79,7 @@ def table_asset(table: str) -> Asset:
     return Asset(name=f"ranking.{table}", uri=f"iceberg://ranking/{table}", group="feature_tables")
 
 
-DAY_BEFORE = Other(
+BEFORE_IN_A_BACKFILL = Other(
     "feature_tables",
     days_back=1,
     why="The tables of a day are built on those of the day before: tails of sequences, counts and rates.",
@@ -87,6 +88,12 @@ DAY_BEFORE = Other(
     patience_s={"stuck": 15 * 60, "queued": 6 * 3600},
 )
 """The run of the day before has to end first; if it failed, this one would be built on what it was to replace."""
+
+DAY_BEFORE = replace(BEFORE_IN_A_BACKFILL, if_failed="stop unless ready", if_queued="wait unless ready")
+"""The same by the clock or by hand, but tables that are published are enough.
+
+A month's backfill that ends yesterday has yesterday's run queued for hours, and failed if one of its days fails.
+"""
 
 WAIT_AT_MOST = timedelta(hours=50)
 """``source.wait_hours`` is at most 36 and begins when the day ends in the log's time zone, up to 12 h after UTC's."""
@@ -97,7 +104,7 @@ with DAG(
     schedule=DAILY,
     start_date=START,
     catchup=False,
-    max_active_runs=1,  # The limit of scheduled runs; in a backfill, which has its own, DAY_BEFORE keeps the order.
+    max_active_runs=1,  # The limit of scheduled runs; a backfill has its own, and `wait_for_day_before` keeps the order.
     dagrun_timeout=WAIT_AT_MOST + timedelta(hours=12),
     default_args=DEFAULTS,
     params={"ds": day_param()},
@@ -116,7 +123,11 @@ with DAG(
     wait_for_day_before = WaitStep(
         task_id="wait_for_day_before",
         at_most=WAIT_AT_MOST,
+        module="onetrans.cli",
+        arguments=["published", *NEEDS, "--ds", PREVIOUS_DAY],
+        in_doubt_only=True,
         others=[DAY_BEFORE],
+        others_of_a_backfill=[BEFORE_IN_A_BACKFILL],
         execution_timeout=timedelta(minutes=10),
         doc_md="Asks Airflow at once, then from the triggerer. By hand: `onetrans lake` lists the published days",
     )

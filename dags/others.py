@@ -7,8 +7,10 @@ be cleared meanwhile where days run one at a time.  So the first step of a run
 asks Airflow itself, waits while the other run is under way, and says what to do
 when that has failed.
 
-A run is found by its logical date.  One that was triggered by hand without a
-date is not seen; Airflow runs these one after another.
+A run is found by its logical date, which is the day at midnight for one by the
+clock and one of a backfill.  The page's form gives a run the moment of the click:
+such a run is found by its field Day, if it is under way when a step first looks.
+One that the API made without any date is not seen.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from datetime import UTC, date, datetime, timedelta
 from typing import Any, Literal
 
 Failed = Literal["stop", "stop unless ready", "go on"]
+Queued = Literal["wait", "wait unless ready"]
 State = Literal["none", "stuck", "queued", "running", "done", "failed"]
 
 
@@ -34,6 +37,8 @@ class Other:
     """Whose run: that of the step's day less this many days."""
     if_failed: Failed = "stop"
     """What its failure means: stop, stop unless what is waited for is there all the same, or go on."""
+    if_queued: Queued = "wait"
+    """What it means that it has not begun: wait, or wait unless what is waited for is there all the same."""
     why: str = ""
     """Why it matters, a sentence for the person who reads that it failed."""
     patience_s: Mapping[State, float] | None = None
@@ -41,8 +46,8 @@ class Other:
 
     def of(self, ds: str) -> dict[str, Any]:
         """Return what a trigger needs to look at it, as plain data, for a run of the day ``ds``."""
-        day = date.fromisoformat(ds) - timedelta(days=self.days_back)
-        return {**asdict(self), "patience_s": dict(self.patience_s or {}), "day": day.isoformat()}
+        day = (date.fromisoformat(ds) - timedelta(days=self.days_back)).isoformat()
+        return {**asdict(self), "patience_s": dict(self.patience_s or {}), "day": day, "run_ids": []}
 
 
 @dataclass(frozen=True)
@@ -55,8 +60,15 @@ class Seen:
     """Why there is nothing to wait for, if what is waited for is not there by now."""
     waiting: str = ""
     """What has to end first."""
+    queued: str = ""
+    """What has to end first, if what is waited for is not there by now."""
     states: tuple[State, ...] = ()
     """State of each other run, in the order of the question."""
+
+    @property
+    def in_doubt(self) -> bool:
+        """Whether it depends on what is waited for."""
+        return bool(self.unless_ready or self.queued)
 
 
 def look_at(others: Sequence[Mapping[str, Any]]) -> Seen:
@@ -65,8 +77,10 @@ def look_at(others: Sequence[Mapping[str, Any]]) -> Seen:
     Args:
         others: what :meth:`Other.of` gave.
     """
-    states = tuple(state_of(other["dag_id"], other["task_id"], other["day"]) for other in others)
-    seen = {"stop": "", "unless_ready": "", "waiting": ""}
+    states = tuple(
+        state_of(other["dag_id"], other["task_id"], other["day"], other.get("run_ids", ())) for other in others
+    )
+    seen = {"stop": "", "unless_ready": "", "waiting": "", "queued": ""}
     for other, state in zip(others, states, strict=True):
         name = name_of(other)
         if state == "failed" and other["if_failed"] != "go on":
@@ -77,7 +91,8 @@ def look_at(others: Sequence[Mapping[str, Any]]) -> Seen:
             )
         elif state in ("stuck", "queued", "running"):
             words = "queued, and nothing of that DAG runs but this" if state == "stuck" else state
-            seen["waiting"] = seen["waiting"] or f"{name} is {words}. {other['why']}"
+            kind = "waiting" if state == "running" or other.get("if_queued", "wait") == "wait" else "queued"
+            seen[kind] = seen[kind] or f"{name} is {words}. {other['why']}"
     return Seen(**seen, states=states)
 
 
@@ -87,11 +102,17 @@ def name_of(other: Mapping[str, Any]) -> str:
     return f"{other['dag_id']}{task} of {other['day']}"
 
 
-def state_of(dag_id: str, task_id: str, day: str) -> State:
+def state_of(dag_id: str, task_id: str, day: str, run_ids: Sequence[str] = ()) -> State:
     """Return the state of the run of a day, or of one of its tasks; a person's "mark as success" is done.
 
     A queued run is stuck if at most one run of its DAG is running: most likely the one that asks, whose end it needs
     where runs are made one at a time.
+
+    Args:
+        dag_id: DAG of the run.
+        task_id: task that matters; empty: the whole run.
+        day: of the run.
+        run_ids: further runs of the day (:func:`by_hand`); while one of them is under way, the day is.
     """
     dates = [datetime.combine(date.fromisoformat(day), datetime.min.time(), tzinfo=UTC)]
 
@@ -104,6 +125,8 @@ def state_of(dag_id: str, task_id: str, day: str) -> State:
             dag_id=dag_id, task_ids=[task_id], logical_dates=dates, states=list(states) or None
         )
 
+    if any(_under_way(dag_id, task_id, run_id) for run_id in run_ids):
+        return "running"
     if not runs():
         return "none"
     if task_id and tasks("success"):
@@ -115,6 +138,33 @@ def state_of(dag_id: str, task_id: str, day: str) -> State:
     if runs("running"):
         return "running"
     return "failed" if runs("failed") else "done"
+
+
+def by_hand(dag_id: str, day: str) -> list[str]:
+    """Return the runs of a day that a person started and that are under way; only a worker can ask, no trigger.
+
+    They are found by their field Day, or, where it is empty, by the day of the click.
+    """
+    from airflow.sdk.execution_time import task_runner
+    from airflow.sdk.execution_time.comms import GetPreviousDagRun
+
+    found: list[str] = []
+    latest = datetime.now(UTC) + timedelta(days=1)
+    while True:
+        asked = GetPreviousDagRun(dag_id=dag_id, logical_date=latest, state="running")
+        run = task_runner.SUPERVISOR_COMMS.send(asked).dag_run  # type: ignore[attr-defined, union-attr]
+        if run is None:
+            return found
+        latest = run.logical_date
+        ds = (run.conf or {}).get("ds") or latest.astimezone(UTC).date().isoformat()
+        if run.run_type != "backfill" and ds == day:
+            found.append(run.run_id)
+
+
+def _under_way(dag_id: str, task_id: str, run_id: str) -> bool:
+    if not _airflow().get_dr_count(dag_id=dag_id, run_ids=[run_id], states=["running"]):
+        return False
+    return not (task_id and succeeded(dag_id, run_id, task_id))
 
 
 def succeeded(dag_id: str, run_id: str, task_id: str) -> bool:

@@ -41,6 +41,7 @@ retried, anything else is. *Clear* the task to run it again: a step that was fin
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -131,7 +132,7 @@ TABLES_OF_THE_DAY = Other(
 )
 """While it is under way, what is published is about to be replaced; once it failed, nothing will be published."""
 
-DAY_BEFORE = Other(
+BEFORE_IN_A_BACKFILL = Other(
     "ranking_model",
     days_back=1,
     if_failed="go on",  # Then training goes on from an earlier day and reads the days since.
@@ -141,6 +142,9 @@ DAY_BEFORE = Other(
     patience_s={"stuck": 15 * 60, "queued": 6 * 3600},
 )
 """The run of the day before has to end first, however it ends; if it does not even begin, this one goes on."""
+
+DAY_BEFORE = replace(BEFORE_IN_A_BACKFILL, patience_s={"stuck": 0, "queued": 0})
+"""The same by the clock or by hand: what is queued is made up for later, and tonight's model does not wait for it."""
 
 WAIT_AT_MOST = timedelta(hours=62)
 """What feature_tables may take: its own wait for the log, and 12 hours."""
@@ -153,7 +157,7 @@ with DAG(
     schedule=DAILY,
     start_date=START,
     catchup=False,
-    max_active_runs=1,  # The limit of scheduled runs; in a backfill, which has its own, DAY_BEFORE keeps the order.
+    max_active_runs=1,  # The limit of scheduled runs; a backfill has its own, and `wait_for_day` keeps the order.
     dagrun_timeout=WAIT_AT_MOST + timedelta(hours=24),
     # Where workers are few, the model of a day goes before the tables of the days after it.
     default_args={**DEFAULTS, "priority_weight": 10},
@@ -214,6 +218,7 @@ with DAG(
         arguments=["published", "training_requests", "--ds", DAY],
         at_most=WAIT_AT_MOST,
         others=[DAY_BEFORE, TABLES_OF_THE_DAY],
+        others_of_a_backfill=[BEFORE_IN_A_BACKFILL, TABLES_OF_THE_DAY],
         refuse=refuse,
         unharmed=UNHARMED,
         execution_timeout=timedelta(minutes=10),

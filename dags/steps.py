@@ -30,7 +30,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from typing import Any, NoReturn
 
 from airflow.sdk import BaseOperator
@@ -42,9 +42,9 @@ from airflow.sdk.exceptions import (
     AirflowTaskTimeout,
 )
 
-from dags.days import run_day
+from dags.days import is_backfill, run_day
 from dags.notify import task_failed
-from dags.others import Other, look_at
+from dags.others import Other, by_hand, look_at
 from dags.triggers import NOTHING_AHEAD, StepTrigger
 
 EXIT_OK = 0
@@ -55,6 +55,9 @@ NEVER_RETRIED = (EXIT_BAD_DATA, EXIT_BAD_CONFIG)
 
 DAY = "{{ day }}"
 """Placeholder for the run's day in the arguments of a step."""
+
+PREVIOUS_DAY = "{{ previous_day }}"
+"""Placeholder for the day before it."""
 
 DEFAULTS: dict[str, Any] = {
     "owner": "ranking",
@@ -140,7 +143,10 @@ class Step(BaseOperator):
 
     def render_template_fields(self, context: Any, jinja_env: Any = None) -> None:
         """Render the templates, which know the run's ``day``."""
-        extended: Any = {**context, "day": run_day(context)} if self.dated else context
+        extended: Any = context
+        if self.dated:
+            day = run_day(context)
+            extended = {**context, "day": day, "previous_day": str(date.fromisoformat(day) - timedelta(days=1))}
         super().render_template_fields(extended, jinja_env)
 
     @property
@@ -255,7 +261,9 @@ class WaitStep(Step):
     costs one short process.  Else the triggerer runs the same command with
     ``--wait``; a look that fails otherwise counts as "not yet".  Other runs may
     have to end first, and one that has failed may leave nothing to wait for.
-    A wait without a module is for other runs alone.
+    A wait without a module is for other runs alone; one with ``in_doubt_only``
+    asks its process only where another run that failed or has not begun leaves it
+    open whether there is anything to wait for.
     """
 
     def __init__(
@@ -264,6 +272,8 @@ class WaitStep(Step):
         at_most: timedelta,
         module: str = "",
         others: Sequence[Other] = (),
+        others_of_a_backfill: Sequence[Other] | None = None,
+        in_doubt_only: bool = False,
         refuse: Callable[[Mapping[str, Any]], str] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -273,12 +283,16 @@ class WaitStep(Step):
             at_most: how long to wait.
             module: what ``python -m`` runs to look; empty: other runs are all there is to wait for.
             others: other runs that matter.
+            others_of_a_backfill: those that matter to a run of a backfill; None: the same.
+            in_doubt_only: whether the process is asked only where another run leaves it open.
             refuse: returns why a run as it was asked for cannot be; empty: it can. Asked before anything is waited for.
             **kwargs: those of :class:`Step`.
         """
         super().__init__(module=module, **kwargs)
         self.at_most = at_most
         self.others = list(others)
+        self.others_of_a_backfill = list(others if others_of_a_backfill is None else others_of_a_backfill)
+        self.in_doubt_only = in_doubt_only
         self.refuse = refuse
 
     def execute(self, context: Any) -> str | None:
@@ -289,8 +303,11 @@ class WaitStep(Step):
                 f"{self._title(context)}: REFUSED. {refused} {self.unharmed} Airflow does not retry this: start a run "
                 "with other values."
             )
-        others = [other.of(run_day(context)) for other in self.others]
+        chosen = self.others_of_a_backfill if is_backfill(context) else self.others
+        others = [other.of(run_day(context)) for other in chosen]
         try:
+            for other in others:
+                other["run_ids"] = by_hand(other["dag_id"], other["day"])
             seen = look_at(others)
         except AirflowRuntimeError as error:
             why = f"Airflow does not say how other runs stand: {error}"
@@ -299,23 +316,31 @@ class WaitStep(Step):
         if seen.stop:
             self._stop(context, seen.stop)
         if not seen.waiting:
-            ended = self._ended(context) if self.module else Ended(EXIT_OK, NOTHING_AHEAD, "")
-            if ended.code == EXIT_OK or ended.code in NEVER_RETRIED:
+            asked = self.module and (seen.in_doubt or not self.in_doubt_only)
+            ended = self._ended(context) if asked else Ended(EXIT_OK, NOTHING_AHEAD, "")
+            if ended.code in self._final_codes:
                 self._raise_for(context, ended)
                 return ended.result
             if seen.unless_ready:
                 self._stop(context, seen.unless_ready)
-        self.log.info("%s", f"{seen.waiting} not ready yet; the triggerer waits for it, at most {self.at_most}".strip())
+        waiting = seen.waiting or seen.queued
+        self.log.info("%s", f"{waiting} not ready yet; the triggerer waits for it, at most {self.at_most}".strip())
         self.defer(
             trigger=StepTrigger(
                 command=self.command if self.module else [],
                 variables=self.variables,
                 until=(datetime.now(UTC) + self.at_most).isoformat(),
-                final_codes=[EXIT_OK, *NEVER_RETRIED],
+                final_codes=self._final_codes,
                 others=others,
+                in_doubt_only=self.in_doubt_only,
             ),
             method_name="resume",
         )
+
+    @property
+    def _final_codes(self) -> list[int]:
+        """Exit codes that end the wait; where another run may end it too, only that all is there."""
+        return [EXIT_OK] if self.in_doubt_only else [EXIT_OK, *NEVER_RETRIED]
 
     def resume(self, context: Any, event: Mapping[str, Any]) -> str | None:
         """Take over from the triggerer once it is ready, too late, or there is nothing to wait for."""

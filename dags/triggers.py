@@ -24,9 +24,10 @@ class StepTrigger(BaseTrigger):
 
     The command gets ``--wait SECONDS`` with the time that is left.  If it ends
     with any other code (a catalog that does not answer), it is started again
-    after a pause.  It runs only while no other run has to end first, and the wait
-    ends at once when another run's failure leaves nothing to wait for.  Without a
-    command the wait is over when no other run has to end first.
+    after a pause.  It runs only while no other run has to end first, and when
+    another run has failed it is asked once more, whether there is anything to wait
+    for.  Without a command the wait is over when no other run has to end first; so
+    it is with ``in_doubt_only``, unless one has failed or has not begun.
 
     The event holds ``code``, ``result`` (last line of stdout), ``error`` (last
     lines of stderr), ``late``, and ``stop``: why another run ended the wait, else empty.
@@ -41,6 +42,7 @@ class StepTrigger(BaseTrigger):
         others: Sequence[Mapping[str, Any]] = (),
         pause_s: float = 30.0,
         look_s: float = 5.0,
+        in_doubt_only: bool = False,
     ) -> None:
         """Describe the wait.
 
@@ -52,6 +54,7 @@ class StepTrigger(BaseTrigger):
             others: other runs to look at (:meth:`dags.others.Other.of`).
             pause_s: seconds before the command is started again.
             look_s: seconds between two looks at other runs.
+            in_doubt_only: whether the command runs only where another run leaves it open if there is a wait.
         """
         super().__init__()
         self.command = list(command)
@@ -61,6 +64,7 @@ class StepTrigger(BaseTrigger):
         self.others = [dict(other) for other in others]
         self.pause_s = pause_s
         self.look_s = look_s
+        self.in_doubt_only = in_doubt_only
         self._since: dict[int, tuple[State, float]] = {}
         self._left_aside: set[int] = set()
 
@@ -76,6 +80,7 @@ class StepTrigger(BaseTrigger):
                 "others": self.others,
                 "pause_s": self.pause_s,
                 "look_s": self.look_s,
+                "in_doubt_only": self.in_doubt_only,
             },
         )
 
@@ -86,11 +91,10 @@ class StepTrigger(BaseTrigger):
             seen = await self._others()
             code, result, error, pause = -1, None, seen.waiting, self.look_s
             if not (seen.stop or seen.waiting):
-                answer = await self._answer()
-                if isinstance(answer, Seen):
-                    seen = answer
-                else:
-                    (code, result, error), pause = answer, self.pause_s
+                answer = await self._answer(seen)
+                if answer is None:
+                    continue
+                (code, result, error), pause = answer, self.pause_s
             stop = seen.stop or (seen.unless_ready if code not in self.final_codes else "")
             final = code in self.final_codes
             if stop or final or self._left() <= 0:
@@ -133,8 +137,12 @@ class StepTrigger(BaseTrigger):
             return Seen(stop=f"{text} Run it first, then clear this task.")
         return seen
 
-    async def _answer(self) -> tuple[int, str | None, str] | Seen:
-        """Return what the command says, or what became of another run meanwhile."""
+    async def _answer(self, before: Seen) -> tuple[int, str | None, str] | None:
+        """Return what the command says; None if another run has changed what is asked meanwhile."""
+        if self.in_doubt_only and not before.in_doubt:
+            return 0, NOTHING_AHEAD, ""
+        if before.unless_ready:
+            return await self._look(0.0)
         looking = asyncio.create_task(self._look(max(self._left(), 0.0)))
         try:
             while True:
@@ -142,8 +150,8 @@ class StepTrigger(BaseTrigger):
                 if done:
                     return looking.result()
                 seen = await self._others()
-                if seen.stop or seen.unless_ready or seen.waiting:
-                    return seen
+                if seen.stop or seen.unless_ready or seen.waiting or seen.in_doubt != before.in_doubt:
+                    return None
         finally:
             if not looking.done():
                 looking.cancel()

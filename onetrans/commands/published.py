@@ -1,4 +1,4 @@
-"""``onetrans published TABLE --ds D``: exit 0 if the day is published, 75 (not ready) if it is not.
+"""``onetrans published TABLE ... --ds D``: exit 0 if the day is published in each table, 75 (not ready) if not.
 
 With ``--wait`` one process looks again and again, which costs far less than to
 start one per look; whatever publishes the day, it is noticed.
@@ -11,18 +11,21 @@ import time
 
 from onetrans.days import describe_days, parse_day
 from onetrans.errors import EXIT_OK, BadConfigError, NotReadyError
-from onetrans.lake import SCORES, TABLES, Lake
+from onetrans.lake import SCORES, TABLES, Lake, PublishedDay
 from onetrans.process import add_json, print_json
 from onetrans.settings import load_settings
 
 EXAMPLES = """examples:
   onetrans published training_requests --ds 2022-05-04 && echo ready
-  onetrans published training_requests --ds 2022-05-04 --wait 3600"""
+  onetrans published training_requests --ds 2022-05-04 --wait 3600
+  onetrans published user_features item_features --ds 2022-05-04"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
-    parser.add_argument("table", choices=(*TABLES, SCORES), help="table that is asked about")
+    parser.add_argument(
+        "tables", nargs="+", choices=(*TABLES, SCORES), metavar="TABLE", help=f"one of {', '.join((*TABLES, SCORES))}"
+    )
     parser.add_argument("--ds", required=True, metavar="DAY", help="day, YYYY-MM-DD")
     parser.add_argument("--wait", type=float, default=0.0, metavar="SECONDS", help="longest wait (default: 0)")
     parser.add_argument("--every", type=float, default=5.0, metavar="SECONDS", help="between two looks (default: 5)")
@@ -30,10 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Tell by the exit code, and in words, whether the day is published.
+    """Tell by the exit code, and in words, whether the day is published in each table that is asked about.
 
     Raises:
-        NotReadyError: if it is not; the text names the days that are.
+        NotReadyError: if it is not; the text names the first table without it, and the days that are there.
         BadConfigError: if it is not, and is not to be waited for.
     """
     if arguments.every <= 0:
@@ -42,22 +45,27 @@ def run(arguments: argparse.Namespace) -> int:
     settings = load_settings()
     lake = Lake(settings.lake)
     deadline = time.monotonic() + arguments.wait
-    while True:
-        published = lake.published(arguments.table)
-        day = next((day for day in published if day.ds == ds), None)
-        if day is not None:
-            if arguments.json:
-                print_json(vars(day))
+    found: dict[str, PublishedDay] = {}
+    for table in arguments.tables:
+        while table not in found:
+            published = lake.published(table)
+            day = next((day for day in published if day.ds == ds), None)
+            left = deadline - time.monotonic()
+            if day is not None:
+                found[table] = day
+            elif ds in settings.source.absent_days:
+                raise BadConfigError(
+                    f"{table} {ds} is not published, and source.absent_days says that the log lost this day"
+                )
+            elif left <= 0:
+                days = describe_days([day.ds for day in published])
+                raise NotReadyError(f"{table} {ds} is not published; published are {days}")
             else:
-                print(f"{arguments.table} {ds}: published, {day.rows:,} rows in {day.files} files")
-            return EXIT_OK
-        if ds in settings.source.absent_days:
-            raise BadConfigError(
-                f"{arguments.table} {ds} is not published, and source.absent_days says that the log lost this day"
-            )
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise NotReadyError(
-                f"{arguments.table} {ds} is not published; published are {describe_days([day.ds for day in published])}"
-            )
-        time.sleep(min(arguments.every, left))
+                time.sleep(min(arguments.every, left))
+    if arguments.json:
+        shown = [{"table": table, **vars(day)} for table, day in found.items()]
+        print_json(shown if len(arguments.tables) > 1 else vars(found[arguments.tables[0]]))
+    else:
+        for table, day in found.items():
+            print(f"{table} {ds}: published, {day.rows:,} rows in {day.files} files")
+    return EXIT_OK

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -365,6 +366,10 @@ def test_the_commands_publish_and_tell(deployment: Lake, capsys: pytest.CaptureF
     assert "was published already, nothing changed" in capsys.readouterr().out
     assert cli(["published", TABLE, "--ds", str(D1)]) == EXIT_OK
     assert "impressions 2024-02-28: published, 1,234 rows in 1 files" in capsys.readouterr().out
+    assert cli(["published", TABLE, "behaviors", "--ds", str(D1)]) == EXIT_NOT_READY
+    assert "behaviors 2024-02-28 is not published" in capsys.readouterr().err
+    assert cli(["published", TABLE, TABLE, "--ds", str(D1), "--json"]) == EXIT_OK
+    assert [(day["table"], day["rows"]) for day in json.loads(capsys.readouterr().out)] == [(TABLE, 1234)]
 
 
 def test_publish_passes_on_what_the_audit_found(deployment: Lake, capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,7 +37,7 @@ from airflow.sdk import DAG, AsyncCallback, DeadlineAlert, DeadlineReference
 from dags.notify import day_undecided, run_failed
 from dags.days import DAILY, START, day_param
 from dags.others import Other
-from dags.steps import DAY, DEFAULTS, Step, WaitStep
+from dags.steps import DAY, DEFAULTS, PREVIOUS_DAY, Step, WaitStep
 
 QUICK = {**DEFAULTS, "retries": 2, "retry_delay": timedelta(seconds=1), "retry_exponential_backoff": 0}
 COMMON = {"schedule": DAILY, "start_date": START, "catchup": False, "default_args": QUICK}
@@ -61,6 +61,24 @@ with DAG("ordered", params={"ds": day_param()}, **COMMON):
         task_id="wait", module="probe", arguments=["ready", DAY], others=[before], at_most=timedelta(minutes=5)
     )
     wait >> Step(task_id="step", module="probe", arguments=["ordered", DAY])
+last_night = Other(
+    "night",
+    days_back=1,
+    why="Each day is built on the one before.",
+    if_failed="stop unless ready",
+    if_queued="wait unless ready",
+)
+with DAG("night", params={"ds": day_param()}, **COMMON):
+    wait = WaitStep(
+        task_id="wait",
+        module="probe",
+        arguments=["whole", PREVIOUS_DAY],
+        in_doubt_only=True,
+        others=[last_night],
+        others_of_a_backfill=[before],
+        at_most=timedelta(minutes=5),
+    )
+    wait >> Step(task_id="step", module="probe", arguments=["go", DAY])
 with DAG("crowded", params={"ds": day_param()}, **COMMON):
     Step(task_id="step", module="probe", arguments=["crowded", DAY], pool="one_slot")
 '''
@@ -90,9 +108,13 @@ elif name == "killed":  # As by the system for want of memory: the whole worker 
     time.sleep(30)
 elif name == "one_day":
     print("done")
-elif name == "go":  # Waits to be told.
-    while not (here / f"go-{day}").exists():
+elif name == "go":  # Waits to be told, and with what to end.
+    told = here / f"go-{day}"
+    while not (told.exists() and told.read_text()):
         time.sleep(0.2)
+    sys.exit(int(told.read_text()))
+elif name == "whole":
+    sys.exit(0 if (here / f"whole-{day}").exists() else 75)
 elif name == "crowded":
     time.sleep(1)
 elif name == "ready":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,63 @@ def test_days_that_are_backfilled_at_once_run_in_order(deployment: Deployment) -
     assert order.read_text().splitlines()[-2:] == [f"begins {BAD}", f"ends {BAD}"]
 
 
+def test_a_backfill_that_ends_yesterday_does_not_hold_tonights_run(deployment: Deployment) -> None:
+    """Yesterday's run waits its turn in the backfill, and then fails: tonight takes yesterday's tables if they stand."""
+    first, yesterday, today = (date(2020, 5, day) for day in (1, 2, 3))
+    whole = deployment.folder / f"whole-{yesterday}"
+    whole.touch()
+
+    def go(ds: date, code: int = 0) -> None:
+        (deployment.folder / f"go-{ds}").write_text(str(code))
+
+    made = deployment.backfill_range("night", first, yesterday)
+    _until(lambda: deployment.task(*made[0], "step").state == "running", "the backfill has not begun")
+    body = {"logical_date": f"{today}T00:00:00Z", "conf": {}}
+    tonight = ("night", deployment.airflow.api.call("POST", "/dags/night/dagRuns", body)["dag_run_id"])
+    go(today)
+    (ended,) = deployment.wait(tonight, seconds=120)
+    assert ended.state == "success"
+    assert [deployment.airflow.api.run(*run).state for run in made] == ["running", "queued"]
+
+    go(first)
+    go(yesterday, 65)
+    assert [run.state for run in deployment.wait(*made, seconds=180)] == ["success", "failed"]
+    again = {"dag_run_id": tonight[1], "dry_run": False, "only_failed": False}
+    for there in (True, False):
+        if not there:
+            whole.unlink()
+        deployment.airflow.api.call("POST", "/dags/night/clearTaskInstances", again)
+        (ended,) = deployment.wait(tonight, seconds=120)
+        assert ended.state == ("success" if there else "failed")
+    stopped = "\n".join(deployment.airflow.api.log(deployment.task(*tonight, "wait")))
+    assert f"night of {yesterday} has failed. Each day is built on the one before." in stopped
+
+
+def test_a_run_from_the_form_is_waited_for_by_its_day(deployment: Deployment) -> None:
+    """Its logical date is the moment of the click."""
+    day, after = date(2020, 6, 1), date(2020, 6, 2)
+    body = {"logical_date": datetime.now(UTC).isoformat(), "conf": {"ds": str(day)}}
+    by_hand = ("night", deployment.airflow.api.call("POST", "/dags/night/dagRuns", body)["dag_run_id"])
+    _until(lambda: deployment.task(*by_hand, "step").state == "running", "the run has not begun")
+    (deployment.folder / f"go-{after}").write_text("0")
+    run = deployment.airflow.api.trigger("night", {}, logical_date=after)
+    waits = ("night", run.run_id)
+    _until(lambda: deployment.task(*waits, "wait").state == "deferred", "the run of the day before is not seen")
+    (deployment.folder / f"go-{day}").write_text("0")
+    assert [run.state for run in deployment.wait(by_hand, waits, seconds=120)] == ["success", "success"]
+    first, second = (deployment.task(*by_hand, "step").ended, deployment.task(*waits, "step").started)
+    assert first is not None
+    assert second is not None
+    assert second > first
+
+
+def _until(true: Callable[[], bool], what: str, seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.2)
+
+
 def test_a_backfill_does_not_keep_tonight_s_run_waiting(deployment: Deployment) -> None:
     """All want the one slot of a pool: the run of today goes before every day of the backfill that has not begun."""
     deployment.airflow.api.set_pools({"one_slot": {"slots": 1}})
@@ -227,7 +285,7 @@ def test_a_day_that_has_its_verdict_is_not_told_of_though_its_run_goes_on(deploy
         assert time.monotonic() < deadline, "Airflow did not notice that the deadline had passed"
         time.sleep(1)
     assert deployment.airflow.api.run(*run).state == "running"
-    (deployment.folder / f"go-{logical:%Y-%m-%d}").touch()
+    (deployment.folder / f"go-{logical:%Y-%m-%d}").write_text("0")
     (ended,) = deployment.wait(run, seconds=60)
     assert ended.state == "success"
     assert [told for told in deployment.told if (told["dag_id"], told["run_id"]) == run] == []

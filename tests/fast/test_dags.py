@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
@@ -236,7 +237,8 @@ def test_the_lowest_priority_that_a_task_declares_is_above_that_of_a_backfill():
 def test_what_a_wait_looks_at_exists():
     """A run is found by names that nothing else checks: a typo would find none, and wait for nothing."""
     dags_by_id = {dag.dag_id: dag for dag in DAGS}
-    watched = [other for task in TASKS if isinstance(task, WaitStep) for other in task.others]
+    waits = [task for task in TASKS if isinstance(task, WaitStep)]
+    watched = [other for task in waits for other in (*task.others, *task.others_of_a_backfill)]
     assert {(other.dag_id, other.days_back) for other in watched} == {
         *{("feature_tables", 1), ("feature_tables", 0), ("ranking_model", 1)}
     }
@@ -768,13 +770,15 @@ def test_an_answer_from_the_triggerer_ends_the_wait():
 
 TABLES_FAIL = Other("feature_tables", "publish", if_failed="stop unless ready", why="It makes the rows.")
 DAY_BEFORE = Other("feature_tables", days_back=1, why="Tails are built on it.", patience_s={"stuck": 0.3})
+TONIGHT = replace(DAY_BEFORE, if_failed="stop unless ready", if_queued="wait unless ready")
 
 
 @pytest.fixture
 def stands(monkeypatch):
     """Return a list of the states other runs are found in, look by look; the last one stays."""
     states = []
-    monkeypatch.setattr(others, "state_of", lambda dag_id, task_id, day: states.pop(0) if states[1:] else states[0])
+    monkeypatch.setattr(others, "state_of", lambda *_: states.pop(0) if states[1:] else states[0])
+    monkeypatch.setattr(steps, "by_hand", lambda *_: [])
     return states
 
 
@@ -790,6 +794,12 @@ def stands(monkeypatch):
         (TABLES_FAIL, "failed", 0, "done"),
         (TABLES_FAIL, "failed", 75, "feature_tables's task publish of 2022-05-04 has failed. It makes the rows."),
         (Other("ranking_model", days_back=1, if_failed="go on"), "failed", 0, "done"),
+        (TONIGHT, "failed", 0, "done"),
+        (TONIGHT, "failed", 75, "feature_tables of 2022-05-03 has failed. Tails are built on it. Clear that run"),
+        (TONIGHT, "queued", 0, "done"),
+        (TONIGHT, "queued", 75, "deferred"),
+        (TONIGHT, "stuck", 0, "done"),
+        (TONIGHT, "running", 0, "deferred"),
     ],
 )
 def test_how_another_run_stands_decides_whether_a_step_begins(script, stands, other, state, code, outcome):
@@ -815,7 +825,7 @@ def test_an_airflow_that_does_not_say_how_other_runs_stand_is_asked_again(script
     def away(*_):
         raise AirflowRuntimeError(ErrorResponse(error=ErrorType.API_SERVER_ERROR, detail={"status_code": 503}))
 
-    monkeypatch.setattr(others, "state_of", away)
+    monkeypatch.setattr(steps, "by_hand", away)
     step = script("raise SystemExit(0)", cls=WaitStep, at_most=timedelta(hours=2), others=[DAY_BEFORE])
     with pytest.raises(AirflowException) as raised:
         step.execute(context(logical_date=LOGICAL))
@@ -858,12 +868,88 @@ def test_the_triggerer_lets_another_run_end_first(stands):
     assert stands == ["done"]
 
 
-def test_a_failure_elsewhere_ends_a_wait_that_is_under_way(stands):
+def published(day):
+    """Return a program that waits for a file, as `onetrans published` does for a day."""
+    return (
+        "import pathlib, sys, time; until = time.monotonic() + float(sys.argv[-1])\n"
+        f"while not (there := pathlib.Path({str(day)!r}).exists()) and time.monotonic() < until: time.sleep(0.05)\n"
+        "print('there'); sys.exit(0 if there else 75)"
+    )
+
+
+def test_a_failure_elsewhere_ends_a_wait_that_is_under_way(stands, tmp_path):
     stands += ["none", "none", "running", "running", "none", "failed"]
     begun = time.monotonic()
-    payload = look(waiting("import time; time.sleep(600)", TABLES_FAIL))
+    payload = look(waiting(published(tmp_path / "day"), TABLES_FAIL))
     assert time.monotonic() - begun < 20
     assert "publish of 2022-05-04 has failed" in payload["stop"]
+
+
+@pytest.mark.parametrize("state", ["none", "done"])
+@pytest.mark.parametrize("run_type", ["scheduled", "backfill"])
+def test_a_day_before_that_leaves_no_doubt_is_not_asked_for_its_tables(script, stands, state, run_type):
+    """The first day has none before it; one that a person left out, by marking it as success, has no tables."""
+    stands.append(state)
+    step = script(
+        "raise SystemExit(75)", cls=WaitStep, at_most=timedelta(hours=2), others=[TONIGHT], in_doubt_only=True
+    )
+    assert step.execute(context(logical_date=LOGICAL, dag_run=dag_run(run_type))) == NOTHING_AHEAD
+
+
+@pytest.mark.parametrize("state", ["queued", "stuck", "failed"])
+def test_a_backfill_waits_for_the_day_before_where_tonights_run_takes_what_is_published(script, stands, state):
+    """Its days are to be built anew, each on the one before; a backfill beside it must not hold tonight's run."""
+    from airflow.sdk.exceptions import TaskDeferred
+
+    stands.append(state)
+    rules = {"others": [TONIGHT], "others_of_a_backfill": [DAY_BEFORE], "in_doubt_only": True}
+    step = script("raise SystemExit(0)", cls=WaitStep, at_most=timedelta(hours=2), **rules)
+    step.execute(context(logical_date=LOGICAL, dag_run=dag_run("scheduled")))
+    with pytest.raises(AirflowFailException if state == "failed" else TaskDeferred):
+        step.execute(context(logical_date=LOGICAL, dag_run=dag_run("backfill")))
+
+
+def test_the_real_dags_wait_that_way():
+    before = by_id(feature_tables)["wait_for_day_before"]
+    assert before.in_doubt_only
+    assert before.arguments == ["published", *NEEDS, "--ds", "{{ previous_day }}"]
+    ((tonight,), (made_up,)) = before.others, before.others_of_a_backfill
+    assert (tonight.if_failed, tonight.if_queued) == ("stop unless ready", "wait unless ready")
+    assert (made_up.if_failed, made_up.if_queued) == ("stop", "wait")
+    model = by_id(ranking_model)["wait_for_day"]
+    assert not model.in_doubt_only
+    assert model.others[0].patience_s == {"stuck": 0, "queued": 0}
+    assert model.others_of_a_backfill[0].patience_s["queued"] > 3600
+    ready = before.prepare_for_execution()
+    ready.render_template_fields(context(logical_date=datetime(2022, 3, 1, tzinfo=UTC)))
+    assert ready.command[-2:] == ["--ds", "2022-02-28"]
+
+
+def test_a_day_that_is_published_ends_the_wait_for_a_queued_run(stands, tmp_path):
+    there = tmp_path / "day"
+    stands += ["queued", "running", "queued"]
+    trigger = waiting(published(there), TONIGHT, in_doubt_only=True)
+    timer = threading.Timer(2.0, there.touch)
+    timer.start()
+    assert look(trigger)["result"] == "there"
+    timer.join()
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_run_that_fails_while_it_is_waited_for_stops_only_what_has_no_tables(stands, tmp_path, there):
+    stands += ["running", "running", "failed"]
+    day = tmp_path / "day"
+    if there:
+        day.touch()
+    payload = look(waiting(published(day), TONIGHT, in_doubt_only=True))
+    assert bool(payload["stop"]) is not there
+    assert payload["code"] == (0 if there else 75)
+
+
+def test_a_queued_run_that_is_gone_is_not_waited_for(stands, tmp_path):
+    stands += ["queued", "queued", "done"]
+    payload = look(waiting(published(tmp_path / "day"), TONIGHT, in_doubt_only=True))
+    assert (payload["stop"], payload["result"]) == ("", NOTHING_AHEAD)
 
 
 def test_a_run_that_cannot_begin_is_not_waited_for_without_end(stands):

@@ -6,7 +6,7 @@ Builds, audits and publishes the six tables of one day.
 | step | what it does | when it fails |
 |---|---|---|
 | `wait_for_log` | waits, without a worker, for the day's files | nothing began |
-| `wait_for_day_before` | waits, without a worker, for the day before if it runs too | nothing is published |
+| `wait_for_day_before` | waits, without a worker, for the day before while it runs | nothing is published |
 | `build` | a Spark job writes the day's rows to files of their own | nothing is published |
 | `audit` | Great Expectations judges exactly those files; pages in Data Docs | the day stops, published data stays |
 | `publish` | one Iceberg commit replaces the day | readers see the old day or the new one, never a part |
@@ -24,9 +24,15 @@ beside the day that is being published.
 **Run one day by hand:** *Trigger*, fill in *Day*. **Run a range:** *Trigger* -> *Backfill*, with a range of days D.
 Choose under *Reprocess Behavior* what happens to days that were run before: *Missing Runs*, where the form begins,
 runs none of them again; *Missing and Errored Runs* runs the failed ones, *All Runs* every day. A day that is run
-again replaces its rows and gives the same ones. Days run in order, whatever *Max Active Runs* says: each waits for
-the day before, and if that fails, those after it do not start. *Run Backwards* cannot work: a day does not start
-while the one before is queued.
+again replaces its rows and gives the same ones. Days of a backfill run in order, whatever *Max Active Runs* says: each
+waits for the day before, and if that fails, those after it do not start. *Run Backwards* cannot work: a day does not
+start while the one before is queued. Only the reading of logs goes on side by side. **Tonight's run** and one by hand
+wait for the day before while it runs; where a backfill has it queued, or it failed, they go on if its six tables are
+published, and else say so.
+
+**Tables and model of a day again, by hand:** *Trigger* `feature_tables` with that *Day*, and when it runs,
+`ranking_model` with the same *Day*: it waits for the tables. If they fail it takes those that are published before; to
+train on nothing but the new ones, start it once they are there.
 
 **Which run is which day:** a run is named after the moment it can start. That of 4 May is called `...__2022-05-05` and
 stands at 5 May in the grid; one triggered by hand is named after the moment of the click. The log of its first task
@@ -104,7 +110,7 @@ with DAG(
     schedule=DAILY,
     start_date=START,
     catchup=False,
-    max_active_runs=1,  # The limit of scheduled runs; a backfill has its own, and `wait_for_day_before` keeps the order.
+    max_active_runs=1,  # The limit of scheduled runs; in a backfill, which has its own, a step keeps the order.
     dagrun_timeout=WAIT_AT_MOST + timedelta(hours=12),
     default_args=DEFAULTS,
     params={"ds": day_param()},

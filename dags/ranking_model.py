@@ -23,7 +23,9 @@ once and says so.
 champion whatever the gate says. The reason is kept in `gate.json`, in MLflow, and with the model; it holds for that
 run alone, counts once, and a backfill refuses it.
 
-**Run one day by hand:** *Trigger*, fill in *Day*. **Train a range:** *Trigger* -> *Backfill*, with a range of days D.
+**Run one day by hand:** *Trigger*, fill in *Day*. If its tables are to be made anew too, start those first: while a run
+of `feature_tables` with that *Day* is under way, `wait_for_day` waits for it; if that run fails, the tables published
+before are taken. **Train a range:** *Trigger* -> *Backfill*, with a range of days D.
 Choose under *Reprocess Behavior* what happens to days that were run before: *Missing Runs*, where the form begins,
 runs none of them again; *Missing and Errored Runs* runs the failed ones, *All Runs* every day. Where the tables are
 run again too, start their backfill first: a day waits for its tables while they are under way. Each day's training
@@ -157,7 +159,7 @@ with DAG(
     schedule=DAILY,
     start_date=START,
     catchup=False,
-    max_active_runs=1,  # The limit of scheduled runs; a backfill has its own, and `wait_for_day` keeps the order.
+    max_active_runs=1,  # The limit of scheduled runs; in a backfill, which has its own, a step keeps the order.
     dagrun_timeout=WAIT_AT_MOST + timedelta(hours=24),
     # Where workers are few, the model of a day goes before the tables of the days after it.
     default_args={**DEFAULTS, "priority_weight": 10},

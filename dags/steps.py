@@ -411,7 +411,7 @@ def raise_for(title: str, ended: Ended, unharmed: str = UNHARMED, this_try: int 
     error = error if not error or error[-1] in ".!?" else f"{error}."
     hints = [hint for pattern, hint in _HINTS if pattern.search(error)]
     found = " ".join(filter(None, [error, *hints, "" if unharmed in error else unharmed]))
-    see = f" See {ended.see}" if ended.see and ended.see not in error else ""
+    see = f" See {ended.see}" if ended.see else ""
     if ended.code == EXIT_BAD_DATA:
         raise AirflowFailException(
             f"{title}: BAD DATA. {found} Airflow does not retry this: correct the data, then clear this task.{see}"

@@ -11,6 +11,7 @@ import sys
 import threading
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -381,6 +382,29 @@ def test_the_process_ends_with_65_and_one_paragraph(deployment: Lake) -> None:
     assert done.returncode == EXIT_BAD_DATA
     assert done.stdout == ""
     assert [line.split(":")[0] for line in done.stderr.splitlines()] == ["see", "BadDataError"], done.stderr
+
+
+def test_a_failed_audit_s_task_ends_with_the_address_of_its_page(
+    deployment: Lake, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As in Airflow's log, of the real process."""
+    monkeypatch.setenv("AIRFLOW_HOME", str(tmp_path / "airflow"))
+    from airflow.sdk.exceptions import AirflowFailException
+
+    from dags.feature_tables import dag
+
+    monkeypatch.setenv("ONETRANS_AUDIT_ADDRESS", "http://127.0.0.1:8088")
+    stage(deployment, "impressions", broken_impressions())
+    step: Any = dag.get_task("impressions.audit").prepare_for_execution()
+    logical = datetime(DS.year, DS.month, DS.day, tzinfo=UTC)
+    context = {"params": {}, "logical_date": logical, "ti": SimpleNamespace(try_number=1, max_tries=3)}
+    step.render_template_fields(context)
+    with pytest.raises(AirflowFailException) as raised:
+        step.execute(context)
+    text = str(raised.value)
+    assert text.startswith(f"impressions.audit of {DS}: BAD DATA. BadDataError: impressions {DS}: 1 critical expect")
+    link = f"http://127.0.0.1:8088/validations/impressions/{DS}.html"
+    assert text.endswith(f"correct the data, then clear this task. See {link}")
 
 
 def test_an_unknown_table_is_refused(lake: Lake) -> None:

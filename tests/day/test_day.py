@@ -170,7 +170,7 @@ def test_days_that_are_backfilled_at_once_run_in_order(deployment: Deployment) -
 
 
 def test_a_backfill_that_ends_yesterday_does_not_hold_tonights_run(deployment: Deployment) -> None:
-    """Yesterday's run waits its turn in the backfill, and then fails: tonight takes yesterday's tables if they stand."""
+    """Yesterday's run waits its turn in it, and then fails: tonight takes yesterday's tables if they are published."""
     first, yesterday, today = (date(2020, 5, day) for day in (1, 2, 3))
     whole = deployment.folder / f"whole-{yesterday}"
     whole.touch()

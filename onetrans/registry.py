@@ -64,7 +64,7 @@ from onetrans.verdict_outcome import with_outcome
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities.model_registry import ModelVersion
+    from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 
 logger = logging.getLogger(__name__)
 
@@ -141,15 +141,23 @@ class Registry:
             if not token:
                 return sorted(found, key=lambda version: int(version.version), reverse=True)
 
+    def exists(self) -> bool:
+        """Tell whether a version was ever registered under this name."""
+        return self._model() is not None
+
     def aliases(self) -> dict[str, str]:
         """Return every alias and the number of the version it names."""
+        model = self._model()
+        return {} if model is None else {alias: str(number) for alias, number in model.aliases.items()}
+
+    def _model(self) -> RegisteredModel | None:
         from mlflow.exceptions import MlflowException
 
         try:
-            return {alias: str(v) for alias, v in self.client.get_registered_model(self.name).aliases.items()}
+            return self.client.get_registered_model(self.name)
         except MlflowException as error:
             if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                return {}
+                return None
             raise
 
     # Writing

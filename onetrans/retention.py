@@ -16,7 +16,8 @@ Kept, whatever its age:
 Removed is the rest, in an order that can be interrupted anywhere: first
 snapshots are expired, then files that no remaining snapshot, plan or staged day
 names are deleted, so a second run finds what the first one left.  If it cannot be
-told what the champion was trained on, nothing is removed.
+told what the champion was trained on, nothing is removed: nor where trainings were
+tracked or judged, and the registry that would name it is not found.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from onetrans import storage
 from onetrans.days import parse_day
 from onetrans.errors import BadConfigError
 from onetrans.lake import QUARANTINE, TABLES, Lake
-from onetrans.plan import CHECKPOINT_FOLDER, METRICS_FILE, PLAN_FILE
+from onetrans.plan import CHECKPOINT_FOLDER, GATE_FILE, METRICS_FILE, PLAN_FILE, PROMOTION_FILE
 from onetrans.scores import CANDIDATE
 from onetrans.settings import Settings
 
@@ -86,13 +87,14 @@ def held_by_plans(settings: Settings, now: datetime) -> Held:
     """Return what may not be removed because a model was trained on it, or a run is reading it.
 
     Raises:
-        BadConfigError: if the plan of a model with an alias is not found, so that nobody knows what it was trained on.
+        BadConfigError: if the plan of a model with an alias is not found, or the registry of trainings that were
+            tracked is not, so that nobody knows what the champion was trained on.
     """
     runs = storage.resolve(settings.training.runs)
     found = (path for path in storage.list_files(runs, PLAN_FILE) if path.endswith(f"/{PLAN_FILE}"))
     plans = {path.rsplit("/", 1)[0]: storage.read_json(path) for path in found}
     held = Held()
-    for alias, folder in _champions(settings, runs):
+    for alias, folder in _champions(settings, runs, plans):
         if folder not in plans:
             raise BadConfigError(
                 f"the registry's {alias} was trained by the plan in {folder}, where there is no {PLAN_FILE}: what "
@@ -151,15 +153,37 @@ def _warm_starts(plan: Mapping[str, Any]) -> Iterator[str]:
     return (model["warm_start"] for model in plan["models"].values() if model["warm_start"])
 
 
-def _champions(settings: Settings, runs: str) -> Iterator[tuple[str, str]]:
-    """Yield the registry's aliases and the plan folder of the version each names."""
+def _champions(settings: Settings, runs: str, plans: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the registry's aliases and the plan folder of the version each names.
+
+    Raises:
+        BadConfigError: if there is no such registry, though plans are there of which it would know.
+    """
+    tracked = [folder for folder, plan in plans.items() if plan.get("mlflow_run_id")]
     store = settings.mlflow.tracking_uri
-    if store.startswith("sqlite:///") and not Path(store.removeprefix("sqlite:///").split("?")[0]).exists():
-        return
+    if store.startswith("sqlite:///"):
+        file = Path(store.removeprefix("sqlite:///").split("?")[0]).absolute()
+        if not file.exists():
+            if tracked:
+                raise _registry_lost(
+                    f"MLflow's store {file} is not there (mlflow.tracking_uri)", tracked, "tracked in it"
+                )
+            return
     from onetrans.registry import CHAMPION, Registry
     from onetrans.tracking import TAG_DAY, TAG_PLAN
 
     registry = Registry(settings.mlflow)
+    if not registry.exists():
+        # Before the first verdict there is no model yet.
+        judged = [
+            folder
+            for folder in tracked
+            if any(storage.exists(storage.join(folder, name)) for name in (GATE_FILE, PROMOTION_FILE))
+        ]
+        if judged:
+            lost = f"MLflow (mlflow.tracking_uri) has no registered model {registry.name!r} (mlflow.registered_model)"
+            raise _registry_lost(lost, judged, "judged, and a judged candidate is registered")
+        return
     # The champion first: what several hold is told of the first.
     for alias, number in sorted(registry.aliases().items(), key=lambda entry: (entry[0] != CHAMPION, entry[0])):
         tags = registry.version(number).tags
@@ -167,6 +191,15 @@ def _champions(settings: Settings, runs: str) -> Iterator[tuple[str, str]]:
             yield f"{alias} (version {number})", storage.join(runs, f"ds={tags[TAG_DAY]}", tags[TAG_PLAN])
         else:
             logger.info("%s is version %s, which this pipeline did not train; it holds nothing", alias, number)
+
+
+def _registry_lost(lost: str, plans: list[str], known: str) -> BadConfigError:
+    example = max(plans)
+    return BadConfigError(
+        f"{lost}, but {len(plans):,} plans were {known}, for example {example}: what the champion was trained on is "
+        "not known, so nothing is removed. Check these settings, the working directory and the environment; where the "
+        "registry is gone for good, the next promotion makes one"
+    )
 
 
 def retain(settings: Settings, now: datetime, *, dry_run: bool = False) -> list[Removal]:

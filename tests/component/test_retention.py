@@ -230,6 +230,38 @@ def test_a_champion_nobody_knows_the_plan_of_stops_it_all(promoted: tuple[Settin
     assert sorted(Path(settings.lake.warehouse).rglob("*")) == before
 
 
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"tracking_uri": "sqlite:///elsewhere/mlflow.db"}, r"MLflow's store .*/elsewhere/mlflow\.db is not there"),
+        ({"registered_model": "typo"}, r"has no registered model 'typo' \(mlflow\.registered_model\)"),
+    ],
+    ids=["another store", "another model"],
+)
+def test_a_registry_that_is_not_found_stops_it_all(
+    promoted: tuple[Settings, Plan], changed: dict[str, str], told: str
+) -> None:
+    """A lost variable, another folder or a typo must not read like a deployment without a champion."""
+    settings, plan = promoted
+    elsewhere = replace(settings, mlflow=replace(settings.mlflow, **changed))
+    before = sorted(Path(settings.lake.warehouse).rglob("*"))
+    with pytest.raises(BadConfigError, match=rf"{told}.*1 plans were .*{plan.plan_id}.*nothing is removed"):
+        retain(elsewhere, LATER)
+    assert sorted(Path(settings.lake.warehouse).rglob("*")) == before
+    assert readable(settings, plan)
+    assert not Path("elsewhere").exists(), "looking for a store makes none"
+
+
+def test_before_the_first_verdict_no_model_is_missed(tmp_path: Path) -> None:
+    """The store is made with the first plan, the registered model with the first verdict."""
+    shop = Shop.open(tmp_path, days=3)
+    assert retain(shop.settings, LATER) == [], "nothing was ever planned, and there is no store"
+    plan = shop.plan(shop.days[-1])
+    assert plan.mlflow_run_id
+    retain(shop.settings, LATER)
+    assert readable(shop.settings, plan)
+
+
 def test_without_its_aliases_its_data_goes(promoted: tuple[Settings, Plan]) -> None:
     """Runs last: what the tests before it protect is removed here, so they could have failed."""
     settings, plan = promoted

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from datetime import date, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from statistics import median
 from typing import Any
 
@@ -70,6 +70,16 @@ class AuditDay:
     def settled_before(self) -> datetime:
         """Events known before this instant are settled: no later delivery can come before them (UTC)."""
         return day_bounds(self.ds, self.schema.timezone)[1] - self._tolerance
+
+    @property
+    def labels_open(self) -> bool:
+        """Whether conversions of this day could still come when it was built, or it is not known when it was."""
+        if not self.schema.attribution_hours:
+            return False
+        if not self.staged.created_at:
+            return True
+        built = datetime.fromisoformat(self.staged.created_at).astimezone(UTC)
+        return built < self.schema.labels_close(self.ds)
 
     @property
     def usual_rows(self) -> float | None:

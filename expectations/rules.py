@@ -100,8 +100,8 @@ def busy_to_the_end(day: AuditDay, time: str) -> Expectation:
 def usual_rate(day: AuditDay, label: str) -> list[Expectation]:
     """A label's rate is about that of the days before; what chance explains (four standard errors) is allowed.
 
-    While conversions may still come, a low rate says little, so that of conversions fails no day then.  Days of which
-    most had none set no bound.
+    While conversions may still come, a low rate of them says little and fails no day; a high one does, as more can
+    only come.  Days of which most had none set no bound.
     """
     usual = day.usual_rate(label)
     if not usual:  # most of the days before had none: they do not say what is usual
@@ -110,17 +110,17 @@ def usual_rate(day: AuditDay, label: str) -> list[Expectation]:
     rules: list[Expectation] = []
     change = day.settings.max_rate_change
     for severity, factor, near in ((WARNING, change, "near"), (CRITICAL, 2 * change, "not far from")):
-        if severity is CRITICAL and label == "conversion" and day.schema.attribution_hours:
-            continue
         low, high = max(usual / factor - chance, 0.0), min(usual * factor + chance, 1.0)
+        forgiven = severity is CRITICAL and label == "conversion" and day.labels_open
+        bounds = f"at most {high:.2%} while more may come" if forgiven else f"{low:.2%} to {high:.2%}"
         rules.append(
             gxe.ExpectColumnMeanToBeBetween(
                 column=label,
-                min_value=low,
+                min_value=None if forgiven else low,
                 max_value=high,
                 severity=severity,
-                description=f"the rate of {label} is {near} that of the days before: {low:.2%} to {high:.2%}, as "
-                f"{usual:.2%} is the median of {len(day.trailing)} days",
+                description=f"the rate of {label} is {near} that of the days before: {bounds}, as {usual:.2%} is the "
+                f"median of {len(day.trailing)} days",
             )
         )
     return rules

@@ -18,6 +18,7 @@ from expectations import rules
 from expectations.audit import audit_staged
 from expectations.day import AuditDay
 from expectations.suites import SUITES
+from onetrans import storage
 from onetrans.lake import Lake, PublishedDay, Staged
 from onetrans.schema import hash64
 from onetrans.settings import AuditSettings, LakeSettings
@@ -701,6 +702,28 @@ def test_broken_data_fires_its_expectation(case: Case, lake: Lake) -> None:
         assert case.example in ", ".join(f"{k} = {v}" for k, v in finding["examples"][0].items())
     assert verdict["passed"] == (case.severity == "warning")
     assert lake.verdict(lake.staged(case.table, DS)) == verdict
+
+
+@pytest.mark.parametrize("rate", ["low", "high"])
+@pytest.mark.parametrize("window", ["none", "open", "closed"])
+def test_only_few_conversions_of_an_open_window_are_forgiven(window: str, rate: str, lake: Lake) -> None:
+    change = as_many(MANY, conversion=48) if rate == "low" else mostly
+    _prepare(Case("impressions", rate, "", "conversion", change, earlier=(ROWS * MANY,) * 3), lake)
+    schema = audit_schema(attribution_hours=0.0 if window == "none" else 48.0)
+    staged = lake.staged("impressions", DS)
+    built = schema.labels_close(DS) + (-SECOND if window == "open" else 0 * SECOND)
+    manifest = {**staged.to_dict(), "created_at": built.isoformat()}
+    storage.write_json(lake.staged_manifest("impressions", DS), manifest)
+    verdict = audit_staged(lake, schema, "impressions", DS, settings=AuditSettings(max_quiet_hours=12.0))
+    found = {f["severity"] for f in verdict["findings"] if f["expected"].startswith("the rate of conversion is ")}
+    assert found == ({"warning"} if (window, rate) == ("open", "low") else {"warning", "critical"})
+
+
+def mostly(rows: Rows) -> None:
+    """Nine of ten impressions are clicked, and convert."""
+    as_many(MANY)(rows)
+    for number, row in enumerate(rows):
+        row.update(dict.fromkeys(LABELS, int(number % 10 > 0)))
 
 
 @pytest.mark.parametrize("table", SUITES)

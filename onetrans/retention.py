@@ -37,7 +37,7 @@ from pyiceberg.table import Table
 from onetrans import storage
 from onetrans.days import parse_day
 from onetrans.errors import BadConfigError
-from onetrans.lake import QUARANTINE, TABLES, Lake
+from onetrans.lake import QUARANTINE, SCORES, TABLES, Lake
 from onetrans.plan import CHECKPOINT_FOLDER, GATE_FILE, METRICS_FILE, PLAN_FILE, PROMOTION_FILE
 from onetrans.scores import CANDIDATE
 from onetrans.settings import Settings
@@ -220,7 +220,7 @@ def retain(settings: Settings, now: datetime, *, dry_run: bool = False) -> list[
         return []
     held = held_by_plans(settings, now)
     removed: list[Removal] = []
-    for table in (*TABLES, QUARANTINE):
+    for table in (*TABLES, SCORES, QUARANTINE):
         expired = _expired(lake, table, held, now - timedelta(days=limits.snapshot_days))
         if expired and not dry_run:
             lake.expire(table, [int(removal.what) for removal in expired])
@@ -260,10 +260,11 @@ def _expired(lake: Lake, table: str, held: Held, before: datetime) -> list[Remov
 def _data(lake: Lake, table: str, held: Held, gone: set[int], before: datetime) -> list[Removal]:
     """Return the folders of a table's days that no remaining snapshot, plan or staged day names."""
     target = _table(lake, table)
-    named = {file.rsplit("/", 1)[0] for file in _data_files(target, gone)} if target is not None else set()
+    path = storage.join(lake.warehouse, "data", table)
+    named = {_attempt(path, file) for file in _data_files(target, gone)} if target is not None else set()
     staged = set(lake.staged_paths(table))
     found = []
-    for folder, files in _attempts(storage.join(lake.warehouse, "data", table)).items():
+    for folder, files in _attempts(path).items():
         if folder not in named and folder not in staged and folder not in held.folders and files.newest < before:
             found.append(Removal("data", table, folder, files.bytes, f"named by nothing, of {files.newest:%Y-%m-%d}"))
     return found
@@ -330,15 +331,20 @@ def _table(lake: Lake, table: str) -> Table | None:
 
 
 def _attempts(path: str) -> dict[str, _Folder]:
-    """Return the folders of a table's days, one per attempt to build one: ``ds=DAY/ATTEMPT``."""
+    """Return the folders of a table's days, one per attempt to build one."""
     found: dict[str, _Folder] = {}
     for file, size, changed in _files(path):
-        parts = file.removeprefix(f"{path}/").split("/")
-        if len(parts) >= 3 and parts[0].startswith("ds="):
-            folder = storage.join(path, parts[0], parts[1])
+        folder = _attempt(path, file)
+        if folder:
             known = found.get(folder, _Folder(0, changed))
             found[folder] = _Folder(known.bytes + size, max(known.newest, changed))
     return found
+
+
+def _attempt(path: str, file: str) -> str | None:
+    """Return ``ds=DAY/ATTEMPT`` of a file of the table in ``path``, however deep it lies there; None if it has none."""
+    parts = file.removeprefix(f"{path}/").split("/")
+    return storage.join(path, parts[0], parts[1]) if len(parts) >= 3 and parts[0].startswith("ds=") else None
 
 
 def _folder(path: str) -> _Folder:

@@ -18,7 +18,7 @@ from worlds import World, publish_day, publish_days, settings_in, small_schema
 from onetrans import storage
 from onetrans.cli import main as cli
 from onetrans.errors import EXIT_OK, BadConfigError
-from onetrans.lake import QUARANTINE, Lake, Staged
+from onetrans.lake import QUARANTINE, SCORES, Lake, Staged
 from onetrans.plan import Plan, make_plan
 from onetrans.registry import CHAMPION, Registry, promote
 from onetrans.retention import Removal, held_by_plans, retain
@@ -137,6 +137,34 @@ def test_a_table_of_quarantined_rows_is_kept_like_the_others(settings: Settings,
     removed = retain(settings, LATER)
     assert len(of_kind(removed, "data")) == 1
     assert lake.read(QUARANTINE).num_rows == 4
+
+
+def publish_scores(lake: Lake, ds: date, parts: int = 2) -> str:
+    """Publish a day of scores as their job leaves it: the files of each part in a folder below that of the attempt."""
+    folder = storage.local_path(lake.new_stage_path(SCORES, ds))
+    for part in range(parts):
+        (folder / f"part-{part}-of-{parts}").mkdir(parents=True)
+        pq.write_table(pa.table({"ds": [ds], "rank": [part]}), folder / f"part-{part}-of-{parts}" / "part-0.parquet")
+        (folder / f"_part-{part}-of-{parts}.json").write_text("{}")
+    lake.write_verdict(lake.mark_staged(Staged(SCORES, ds, f"file://{folder}", parts)), {"passed": True})
+    lake.publish(SCORES, ds)
+    return f"file://{folder}"
+
+
+def test_scores_are_kept_while_published_and_go_when_replaced(settings: Settings, lake: Lake) -> None:
+    replaced, current = publish_scores(lake, D1), publish_scores(lake, D1)
+    # Published, but not the day's latest attempt: only what is published names these files.
+    published = publish_scores(lake, D2)
+    killed = storage.local_path(lake.new_stage_path(SCORES, D2))
+    shutil.copytree(storage.local_path(published), killed)
+    lake.mark_staged(Staged(SCORES, D2, f"file://{killed}", 2))
+    removed = retain(settings, LATER)
+    assert {removal.table for removal in removed} == {SCORES}
+    assert of_kind(removed, "data") == [replaced]
+    assert not there(replaced)
+    assert (there(current), there(published)) == (True, True)
+    assert Lake(settings.lake).read(SCORES).num_rows == 4
+    assert retain(settings, LATER) == []
 
 
 def test_without_a_lake_nothing_is_made(settings: Settings) -> None:

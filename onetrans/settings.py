@@ -39,8 +39,8 @@ GateMode = Literal["enabled", "dry_run", "off"]
 OWN_FILE = "onetrans.toml"
 """Configuration file of the working directory."""
 
-NOT_SETTINGS = frozenset({"ONETRANS_CONFIG", "ONETRANS_TRACEBACK", "ONETRANS_SERVING_TOKEN"})
-"""Variables of this name's family that are no field: which file to read, whether to show tracebacks, a secret."""
+NOT_SETTINGS = frozenset({"ONETRANS_CONFIG", "ONETRANS_TRACEBACK", "ONETRANS_SERVING_TOKEN", "ONETRANS_DEMO_HOME"})
+"""Variables of this name's family that are no field: file to read, whether to show tracebacks, a secret, the demo's."""
 
 
 _UNDER_ROOT = {

@@ -86,3 +86,14 @@ def test_what_a_file_is_told(tmp_path: Path, text: str, words: str) -> None:
     path.write_text(text)
     with pytest.raises(BadConfigError, match=words):
         load_settings({"ONETRANS_CONFIG": str(path)})
+
+
+def test_the_folder_of_the_demo_is_passed_on_to_its_steps(tmp_path):
+    """Every process that it starts reads the settings with the variable still set."""
+    from infra.local.airflow import LocalAirflow
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ONETRANS_DEMO_HOME", str(tmp_path))
+        airflow = LocalAirflow(tmp_path / "airflow", {})
+    assert airflow.environment["ONETRANS_DEMO_HOME"] == str(tmp_path)
+    load_settings(airflow.environment)

@@ -175,12 +175,14 @@ def test_an_older_day_never_replaces_a_later_champion(shop, registry, better):
 
 def test_the_champion_is_read_right_before_the_swap(shop, registry, better):
     """A backfill waits for its turn; the promotion it waits for puts a later day there first."""
+    begun = time.monotonic()
     _promote(shop, registry, better[4])
+    one_takes = time.monotonic() - begun
     registry.client.delete_registered_model_alias(registry.name, CHAMPION)
     with ThreadPoolExecutor(1) as other:
         with one_at_a_time(registry.settings.tracking_uri):
             waiting = other.submit(_promote, shop, registry, better[2])
-            time.sleep(1.0)
+            time.sleep(2 * one_takes)
             assert not waiting.done()
             registry.client.set_registered_model_alias(registry.name, CHAMPION, "1")
         promotion = waiting.result(timeout=60)

@@ -9,10 +9,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pyarrow.parquet as pq
 import pytest
@@ -24,6 +27,9 @@ from jobs.sources.simulated.world import WorldConfig
 from jobs.sources.simulated.write import write_days
 from onetrans.lake import Lake
 from onetrans.settings import Settings, load_settings
+
+if TYPE_CHECKING:
+    from infra.local.airflow_page import AirflowPage
 
 FIRST = date(2026, 1, 1)
 SECRET = "whoever-has-this-can-write"
@@ -268,3 +274,45 @@ def deployment(tmp_path_factory: pytest.TempPathFactory, receiver: Receiver) -> 
     assert built.returncode == 0, built.stderr[-3000:]
     with airflow:
         yield Deployment(folder, load_settings({**os.environ, **environment}), airflow, receiver.got)
+
+
+@pytest.fixture(scope="session")
+def day(deployment: Deployment) -> dict[str, tuple[str, str]]:
+    """Backfill the day of both DAGs, created together: the second has to wait for the first.
+
+    From the web page, as a person does, where there is a browser; else by the call that the page makes.
+    """
+    runs = {}
+    with _page(deployment) as page:
+        for dag_id in ("ranking_model", "feature_tables"):
+            if page is None:
+                runs[dag_id] = deployment.backfill(dag_id, TODAY)
+            else:
+                assert page.backfill(dag_id, TODAY, TODAY, "Missing Runs") == 1
+                (runs[dag_id],) = deployment.runs(dag_id, TODAY, TODAY)
+    ended = deployment.wait(*runs.values())
+    for run in ended:
+        unfinished = [task for task in deployment.tasks(run.dag_id, run.run_id) if task.state != "success"]
+        logs = "\n".join("\n".join(deployment.airflow.api.log(task)[-25:]) for task in unfinished if task.tries)
+        assert run.state == "success", f"{[(task.task_id, task.state) for task in unfinished]}\n{logs}"
+    return runs
+
+
+def why_no_page() -> str:
+    """Say why Airflow's page cannot be used here; empty: it can."""
+    if find_spec("playwright") is None:
+        return "Playwright is not installed"
+    from infra.local.airflow_page import chromium
+
+    return "" if chromium() else "there is no Chromium (Debian: apt-get install chromium)"
+
+
+@contextmanager
+def _page(deployment: Deployment) -> Iterator[AirflowPage | None]:
+    if why_no_page():
+        yield None
+        return
+    from infra.local.airflow_page import AirflowPage
+
+    with AirflowPage(deployment.airflow.address) as page:
+        yield page

@@ -26,18 +26,6 @@ from tests.day.conftest import BAD, HISTORY, SECRET, TODAY, Deployment
 pytestmark = pytest.mark.timeout(1500)
 
 
-@pytest.fixture(scope="session")
-def day(deployment: Deployment) -> dict[str, tuple[str, str]]:
-    """Run both DAGs for the day, created together: the second has to wait for the first."""
-    runs = {dag_id: deployment.backfill(dag_id, TODAY) for dag_id in ("ranking_model", "feature_tables")}
-    ended = deployment.wait(*runs.values())
-    for run in ended:
-        unfinished = [task for task in deployment.tasks(run.dag_id, run.run_id) if task.state != "success"]
-        logs = "\n".join("\n".join(deployment.airflow.api.log(task)[-25:]) for task in unfinished if task.tries)
-        assert run.state == "success", f"{[(task.task_id, task.state) for task in unfinished]}\n{logs}"
-    return runs
-
-
 def test_every_table_of_the_day_is_published(deployment: Deployment, day: Any) -> None:
     rows = {table: {d.ds: d.rows for d in deployment.lake.published(table)} for table in TABLES}
     assert all(set(rows[table]) == {HISTORY, TODAY} for table in TABLES)

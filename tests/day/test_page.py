@@ -1,6 +1,7 @@
 """Backfills from Airflow's web page, as a person clicks them, on the laptop's default database (SQLite).
 
-Both real DAGs are backfilled from the page in ``test_nights.py``, on PostgreSQL.
+The day of both real DAGs, which ``test_day.py`` looks at, is backfilled from the page too; several days, and all
+choices, in ``test_nights.py``, on PostgreSQL.
 
 Creating a backfill on SQLite was reported to fail while other processes write (apache/airflow #66726, #68699);
 ``infra/local/on_sqlite`` is what makes it work, and these tests are for.
@@ -10,16 +11,25 @@ from __future__ import annotations
 
 import pytest
 
-from tests.day.conftest import BAD, HISTORY, TODAY, Deployment
+from onetrans.lake import TABLES
+from tests.day.conftest import BAD, HISTORY, TODAY, Deployment, why_no_page
 
 pytest.importorskip("playwright", reason="Playwright is not installed")
 
-from infra.local.airflow_page import AirflowPage, chromium
+from infra.local.airflow_page import AirflowPage
 
 pytestmark = [
     pytest.mark.timeout(900),
-    pytest.mark.skipif(not chromium(), reason="there is no Chromium (Debian: apt-get install chromium)"),
+    pytest.mark.skipif(bool(why_no_page()), reason=why_no_page()),
 ]
+
+
+def test_both_real_dags_are_backfilled_from_the_page(deployment: Deployment, day: dict[str, tuple[str, str]]) -> None:
+    """The fixture clicks; here is what came of it on this database."""
+    for dag_id, run_id in day.values():
+        described = deployment.airflow.api.call("GET", f"/dags/{dag_id}/dagRuns/{run_id}")
+        assert (described["run_type"], described["state"]) == ("backfill", "success")
+    assert all(TODAY in deployment.lake.days(table) for table in TABLES)
 
 
 def _latest(deployment: Deployment, dag_id: str) -> dict[str, str]:

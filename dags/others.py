@@ -152,8 +152,8 @@ def by_hand(dag_id: str, day: str) -> list[str]:
     latest = datetime.now(UTC) + timedelta(days=1)
     while True:
         asked = GetPreviousDagRun(dag_id=dag_id, logical_date=latest, state="running")
-        run = task_runner.SUPERVISOR_COMMS.send(asked).dag_run  # type: ignore[attr-defined, union-attr]
-        if run is None:
+        run = task_runner.SUPERVISOR_COMMS.send(asked).dag_run  # type: ignore[union-attr]
+        if run is None or run.logical_date is None:
             return found
         latest = run.logical_date
         ds = (run.conf or {}).get("ds") or latest.astimezone(UTC).date().isoformat()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,9 +15,14 @@ from jobs import arrow_files
 from jobs.arrow_files import write_partitions
 
 
-def whole(batches: Iterable[pa.RecordBatch]) -> pa.Table | None:
-    parts = list(batches)
-    return pa.Table.from_batches(parts) if parts else None
+def whole() -> Callable[[Iterable[pa.RecordBatch]], pa.Table | None]:
+    """Made in a function: workers cannot import a module of tests, so what they run must travel whole."""
+
+    def made(batches: Iterable[pa.RecordBatch]) -> pa.Table | None:
+        parts = list(batches)
+        return pa.Table.from_batches(parts) if parts else None
+
+    return made
 
 
 def rows(folder: Path) -> list[int]:
@@ -29,7 +34,7 @@ def test_each_partition_is_a_file_and_none_is_there_twice_after_another_try(
 ) -> None:
     frame = spark.range(0, 1000, numPartitions=3)
     for _ in range(2):
-        assert write_partitions(frame, whole, f"file://{tmp_path}") == 1000
+        assert write_partitions(frame, whole(), f"file://{tmp_path}") == 1000
         assert rows(tmp_path) == list(range(1000))
         assert sorted(file.name for file in tmp_path.iterdir()) == [f"part-0000{n}.parquet" for n in range(3)]
 
@@ -43,8 +48,10 @@ def test_a_partition_without_rows_leaves_no_file(spark: SparkSession, tmp_path: 
 
 
 def test_an_error_in_a_worker_is_told_and_leaves_no_file_of_its_partition(spark: SparkSession, tmp_path: Path) -> None:
+    made = whole()
+
     def breaks(batches: Iterable[pa.RecordBatch]) -> pa.Table | None:
-        table = whole(batches)
+        table = made(batches)
         if table is not None and 0 in table["id"].to_pylist():
             raise ValueError("no such event")
         return table

@@ -10,6 +10,7 @@ from pyspark.sql import functions as F
 
 from jobs.checks import attributes, day_limits, good_rows, refuse, refuse_duplicates, typed
 from jobs.contract import contract, event_columns
+from jobs.impressions import conversion_known
 from jobs.runner import main
 from jobs.workspace import Workspace
 from onetrans.days import day_bounds
@@ -59,16 +60,13 @@ def derived(impressions: DataFrame, schema: FeatureSchema) -> DataFrame:
     """Return past events made from impressions, for a log that has no behaviours of its own.
 
     Each declared type gives an event at the request's time, known ``outcome_delay_minutes`` later: an impression
-    always, a click or a conversion where the label is 1.  A conversion is not known before it came; where the log does
-    not say when that was but has an attribution window, not before the window closes.  Context columns that an event
-    feature reads go along.
+    always, a click or a conversion where the label is 1.  A conversion is not known before
+    :func:`jobs.impressions.conversion_known`.  Context columns that an event feature reads go along.
     """
     happened = {"impression": F.lit(True), "click": F.col("click") == 1, "conversion": F.col("conversion") == 1}
     soon = F.col("ts") + F.lit(timedelta(minutes=schema.outcome_delay_minutes))
-    came = F.col("ts") + F.lit(timedelta(hours=schema.attribution_hours))
-    if "conversion_at" in impressions.columns:
-        came = F.coalesce("conversion_at", came)
-    known = {"conversion": F.greatest(soon, came)}
+    came = conversion_known(impressions, schema)
+    known = {} if came is None else {"conversion": F.greatest(soon, came)}  # a null is passed over
     events = [
         F.when(happened[kind], F.struct(F.lit(kind).alias("type"), known.get(kind, soon).alias("available_at")))
         for kind in schema.derived_behaviors

@@ -1,10 +1,11 @@
 """Day-lagged counts and rates of a key (user, item, author, ...), shared by both feature tables.
 
 Figures for day D count the impressions of days before D, and of their conversions
-those that were known when D began: a day that is built again when its labels are
-complete gives later days no more than they could know.  A rate is pulled to
-the overall rate of its window by a prior worth ``smoothing`` impressions (for a
-conversion rate, clicks), so a key with little evidence sits near the mean.
+those that were known when D began (``jobs.impressions.conversion_known``): a day
+that is built again when its labels are complete gives later days no more than
+they could know.  A rate is pulled to the overall rate of its window by a prior
+worth ``smoothing`` impressions (for a conversion rate, clicks), so a key with
+little evidence sits near the mean.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from jobs.checks import attributes, day_limits, good_rows
+from jobs.impressions import conversion_known
 from jobs.workspace import Workspace
 from onetrans.lake import Staged
 from onetrans.schema import Aggregates, FeatureSchema, InputTable
@@ -30,10 +32,10 @@ def counts(impressions: DataFrame, key: str, ds: date, schema: FeatureSchema) ->
     """Return per value of column ``key`` the counts ``<figure>_<window>d`` over the windows that end before ``ds``."""
     windows = schema.aggregates.windows
     labels = {"impressions": F.lit(1), "clicks": F.col("click"), "conversions": F.col("conversion")}
-    if "conversion_at" in impressions.columns:
+    known = conversion_known(impressions, schema)
+    if known is not None:
         earliest_request = day_limits(ds, schema)[0]
-        unknown = F.coalesce(F.col("conversion_at") >= earliest_request, F.lit(False))
-        labels["conversions"] = F.when(unknown, F.lit(0)).otherwise(F.col("conversion"))
+        labels["conversions"] = F.when(known >= earliest_request, F.lit(0)).otherwise(F.col("conversion"))
     sums = []
     for window in windows:
         inside = F.col("ds").between(ds - timedelta(days=window), ds - timedelta(days=1))

@@ -89,6 +89,18 @@ def _attributed(frame: DataFrame, schema: FeatureSchema) -> DataFrame:
     )
 
 
+def conversion_known(impressions: DataFrame, schema: FeatureSchema) -> SparkColumn | None:
+    """Return when a conversion of the table was known: when it came, or where that is not said, when its window closed.
+
+    None, or null in a row, where neither is: then labels are complete when the day is delivered.
+    """
+    came = F.col("conversion_at") if "conversion_at" in impressions.columns else None
+    if not schema.attribution_hours:
+        return came
+    closes = F.col("ts") + F.lit(timedelta(hours=schema.attribution_hours))
+    return closes if came is None else F.coalesce(came, closes)
+
+
 def from_clock(name: str, schema: FeatureSchema) -> SparkColumn:
     """Return a context column that is computed from ``ts``, as its feature reads it."""
     local = F.from_utc_timestamp("ts", schema.timezone)

@@ -60,6 +60,8 @@ class World:
     users: list[Row] = field(default_factory=list)
     items: list[Row] = field(default_factory=list)
     schema: FeatureSchema = SCHEMA
+    conversion_times: bool = True
+    """Whether the log has the column ``conversion_at``."""
     taken: set[tuple[Any, ...]] = field(default_factory=set)
     """Identities of the events drawn so far: what an event says never changes."""
 
@@ -89,10 +91,11 @@ def random_world(
     items: int = 12,
     first_day: date = FIRST_DAY,
     schema: FeatureSchema = SCHEMA,
+    conversion_times: bool = True,
 ) -> World:
     """Draw a world whose times lie on a grid of two hours, so that nearly everything ties with something."""
     draw = random.Random(seed)
-    world = World(schema=schema)
+    world = World(schema=schema, conversion_times=conversion_times)
     world.users = [
         {"user_id": f"u{u}", "age": draw.choice([None, draw.uniform(10, 60)]), "taste": [0.5, -u] if u % 3 else None}
         for u in range(users)
@@ -215,7 +218,8 @@ def _add_request(world: World, draw: random.Random, ds: date, user: str, request
             "click": click,
             "conversion": conversion,
         }
-        row["conversion_at"] = None if came is None else row["ts"] + came
+        if world.conversion_times:
+            row["conversion_at"] = None if came is None else row["ts"] + came
         world.impressions[ds] += [row] * draw.choice([1, 1, 1, 2])
 
 
@@ -226,7 +230,7 @@ def impressions(world: World, ds: date) -> list[Row]:
     """Each shown item once; a conversion counts within the window; the time of a request is its earliest row's."""
     rows = _distinct(world.impressions[ds])
     for row in rows:
-        came = row["conversion_at"]
+        came = row.get("conversion_at")
         if came is not None and came - row["ts"] > timedelta(hours=world.schema.attribution_hours):
             row |= {"conversion": 0, "conversion_at": None}
     for row in rows:
@@ -298,7 +302,7 @@ def figures(world: World, ds: date, key_of: dict[str, str | None], name: str) ->
         rows = [row for day in days for row in impressions(world, day)]
         known_before = world.start(ds) - timedelta(minutes=world.schema.day_tolerance_minutes)
         for row in rows:
-            if row["conversion_at"] is not None and row["conversion_at"] >= known_before:
+            if row["conversion"] and _conversion_known(world, row) >= known_before:
                 row["conversion"] = 0
         everything = _counts(rows)
         for key in {key for key in key_of.values() if key is not None}:
@@ -310,6 +314,14 @@ def figures(world: World, ds: date, key_of: dict[str, str | None], name: str) ->
                     counted[rate] = (counted[events] + prior * overall) / (counted[trials] + prior)
             result[key] |= {f"{name}_{figure}_{window}d": value for figure, value in counted.items()}
     return result
+
+
+def _conversion_known(world: World, row: Row) -> datetime:
+    """When it came; if nobody says, it may have come as late as counts; without a window, at once."""
+    if row.get("conversion_at") is not None:
+        return row["conversion_at"]
+    hours = world.schema.attribution_hours
+    return row["ts"] + timedelta(hours=hours) if hours else datetime.min.replace(tzinfo=UTC)
 
 
 def user_features(world: World, ds: date) -> dict[str, Row]:

@@ -53,6 +53,7 @@ class Case:
     lengths: tuple[int, int]
     tolerance: int
     corrected: int
+    conversion_times: bool = True
 
     @property
     def world(self) -> World:
@@ -63,7 +64,13 @@ class Case:
             day_tolerance_minutes=self.tolerance,
             sequences=(Sequence("click", "click", click), Sequence("buy", "purchase", buy)),
         )
-        return random_world(self.seed, users=self.users, first_day=self.first_day, schema=schema)
+        return random_world(
+            self.seed,
+            users=self.users,
+            first_day=self.first_day,
+            schema=schema,
+            conversion_times=self.conversion_times,
+        )
 
 
 def cases(calendars: list[tuple[str, date, str]], fewest_users: int) -> st.SearchStrategy[Case]:
@@ -77,6 +84,7 @@ def cases(calendars: list[tuple[str, date, str]], fewest_users: int) -> st.Searc
             lengths=st.tuples(st.integers(1, 6), st.integers(1, 3)),
             tolerance=st.sampled_from([0, 30, 120]),
             corrected=st.integers(0, 2),
+            conversion_times=st.booleans(),
         )
     )
 

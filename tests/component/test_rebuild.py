@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 from pyspark.sql import SparkSession
 
 from jobs import behavior_sequences, behaviors, impressions, item_features, training_requests, user_features
+from jobs.figures import counts
 from jobs.rebuild import LATE, MATURED, STALE, describe, outdated, rebuild
 from jobs.rebuild import main as rebuild_main
 from jobs.sources.files import Files
@@ -223,6 +225,22 @@ def test_labels_mature_and_reach_only_days_that_could_know_them(work: Workspace,
     assert sorted(map(repr, work.lake.read("item_features", days[:3]).to_pylist())) == sorted(
         repr(row) for row in before if row["ds"] < days[3]
     )
+
+
+@pytest.mark.parametrize("without", ["the column", "a time"])
+def test_a_conversion_whose_time_is_not_said_is_known_when_its_window_closes(work: Workspace, without: str) -> None:
+    """The window of 48 hours of 29 February closes on 2 March: a day that is built later must not know it earlier."""
+    rows = [{**row, "ds": DS, "conversion_at": None} for row in shown(DS, True)]
+    kind = "request_id string, user_id string, item_id string, ts timestamp, click int, conversion int, ds date"
+    frame = work.spark.createDataFrame(rows, f"{kind}, conversion_at timestamp")
+    frame = frame.drop("conversion_at") if without == "the column" else frame
+
+    def counted(ds: date, schema: FeatureSchema = SCHEMA) -> int:
+        return sum(row["conversions_7d"] for row in counts(frame, "item_id", ds, schema).collect())
+
+    assert [counted(DS + timedelta(days=n)) for n in (1, 2, 3)] == [0, 0, 3]
+    complete = replace(SCHEMA, attribution_hours=0.0)
+    assert counted(NEXT, complete) == 3, "without a window labels are complete when the day is delivered"
 
 
 def test_the_command_says_what_it_would_build_again(

@@ -12,7 +12,7 @@ from jobs.checks import attributes, day_limits, good_rows, refuse, refuse_duplic
 from jobs.contract import contract, event_columns
 from jobs.impressions import conversion_known
 from jobs.runner import main
-from jobs.workspace import Workspace
+from jobs.workspace import HISTORY, Reads, Workspace
 from onetrans.days import day_bounds
 from onetrans.errors import BadDataError
 from onetrans.lake import Staged
@@ -84,7 +84,8 @@ def build(work: Workspace, ds: date) -> Staged:
     Of several rows of one event, exact repeats count once, and rows that disagree are all refused.
     """
     schema = work.schema
-    reads = {}
+    reads: Reads = {}
+    raw_also: list[str] = []
     if schema.derived_behaviors:
         reads = {"impressions": (ds, ds)}
         raw = derived(work.read("impressions", [ds]), schema)
@@ -92,7 +93,8 @@ def build(work: Workspace, ds: date) -> Staged:
         raw = work.raw("behaviors", ds)
     checked = behaviors(raw, schema, day_limits(ds, schema)[1])
     if not any(day < ds for day in work.lake.days(TABLE)):
-        history = work.source.history(work.spark)
+        history = work.history(ds)
+        raw_also.append(HISTORY)
         if history is not None:
             earlier = behaviors(history, schema, F.lit(day_bounds(ds, schema.timezone)[0]))
             if set(earlier.columns) != set(checked.columns):
@@ -103,8 +105,9 @@ def build(work: Workspace, ds: date) -> Staged:
     checked = refuse_duplicates(checked, ("event_id",))
     if set(event_columns(schema)) - set(checked.columns):
         items = good_rows(attributes(work.raw("items", ds), "items", schema))
+        raw_also.append("items")
         checked = with_item_columns(checked, items, schema)
-    return work.stage_checked(TABLE, ds, checked, reads, ("user_id", "item_id", "type", "ts"))
+    return work.stage_checked(TABLE, ds, checked, reads, ("user_id", "item_id", "type", "ts"), raw_also)
 
 
 if __name__ == "__main__":

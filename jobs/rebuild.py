@@ -25,7 +25,7 @@ from datetime import UTC, date, datetime
 
 from jobs.runner import Opened, audit_and_publish, build_day, guarded
 from jobs.sources import Source, open_source
-from jobs.workspace import INPUTS, Workspace, raw_stamp
+from jobs.workspace import INPUTS, Workspace, stamp_of
 from onetrans.days import describe_days, parse_day
 from onetrans.errors import BadConfigError
 from onetrans.lake import Lake
@@ -84,9 +84,11 @@ def _late(lake: Lake, source: Source) -> Iterable[tuple[date, str]]:
     """Yield days of tables whose raw files have changed; one whose files are gone is left alone."""
     for table, raw in INPUTS.items():
         for ds, built in lake.built_days(table).items():
-            now = raw_stamp(lake, source, raw, ds)
+            now = stamp_of(lake, source, raw, ds)
             # A manifest that is older than stamps has none; then only repairs are known to be new.
-            if now and now != built.raw and (built.raw or now.startswith("+")):
+            late = now and now != built.raw and (built.raw or now.startswith("+"))
+            also = ((stamp_of(lake, source, name, ds), was) for name, was in built.raw_also.items())
+            if late or any(stamp and stamp != was for stamp, was in also):
                 yield ds, table
 
 

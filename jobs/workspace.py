@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date, timedelta
 from functools import reduce
+from typing import cast
 
 import pyarrow.parquet as pq
 from pyspark.sql import Column as SparkColumn
@@ -44,6 +45,9 @@ INPUTS: Mapping[str, InputTable] = {
 }
 """Table -> the raw table its rows come from."""
 
+HISTORY = "history"
+"""Raw input that is no table of a day: the behaviours from before the log's first day."""
+
 logger = logging.getLogger(__name__)
 
 REPAIRED = "repaired by hand"
@@ -75,7 +79,7 @@ class Workspace:
     source: Source
     """The raw log."""
     _stamps: dict[tuple[str, date], str] = field(default_factory=dict)
-    """Raw table and day -> stamp of its files when they were read."""
+    """Raw input and day that is built -> stamp of its files when they were read."""
 
     @classmethod
     def open(cls, settings: Settings) -> Workspace:
@@ -94,30 +98,48 @@ class Workspace:
 
         Which files they came from is remembered for the manifest.
         """
-        self._stamps[table, ds] = raw_stamp(self.lake, self.source, table, ds)
-        frame: DataFrame = getattr(self.source, table)(self.spark, ds)
-        if not self.lake.repairs(table, ds):
-            return frame
-        whole = self.whole(table, ds)
-        assert whole is not None  # a row can be repaired only where it is known whole
-        return whole.select(frame.columns)
+        self._stamps[table, ds] = stamp_of(self.lake, self.source, table, ds)
+        return self._repaired(getattr(self.source, table)(self.spark, ds), table, ds)
 
-    def whole(self, table: InputTable, ds: date) -> DataFrame | None:
-        """Return the same rows with ``_row`` and ``_file`` beside them; None if the source does not know rows whole."""
-        frame = self.source.whole(self.spark, table, ds)
+    def history(self, ds: date) -> DataFrame | None:
+        """Return the behaviours from before the log's first day, which ``ds`` takes in; None if there are none.
+
+        Its rows are refused with those of ``ds``, and repaired ones stand in their place likewise.
+        """
+        self._stamps[HISTORY, ds] = stamp_of(self.lake, self.source, HISTORY, ds)
+        frame = self.source.history(self.spark)
+        return None if frame is None else self._repaired(frame, "behaviors", ds, HISTORY)
+
+    def whole(self, table: InputTable, ds: date, part: str = "") -> DataFrame | None:
+        """Return the same rows with ``_row`` and ``_file`` beside them; None if the source does not know rows whole.
+
+        With ``part`` = ``HISTORY``, those of the history.
+        """
+        frame = self.source.whole(self.spark, table, None if part == HISTORY else ds)
         repairs = self.lake.repairs(table, ds)
         if frame is None or not repairs:
             return frame
-        text = T.StructType([T.StructField(ROW, T.StringType())])
-        replaced = self.spark.createDataFrame([(repair.refused,) for repair in repairs], text)
-        repaired = self.spark.createDataFrame([(r.repaired,) for r in repairs if r.repaired is not None], text)
+        listed = self.spark.createDataFrame([(r.refused, r.repaired) for r in repairs], f"{ROW} string, _by string")
         own = {name: self.schema.columns.get(table, {}).get(name, name) for name in frame.columns}
         kinds = {field.name: field.dataType for field in frame.schema if field.name not in (ROW, FILE)}
         kind = T.StructType([T.StructField(own[name], of) for name, of in kinds.items()])
-        parsed = repaired.withColumn("_parsed", F.from_json(ROW, kind, READ_JSON)).select(
-            *(F.col("_parsed")[own[name]].alias(name) for name in kinds), ROW, F.lit(REPAIRED).alias(FILE)
+        # A row is replaced where it stands, so the day and the history each get back what they refused.
+        joined = frame.join(F.broadcast(listed.withColumn("_is", F.lit(True))), ROW, "left")
+        joined = joined.where(F.col("_is").isNull() | F.col("_by").isNotNull())
+        joined = joined.withColumn("_parsed", F.from_json("_by", kind, READ_JSON))
+        replaced = F.col("_is").isNotNull()
+        return joined.select(
+            *(F.when(replaced, F.col("_parsed")[own[name]]).otherwise(F.col(name)).alias(name) for name in kinds),
+            F.coalesce("_by", ROW).alias(ROW),
+            F.when(replaced, F.lit(REPAIRED)).otherwise(F.col(FILE)).alias(FILE),
         )
-        return frame.join(F.broadcast(replaced), ROW, "left_anti").unionByName(parsed)
+
+    def _repaired(self, frame: DataFrame, table: InputTable, ds: date, part: str = "") -> DataFrame:
+        if not self.lake.repairs(table, ds):
+            return frame
+        whole = self.whole(table, ds, part)
+        assert whole is not None  # a row can be repaired only where it is known whole
+        return whole.select(frame.columns)
 
     # Reading published tables
 
@@ -159,7 +181,7 @@ class Workspace:
             before -= timedelta(days=1)
         return before
 
-    def _from(self, table: str, ds: date, reads: Reads) -> Staged:
+    def _from(self, table: str, ds: date, reads: Reads, raw_also: Sequence[str] = ()) -> Staged:
         """Return the beginning of a manifest: what the day is about to be built from, as it is now."""
         versions = {name: version for name in reads if (version := self.lake.version(name)) is not None}
         return Staged(
@@ -171,6 +193,7 @@ class Workspace:
             sequence={name: number for name, (_, number) in versions.items()},
             reads=reads,
             raw=self._stamps.get((INPUTS.get(table, ""), ds), ""),
+            raw_also={name: self._stamps[name, ds] for name in raw_also},
         )
 
     # Staging
@@ -205,16 +228,25 @@ class Workspace:
             write(rows.mapInArrow(of_day, of_day.spark_schema()), staged.path)
         return self._mark(staged, started)
 
-    def stage_checked(self, table: str, ds: date, checked: DataFrame, reads: Reads, key: Sequence[str]) -> Staged:
+    def stage_checked(
+        self,
+        table: str,
+        ds: date,
+        checked: DataFrame,
+        reads: Reads,
+        key: Sequence[str],
+        raw_also: Sequence[str] = (),
+    ) -> Staged:
         """Write the good rows of a checked frame as one day of a table, the refused ones to the quarantine.
 
-        ``key`` are the columns by which a person finds a row that was dropped as an exact repeat.
+        ``key`` are the columns by which a person finds a row that was dropped as an exact repeat, ``raw_also`` the raw
+        inputs that were read beside the table's own.
 
         Raises:
             BadDataError: if more rows are refused than the settings allow, or none is left.
         """
         started = time.monotonic()
-        staged = self._from(table, ds, reads)
+        staged = self._from(table, ds, reads, raw_also)
         seen = Observation()
         reason = F.col("reason")
         watched = checked.observe(
@@ -295,7 +327,7 @@ class Workspace:
         """
         found = [] if table not in INPUTS or self._derives(table) else [self.whole(INPUTS[table], ds)]
         if table == "behaviors" and found:
-            found.append(self.source.whole(self.spark, "behaviors", None))
+            found.append(self.whole("behaviors", ds, HISTORY))
         frames = [
             frame.select(F.to_json(F.struct(*_contract(frame)), AS_JSON).alias("raw"), ROW, FILE)
             for frame in found
@@ -334,8 +366,11 @@ def _contract(frame: DataFrame) -> list[str]:
     return [column for column in frame.columns if column not in (ROW, FILE)]
 
 
-def raw_stamp(lake: Lake, source: Source, table: InputTable, ds: date) -> str:
-    """Return a text that changes when the files of a raw table's day do, or the repairs of its rows."""
+def stamp_of(lake: Lake, source: Source, name: str, ds: date) -> str:
+    """Return a text that changes when the files of a raw input do, of a day or the history, or repairs of its rows."""
+    if name == HISTORY:  # its repairs are among those of the day's behaviours
+        return source.stamp("behaviors", None)
+    table = cast(InputTable, name)
     repairs = lake.repairs(table, ds)
     if not repairs:
         return source.stamp(table, ds)

@@ -112,6 +112,8 @@ class Staged:
     """Sequence number of every snapshot in ``inputs``: it counts a table's commits, and outlives the snapshot."""
     raw: str = ""
     """Stamp of the raw files of the day (``jobs.sources.Source.stamp``); empty: the table reads none of its own."""
+    raw_also: Mapping[str, str] = field(default_factory=dict)
+    """Stamp of every other raw input that was read (items, history); empty where it has no files of the day."""
     created_at: str = ""
     """When the manifest was written, UTC."""
 
@@ -124,6 +126,7 @@ class Staged:
             "inputs": dict(self.inputs),
             "reads": reads,
             "sequence": dict(self.sequence),
+            "raw_also": dict(self.raw_also),
         }
 
     @classmethod

@@ -46,8 +46,8 @@ class Source(Protocol):
         None if a row of the contract is no row of a file, or there is no history.
         """
 
-    def stamp(self, table: InputTable, ds: date) -> str:
-        """Return a text that changes when the files of a table's day do; empty if it has no files of its own day.
+    def stamp(self, table: InputTable, ds: date | None) -> str:
+        """Return a text that changes when the files of a table's day do, or of the history; empty if there are none.
 
         Opens no file: names, sizes and times of the last change decide.
         """

@@ -55,9 +55,9 @@ class Files:
             folder, day = storage.join(self.path, table), "snapshot"
         return self._read(spark, table, day, folder, whole=True) if storage.exists(folder) else None
 
-    def stamp(self, table: InputTable, ds: date) -> str:
-        """Return a text that changes when the files of a table's day do; empty for a snapshot of all days."""
-        return files_stamp(storage.join(self.path, table, f"ds={ds}"))
+    def stamp(self, table: InputTable, ds: date | None) -> str:
+        """Return a text that changes when the files of a table's day do, or of the history; empty for a snapshot."""
+        return files_stamp(storage.join(self.path, table, "history" if ds is None else f"ds={ds}"))
 
     def missing(self, ds: date) -> str:
         """Say which table has no file of the day yet; empty if every one has.

@@ -83,14 +83,20 @@ def data_files(path: str) -> list[str]:
     return [file for file in storage.list_files(path) if _format(file)]
 
 
-def files_stamp(path: str) -> str:
-    """Return a hash of the files under ``path``: names, sizes, times of the last change; empty if there is none."""
+def files_stamp(path: str, begin: str = "") -> str:
+    """Return a hash of the files under ``path``: names, sizes, times of the last change; empty if there is none.
+
+    With ``begin``, of those directly in it whose names begin so.
+    """
     filesystem, inner = storage.open_filesystem(path)
-    found = filesystem.get_file_info(fs.FileSelector(inner, recursive=True, allow_not_found=True))
+    found = filesystem.get_file_info(fs.FileSelector(inner, recursive=not begin, allow_not_found=True))
     listed = sorted(
         (info.path.removeprefix(inner), info.size, info.mtime_ns)
         for info in found
-        if info.type == fs.FileType.File and _format(info.base_name) and not info.base_name.startswith((".", "_"))
+        if info.type == fs.FileType.File
+        and _format(info.base_name)
+        and not info.base_name.startswith((".", "_"))
+        and info.base_name.startswith(begin)
     )
     return hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16] if listed else ""
 

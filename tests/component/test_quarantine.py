@@ -222,6 +222,13 @@ def test_events_of_the_history_and_items_of_the_snapshot(work: Workspace, tmp_pa
     behaviors.build(work, DS)
     (event,) = kept(work, "behaviors")
     assert (event["reason"], json.loads(event["raw"])["from"]) == ("item_id: missing", "archive")
+    row = {**json.loads(event["raw"]), "item_id": "late"}
+    work.lake.add_repairs("behaviors", DS, [Repair(event["raw"], json.dumps(row))])
+    publish(work, behaviors, DS)
+    found = work.lake.read("behaviors", [DS]).to_pylist()
+    assert len(found) == 198, "the repaired row stands in the history, and there alone"
+    assert [event["ts"] for event in found if event["item_id"] == "late"] == [NOON - timedelta(days=2)]
+    assert kept(work, "behaviors") == []
     item_features.build(work, DS)
     (item,) = kept(work, "item_features")
     assert json.loads(item["raw"]) == {"item_id": "i7", "image": [0.5], "title": "a coat"}

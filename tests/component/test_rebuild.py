@@ -160,6 +160,43 @@ def test_files_that_changed_after_the_build_are_noticed(lake: Lake, tmp_path: Pa
     assert outdated(lake, SCHEMA, source, NOW, last=DS - timedelta(days=1)) == []
 
 
+def test_what_events_take_from_items_and_the_history_is_noticed(spark: SparkSession, tmp_path: Path) -> None:
+    """A price that is corrected, and a history that comes later or is replaced, reach the events that were built."""
+    price = Feature("price", "item", "bucketized", "price", boundaries=(1.0, 2.0))
+    of_event = Feature("event_price", "event", "bucketized", "price", boundaries=(1.0, 2.0), embedding="price")
+    schema = replace(SCHEMA, derived_behaviors=(), features=(*SCHEMA.features, price, of_event))
+    raw = tmp_path / "raw"
+    days = [DS, NEXT]
+    for n, ds in enumerate(days):
+        event = {"user_id": "u", "item_id": "i", "type": "conversion", "ts": NOON + timedelta(days=n)}
+        write_rows(raw / "behaviors" / f"ds={ds}", [event])
+        write_rows(raw / "items" / f"ds={ds}", [{"item_id": "i", "price": 1.0}])
+    work = open_workspace(spark, tmp_path, schema)
+    for ds in days:
+        publish(work, behaviors, ds)
+
+    def due() -> list[tuple[date, str, str]]:
+        return [(one.ds, one.table, one.reason) for one in outdated(work.lake, schema, work.source, NOW)]
+
+    def prices() -> dict[datetime, float]:
+        publish(work, behaviors, due()[0][0])
+        assert due() == []
+        return {row["ts"]: row["price"] for row in work.lake.read("behaviors", days).to_pylist()}
+
+    assert due() == []
+    write_rows(raw / "items" / f"ds={NEXT}", [{"item_id": "i", "price": 2.0}, {"item_id": "other", "price": 2.0}])
+    assert due() == [(NEXT, "behaviors", LATE)]
+    assert prices() == {NOON: 1.0, NOON + timedelta(days=1): 2.0}
+    for count in (1, 2):
+        old = [
+            {"user_id": "u", "item_id": "i", "type": "conversion", "ts": NOON - timedelta(days=n + 1)}
+            for n in range(count)
+        ]
+        write_rows(raw / "behaviors" / "history", old)
+        assert due() == [(DS, "behaviors", LATE)], "the history is taken in with the first day"
+        assert len(prices()) == 2 + count
+
+
 # The whole way
 
 

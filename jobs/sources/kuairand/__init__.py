@@ -64,6 +64,7 @@ RELEASED = 2022
 
 logger = logging.getLogger(__name__)
 
+_HISTORY = "user_history_to_"
 _KEY = ("user_id", "video_id", "time_ms")
 _OUTCOMES = ("is_click", "long_view", "is_like", "play_time_ms")
 _LOG = (
@@ -99,7 +100,7 @@ class KuaiRand:
 
     def history(self, spark: SparkSession) -> DataFrame | None:
         """Return the events of ``user_history_to_*.parquet``, or None if the layout has no such file."""
-        files = self._matching("user_history_to_", ".parquet")
+        files = self._matching(_HISTORY, ".parquet")
         if not files:
             return None
         lists = read_files(spark, files, Where("behaviors", "history"))
@@ -131,8 +132,10 @@ class KuaiRand:
         """Return None: rows of the log are made into requests and events before they are checked."""
         return None
 
-    def stamp(self, table: InputTable, ds: date) -> str:
+    def stamp(self, table: InputTable, ds: date | None) -> str:
         """Return a text that changes when the day's files do; empty for a snapshot, and for the release as one log."""
+        if ds is None:
+            return files_stamp(self.path, _HISTORY)
         return files_stamp(self._folder(ds)) if table in ("impressions", "behaviors") else ""
 
     def missing(self, ds: date) -> str:

@@ -1,4 +1,7 @@
-"""The same jobs on a real Spark cluster: two days built there equal those built by a local session, row for row."""
+"""The same jobs on a real Spark cluster: two days built there equal those built by a local session, row for row.
+
+The audit too runs on its workers: they reach this package by the setting that docs/scale.md names.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +21,15 @@ from jobs.sources.simulated.world import WorldConfig
 from jobs.sources.simulated.write import SCHEMA_FILE, write_days
 from onetrans.lake import TABLES, Lake
 from onetrans.schema import FeatureSchema
-from onetrans.settings import LakeSettings, SparkSettings, as_environment
+from onetrans.settings import AuditSettings, LakeSettings, SparkSettings, as_environment
 from tests.raw_log import open_workspace
 from tests.spark_cluster import spark_cluster, talking
 
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(1200)]
 
 WORLD = WorldConfig(users=300, items=120, history_days=2)
+FEW_ROWS = 100
+REPOSITORY = Path(__file__).resolve().parents[2]
 DAYS = [WORLD.epoch, WORLD.epoch + timedelta(days=1)]
 
 
@@ -50,6 +55,7 @@ def test_a_day_on_a_cluster_is_that_of_local_mode(
         work.settings,
         lake=LakeSettings(warehouse=str(tmp_path / "there")),
         spark=SparkSettings(master=address),
+        audit=AuditSettings(data_docs=str(tmp_path / "docs"), max_rows_in_memory=FEW_ROWS),
     )
     config = tmp_path / "onetrans.toml"
     properties = "".join(f'"{name}" = "{value}"\n' for name, value in small_executors(folder).items())
@@ -65,6 +71,8 @@ def test_a_day_on_a_cluster_is_that_of_local_mode(
         found = rows(Lake(there.lake), table)
         assert found == rows(work.lake, table), table
         assert found
+        verdicts = [Lake(there.lake).verdict_in(path) for path in Lake(there.lake).folders(table, DAYS).values()]
+        assert [verdict and verdict["engine"] for verdict in verdicts] == ["spark", "spark"], f"the audit of {table}"
     for worker in ("worker-0", "worker-1"):
         executors = list((folder / worker).glob("app-*/*/stderr"))
         assert len(executors) == 1, f"{worker} had {len(executors)} executors"
@@ -80,5 +88,6 @@ def small_executors(folder: Path) -> dict[str, str]:
         "spark.scheduler.minRegisteredResourcesRatio": "1.0",
         "spark.scheduler.maxRegisteredResourcesWaitingTime": "120s",
         "spark.speculation": "false",
+        "spark.executorEnv.PYTHONPATH": str(REPOSITORY),
         "spark.executor.extraJavaOptions": f"-XX:TieredStopAtLevel=1 -XX:+UseSerialGC {talking(folder)}",
     }

@@ -89,5 +89,6 @@ def test_every_such_fault_is_told_here() -> None:
     """The others are met by a job that refuses or drops the row, or change nothing that is wrong."""
     silent = {name for name, defect in DEFECTS.items() if not defect.reason and not defect.twice}
     borne = {"behaviors.late", "behaviors.tie", "behaviors.at_request", "users.unknown", "items.unknown"}
+    borne |= {"impressions.tie", "impressions.one_item", "behaviors.one_user"}
     used = {name for _, faults, _ in NOTICED for name in parse_rates(faults)}
     assert used | {name for fault, _ in STOPS for name in parse_rates([fault])} == silent - borne

@@ -223,6 +223,23 @@ def test_late_events_stand_in_later_files_and_those_that_become_known_at_a_reque
     assert sum((r.user_id, r.available_at) in asked for row in rows for r in row.itertuples()) > 50
 
 
+def test_events_and_requests_tie_where_both_are_cut_to_the_minute(tmp_path: Path) -> None:
+    write_days(CONFIG, str(tmp_path), FIRST, 1, parse_rates(["tie=0.5"]))
+    shown, happened = (_read(tmp_path, table, f"ds={FIRST}").to_pandas() for table in ("impressions", "behaviors"))
+    requests = shown.groupby("request_id").agg({"user_id": "first", "ts": "min"})  # a request's time is its earliest
+    asked = {(r.user_id, r.ts) for r in requests.itertuples()}
+    assert sum((r.user_id, r.ts) in asked for r in happened.itertuples()) > 20
+
+
+def test_one_user_and_one_item_can_have_a_share_of_everything(tmp_path: Path) -> None:
+    write_days(CONFIG, str(tmp_path), FIRST, 1, parse_rates(["one_item=0.5", "one_user=0.25"]))
+    shown = _read(tmp_path, "impressions", f"ds={FIRST}").to_pandas()
+    assert 0.45 < (shown.item_id == "i0").mean() < 0.55
+    assert not shown.duplicated(["request_id", "item_id"]).any(), "no row contradicts another"
+    happened = _read(tmp_path, "behaviors", f"ds={FIRST}").to_pandas()
+    assert 0.2 < (happened.user_id == "u0").mean() < 0.3
+
+
 def test_a_fault_of_the_day_and_one_of_a_file_take_their_share(tmp_path: Path) -> None:
     write_days(CONFIG, str(tmp_path / "cut"), FIRST, 1, parse_rates(["cut_off=0.25"]))
     write_days(CONFIG, str(tmp_path / "whole"), FIRST, 1)

@@ -94,6 +94,17 @@ def _times(column: str, factor: float) -> Change:
     return lambda rows: _with(rows, column, pc.multiply(rows[column], factor))
 
 
+def _minute(rows: pa.Table) -> pa.Table:
+    return _with(rows, "ts", pc.floor_temporal(rows["ts"], unit="minute"))
+
+
+def _one_item(rows: pa.Table) -> pa.Table:
+    """Make a request of its own of each row: an item stands in a request once."""
+    place = rows["position"].cast(pa.string())
+    requests = pc.binary_join_element_wise(rows["request_id"], place, "alone", "-")
+    return _set("item_id", "i0")(_with(rows, "request_id", requests))
+
+
 def _whole_number(column: str) -> Change:
     return lambda rows: _with(rows, column, rows[column].cast(pa.int64()))
 
@@ -132,6 +143,10 @@ DEFECTS: Mapping[str, Defect] = {
         twice=True,
     ),
     "impressions.repeat": Defect("the row stands there twice; one is dropped", "", _same, twice=True),
+    "impressions.tie": Defect("ts is cut to its minute, so that requests tie", "", _minute),
+    "impressions.one_item": Defect(
+        "item i0 is shown, in a request of its own: 0.5 puts it into half of all impressions", "", _one_item
+    ),
     "impressions.lost": Defect("the row was lost", "", _gone),
     "impressions.lost_label": Defect("click and conversion are 0, whatever came of it", "", _without_labels),
     "impressions.wrong_context": Defect("surface is search wherever it was", "", _set("surface", "search")),
@@ -154,7 +169,12 @@ DEFECTS: Mapping[str, Defect] = {
     "behaviors.repeat": Defect("the row stands there twice; one is dropped", "", _same, twice=True),
     "behaviors.repeat_next_day": Defect("the event is delivered again on the next day", "", _same, twice=True),
     "behaviors.late": Defect(f"the event is delivered 1 to {LATEST_DAYS} days late", "", _same),
-    "behaviors.tie": Defect("ts is cut to its minute, so that events and requests tie", "", lambda rows: _minute(rows)),
+    "behaviors.tie": Defect(
+        "ts is cut to its minute, so that events tie, and with impressions.tie events and requests", "", _minute
+    ),
+    "behaviors.one_user": Defect(
+        "the event is of user u0, as a crawler's: 0.25 of four million make a million", "", _set("user_id", "u0")
+    ),
     "behaviors.at_request": Defect(
         "the event becomes known at the very instant of the shopper's next request, which may not see it", "", _same
     ),
@@ -184,10 +204,6 @@ DEFECTS: Mapping[str, Defect] = {
     "items.other_unit": Defect("price is a hundred times as large", "", _times("price", 100.0)),
 }
 """Every fault by its name."""
-
-
-def _minute(rows: pa.Table) -> pa.Table:
-    return _with(rows, "ts", pc.floor_temporal(rows["ts"], unit="minute"))
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,17 @@ SCHEMA = FeatureSchema(
 )
 """Short sequences, so that most of them overflow, and a time zone whose clock changes within the days."""
 
+DERIVED: dict[str, Any] = {
+    "features": (
+        *(feature for feature in SCHEMA.features if feature.name != "event_place"),
+        Feature("event_place", "event", "hashed", "device", hash_size=10),
+    ),
+    "sequences": (Sequence("click", "click", max_length=3), Sequence("buy", "conversion", max_length=2)),
+    "derived_behaviors": ("impression", "click", "conversion"),
+    "outcome_delay_minutes": 120,
+}
+"""What differs of a log without behaviours of its own; outcomes become known at instants of the grid."""
+
 FIRST_DAY = date(2024, 3, 9)  # the 10th has 23 hours in New York
 
 
@@ -62,6 +73,10 @@ class World:
     schema: FeatureSchema = SCHEMA
     conversion_times: bool = True
     """Whether the log has the column ``conversion_at``."""
+    users_by_day: dict[date, list[Row]] = field(default_factory=dict)
+    """Users of each day, where the log has a folder per day; else ``users`` hold on all days."""
+    items_by_day: dict[date, list[Row]] = field(default_factory=dict)
+    """Items, likewise."""
     taken: set[tuple[Any, ...]] = field(default_factory=set)
     """Identities of the events drawn so far: what an event says never changes."""
 
@@ -72,6 +87,12 @@ class World:
     @property
     def first_day(self) -> date:
         return self.days[0]
+
+    def users_of(self, ds: date) -> dict[str, Row]:
+        return {user["user_id"]: user for user in self.users_by_day.get(ds, self.users)}
+
+    def items_of(self, ds: date) -> dict[str, Row]:
+        return {item["item_id"]: item for item in self.items_by_day.get(ds, self.items)}
 
     def start(self, ds: date) -> datetime:
         """The first instant of a day; on some days of some zones local midnight does not exist."""
@@ -92,8 +113,13 @@ def random_world(
     first_day: date = FIRST_DAY,
     schema: FeatureSchema = SCHEMA,
     conversion_times: bool = True,
+    daily: bool = False,
+    absent: int | None = None,
 ) -> World:
-    """Draw a world whose times lie on a grid of two hours, so that nearly everything ties with something."""
+    """Draw a world whose times lie on a grid of two hours, so that nearly everything ties with something.
+
+    ``daily`` gives each day users and items of its own; ``absent`` is the number of a day that the log lost.
+    """
     draw = random.Random(seed)
     world = World(schema=schema, conversion_times=conversion_times)
     world.users = [
@@ -114,19 +140,54 @@ def random_world(
     dates = [first_day + timedelta(days=d) for d in range(days)]
     for number, ds in enumerate(dates):
         for u in range(users):
-            if u % 7 == 0:
+            if u % 7 == 0 or schema.derived_behaviors:
                 continue  # shown things now and then, but never acts
             for _ in range(draw.choice([0, 1, 2, 5])):
                 _add_event(world, draw, dates, number, f"u{u}", f"i{draw.randrange(items)}")
         for u in range(users):
             for r in range(draw.choice([0, 0, 1, 2])):
                 _add_request(world, draw, ds, f"u{u}", f"{ds}-{u}-{r}", items)
+    if absent is not None:
+        lost = dates.pop(absent)
+        world.impressions.pop(lost, None)
+        world.behaviors.pop(lost, None)
     _fill(world, draw, dates, items)
+    for ds in world.days if daily else ():
+        world.users_by_day[ds], world.items_by_day[ds] = world.users, world.items
+        _change_attributes(world, draw, ds)
     return world
 
 
+def _change_attributes(world: World, draw: random.Random, ds: date) -> None:
+    """Give some users and items of a day other values, and take some out."""
+    world.users_by_day[ds] = [
+        {**user, "age": draw.uniform(10, 60)} if draw.random() < 0.3 else user
+        for user in world.users_by_day[ds]
+        if user is world.users_by_day[ds][0] or draw.random() < 0.9
+    ]
+    world.items_by_day[ds] = [
+        {**item, "price": draw.uniform(0, 20)} if draw.random() < 0.5 else item
+        for item in world.items_by_day[ds]
+        if item is world.items_by_day[ds][0] or draw.random() < 0.9
+    ]
+
+
+def with_other_history(world: World, seed: int) -> World:
+    """Return the world with another history: events gone, told otherwise, and new."""
+    draw = random.Random(seed)
+    after = deepcopy(world)
+    after.history = [
+        {**event, "place": "other"} if draw.random() < 0.3 else event for event in world.history if draw.random() < 0.7
+    ]
+    for n in range(20):
+        ts = draw.choice(world.grid(world.first_day)) - timedelta(days=2)
+        event = {"event_id": f"new-{seed}-{n}", "user_id": f"u{n}", "item_id": f"i{n % 5}", "type": "click", "ts": ts}
+        after.history.append({**event, "available_at": None, "place": "home"})
+    return after
+
+
 def corrected(world: World, ds: date, seed: int, items: int = 12) -> World:
-    """Return the world as a correction of one day tells it: rows of the day gone, changed and new.
+    """Return the world as a correction of one day tells it: rows of the day gone, changed and new, its items too.
 
     New events of the day are late: they happened on any day up to then.  An event that is gone may still come with a
     later delivery, which is then its first.
@@ -137,12 +198,14 @@ def corrected(world: World, ds: date, seed: int, items: int = 12) -> World:
     rows = [row for row in world.impressions[ds] if hash64(row["request_id"]) % 4]
     after.impressions[ds] = [{**row, "click": 1} if hash64(row["item_id"]) % 3 == 0 else dict(row) for row in rows]
     after.behaviors[ds] = [event for event in world.behaviors[ds] if draw.random() < 0.7 or event["type"] == "other"]
-    for number in range(len(dates)):
+    for number in range(0 if world.schema.derived_behaviors else len(dates)):
         for u in range(1, 30):
             _add_event(after, draw, dates, number, f"u{u}", f"i{draw.randrange(items)}", delivered=ds)
     for u in range(0, 30, 3):
-        _add_request(after, draw, ds, f"u{u}", f"{ds}-{u}-new", items)
+        _add_request(after, draw, ds, f"u{u}", f"{ds}-{u}-new-{seed}", items)
     _fill(after, draw, [ds], items)
+    if world.items_by_day:
+        _change_attributes(after, draw, ds)
     return after
 
 
@@ -151,6 +214,10 @@ def _fill(world: World, draw: random.Random, dates: list[date], items: int) -> N
     for ds in dates:
         if not world.impressions[ds]:
             _add_request(world, draw, ds, "u1", f"{ds}-filled", items)
+        if world.schema.derived_behaviors:
+            if not any(row["click"] for row in world.impressions[ds]):
+                world.impressions[ds] = [{**row, "click": 1} for row in world.impressions[ds]]
+            continue
         while not any(event["type"] == "click" for event in world.behaviors[ds]):
             _add_event(world, draw, [ds], 0, "u1", f"i{draw.randrange(10**6)}", delivered=ds)
 
@@ -243,7 +310,9 @@ def impressions(world: World, ds: date) -> list[Row]:
 
 def behaviors(world: World, ds: date) -> list[Row]:
     """Each event of a delivery once; the first day's delivery holds the history as well."""
-    price = {item["item_id"]: item["price"] for item in world.items}
+    price = {item["item_id"]: item["price"] for item in world.items_of(ds).values()}
+    if world.schema.derived_behaviors:
+        return [{**event, "ds": ds, "price": price.get(event["item_id"])} for event in _derived(world, ds)]
     rows = _distinct(world.behaviors[ds] + (world.history if ds == world.first_day else []))
     for row in rows:
         micros = round(row["ts"].timestamp() * 1_000_000)
@@ -251,6 +320,26 @@ def behaviors(world: World, ds: date) -> list[Row]:
         row["available_at"] = max(row["available_at"] or row["ts"], row["ts"])
         row |= {"ds": ds, "price": price.get(row["item_id"])}
     return rows
+
+
+def _derived(world: World, ds: date) -> list[Row]:
+    """An event of each kind that a shown item was, known some time after; a conversion not before it came."""
+    events = []
+    for row in impressions(world, ds):
+        soon = row["ts"] + timedelta(minutes=world.schema.outcome_delay_minutes)
+        kinds = {"impression": soon} | ({"click": soon} if row["click"] else {})
+        if row["conversion"]:
+            kinds["conversion"] = max(soon, _conversion_known(world, row))
+        events += [
+            {
+                "event_id": hash64(f"{row['request_id']}|{row['item_id']}|{kind}"),
+                "type": kind,
+                "available_at": known,
+                **{name: row[name] for name in ("user_id", "item_id", "ts", "device")},
+            }
+            for kind, known in kinds.items()
+        ]
+    return events
 
 
 def known_events(world: World, ds: date) -> list[Row]:
@@ -263,11 +352,11 @@ def known_events(world: World, ds: date) -> list[Row]:
     return sorted(events.values(), key=_order)
 
 
-def seen_by(world: World, ds: date, user: str, ts: datetime, sequence: Sequence) -> list[Row]:
-    """What a request may know: the last events of a sequence with ``available_at < ts``."""
+def seen_by(known: list[Row], user: str, ts: datetime, sequence: Sequence) -> list[Row]:
+    """What a request may know of the ``known_events``: the last of a sequence with ``available_at < ts``."""
     events = [
         event
-        for event in known_events(world, ds)
+        for event in known
         if event["user_id"] == user and event["type"] == sequence.event and event["available_at"] < ts
     ]
     return [_event_features(event) for event in events[-sequence.max_length :]]
@@ -326,7 +415,7 @@ def _conversion_known(world: World, row: Row) -> datetime:
 
 def user_features(world: World, ds: date) -> dict[str, Row]:
     """Users of the snapshot and users shown something in the windows."""
-    known = {user["user_id"]: user for user in world.users}
+    known = world.users_of(ds)
     everyone = set(known) | {row["user_id"] for row in _window_rows(world, ds)}
     computed = figures(world, ds, {user: user for user in everyone}, "user")
     return {
@@ -342,7 +431,7 @@ def user_features(world: World, ds: date) -> dict[str, Row]:
 
 def item_features(world: World, ds: date) -> dict[str, Row]:
     """Items of the snapshot and items shown in the windows; a brand's figures are null where the brand is."""
-    known = {item["item_id"]: item for item in world.items}
+    known = world.items_of(ds)
     everything = set(known) | {row["item_id"] for row in _window_rows(world, ds)}
     brand_of = {item: known.get(item, {}).get("brand") for item in everything}
     own = figures(world, ds, {item: item for item in everything}, "item")
@@ -388,9 +477,10 @@ def training_requests(world: World, ds: date) -> dict[str, Row]:
             "click": shown["click"],
             "conversion": shown["conversion"],
         }
+    known = known_events(world, ds)
     for row in rows.values():
         for sequence in world.schema.sequences:
-            row[sequence.column] = seen_by(world, ds, row["user_id"], row["ts"], sequence)
+            row[sequence.column] = seen_by(known, row["user_id"], row["ts"], sequence)
     return rows
 
 
@@ -407,7 +497,7 @@ def _event_features(event: Row) -> Row:
         "ts": event["ts"],
         "event_item": hash64(event["item_id"]),
         "event_price": event["price"],
-        "event_place": _hashed(event["place"]),
+        "event_place": _hashed(event["device"] if "device" in event else event["place"]),
     }
 
 

@@ -1,9 +1,12 @@
 """Any world, any clock: the six tables equal the oracle's, also after a day was corrected and what rests on it rebuilt.
 
 Each example draws a calendar (days on which the clock changes, also at midnight,
-leap days, ends of months and years), short or long sequences, a tolerance, and a
-world; builds its days one after the other; corrects one of them, with events
-that come days late; and builds again what ``jobs.rebuild`` names, nothing else.
+leap days, ends of months and years), short or long sequences, a tolerance, a kind
+of log (behaviours of its own or derived ones, with times of conversions or
+without, users and items per day or for all days, a day that was lost) and a
+world; builds its days one after the other, also as on a day of very many impressions;
+corrects a day, with events that come days late, then maybe another
+or the history; and builds again what ``jobs.rebuild`` names, nothing else.
 """
 
 from __future__ import annotations
@@ -20,13 +23,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyspark.sql import SparkSession
 
+from jobs import training_requests
 from jobs.rebuild import LATE, outdated
 from onetrans.lineage import stale_days
 from onetrans.schema import Sequence
 from tests import oracle
 from tests.component.test_jobs_tables import JOBS, rounded, write_world
-from tests.oracle import SCHEMA, World, corrected, random_world
-from tests.raw_log import open_workspace, publish
+from tests.oracle import DERIVED, SCHEMA, World, corrected, random_world, with_other_history
+from tests.raw_log import open_workspace, publish, write_rows
 
 JOB = {job.TABLE: job for job in JOBS}
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
@@ -52,8 +56,14 @@ class Case:
     users: int
     lengths: tuple[int, int]
     tolerance: int
-    corrected: int
+    corrected: tuple[int, ...]
+    """Numbers of the days that are corrected, one after the other; -1 is the history."""
     conversion_times: bool = True
+    derived: bool = False
+    daily: bool = False
+    absent: bool = False
+    """Whether the log lost the second day."""
+    few: bool = True
 
     @property
     def world(self) -> World:
@@ -62,14 +72,18 @@ class Case:
             SCHEMA,
             timezone=self.timezone,
             day_tolerance_minutes=self.tolerance,
-            sequences=(Sequence("click", "click", click), Sequence("buy", "purchase", buy)),
+            **(DERIVED if self.derived else {}),
         )
+        bought = "conversion" if self.derived else "purchase"
+        schema = replace(schema, sequences=(Sequence("click", "click", click), Sequence("buy", bought, buy)))
         return random_world(
             self.seed,
             users=self.users,
             first_day=self.first_day,
             schema=schema,
             conversion_times=self.conversion_times,
+            daily=self.daily,
+            absent=1 if self.absent else None,
         )
 
 
@@ -83,35 +97,57 @@ def cases(calendars: list[tuple[str, date, str]], fewest_users: int) -> st.Searc
             users=st.integers(fewest_users, 60),
             lengths=st.tuples(st.integers(1, 6), st.integers(1, 3)),
             tolerance=st.sampled_from([0, 30, 120]),
-            corrected=st.integers(0, 2),
+            corrected=st.lists(st.integers(-1, 2), min_size=1, max_size=2).map(tuple),
             conversion_times=st.booleans(),
+            derived=st.booleans(),
+            daily=st.booleans(),
+            absent=st.booleans(),
+            few=st.booleans(),
         )
     )
 
 
 def check_case(spark: SparkSession, case: Case) -> None:
     folder = Path(tempfile.mkdtemp(prefix="world-"))
-    try:
-        before = case.world
-        ds = before.days[case.corrected]
-        write_world(before, folder / "raw")
-        work = open_workspace(spark, folder, before.schema, max_quarantine_share=0.0)
-        for day in before.days:
-            for job in JOBS:
-                publish(work, job, day)
-        check_tables(work, before)
-        after = corrected(before, ds, case.seed + 1)
-        write_world(after, folder / "raw", [ds])
-        due = outdated(work.lake, before.schema, work.source, NOW)
-        assert {(one.ds, one.table) for one in due if one.reason == LATE} == {(ds, "impressions"), (ds, "behaviors")}
+    with pytest.MonkeyPatch.context() as patch:
+        if not case.few:
+            patch.setattr(training_requests, "FEW_IMPRESSIONS", 0)
+        try:
+            build_and_correct(spark, case, folder)
+        finally:
+            shutil.rmtree(folder)
+
+
+def build_and_correct(spark: SparkSession, case: Case, folder: Path) -> None:
+    world = case.world
+    lost = (case.first_day + timedelta(days=1),) if case.absent else ()
+    write_world(world, folder / "raw")
+    work = open_workspace(spark, folder, world.schema, max_quarantine_share=0.0)
+    source = replace(work.settings.source, absent_days=lost)
+    work = replace(work, settings=replace(work.settings, source=source))
+    for day in world.days:
+        for job in JOBS:
+            publish(work, job, day)
+    check_tables(work, world)
+    for number, correction in enumerate(case.corrected, start=1):
+        if correction < 0 and not case.derived:
+            ds, late = world.first_day, {"behaviors"}
+            world = with_other_history(world, case.seed + number)
+            write_rows(folder / "raw" / "behaviors" / "history", world.history)
+        else:
+            ds = world.days[min(max(correction, 0), len(world.days) - 1)]
+            late = {"impressions"} | (set() if case.derived else {"behaviors"})
+            late |= {"behaviors", "user_features", "item_features"} if case.daily else set()
+            world = corrected(world, ds, case.seed + number)
+            write_world(world, folder / "raw", [ds])
+        due = outdated(work.lake, world.schema, work.source, NOW)
+        assert {(one.ds, one.table) for one in due if one.reason == LATE} == {(ds, table) for table in late}
         assert min(one.ds for one in due) == ds, "a late event never enters the tables of an earlier day"
         for one in due:
             publish(work, JOB[one.table], one.ds)
-        assert outdated(work.lake, before.schema, work.source, NOW) == []
+        assert outdated(work.lake, world.schema, work.source, NOW) == []
         assert stale_days(work.lake, after=date.min) == {}
-        check_tables(work, after)
-    finally:
-        shutil.rmtree(folder)
+        check_tables(work, world)
 
 
 def check_tables(work: Any, world: World) -> None:
@@ -148,7 +184,9 @@ QUIET = {"deadline": None, "suppress_health_check": list(HealthCheck), "database
 
 def test_a_world_around_a_leap_day(spark: SparkSession) -> None:
     """One of the many of the nightly test; tests/component/test_jobs_tables.py has a clock that changes."""
-    check_case(spark, Case("Europe/Berlin", date(2024, 2, 28), 4, 30, (2, 1), tolerance=0, corrected=1))
+    check_case(
+        spark, Case("Europe/Berlin", date(2024, 2, 28), 4, 30, (2, 1), 0, (1,), conversion_times=False, daily=True)
+    )
 
 
 @pytest.mark.nightly
@@ -165,7 +203,7 @@ def test_many_worlds_of_every_calendar(spark: SparkSession, timezone: str, first
 
 @pytest.mark.parametrize(("timezone", "first_day", "about"), CALENDARS, ids=[about for _, _, about in CALENDARS])
 def test_the_calendars_hold_what_they_say(timezone: str, first_day: date, about: str) -> None:
-    world = Case(timezone, first_day, 0, 30, (3, 2), 0, 0).world
+    world = Case(timezone, first_day, 0, 30, (3, 2), 0, (0,)).world
     hours = [(world.start(ds + timedelta(days=1)) - world.start(ds)) / timedelta(hours=1) for ds in world.days]
     lengths = {
         date(2024, 3, 9): [24, 23, 24],

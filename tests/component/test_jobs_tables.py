@@ -54,13 +54,21 @@ def work(spark: SparkSession, world: World, tmp_path_factory: pytest.TempPathFac
 
 
 def write_world(world: World, raw: Path, days: list[date] | None = None) -> None:
-    for ds in days or world.days:
+    """Write a log, or some days of it: then what belongs to no day stays as it is."""
+    for ds in world.days if days is None else days:
         write_rows(raw / "impressions" / f"ds={ds}", world.impressions[ds])
-        write_rows(raw / "behaviors" / f"ds={ds}", world.behaviors[ds])
+        if not world.schema.derived_behaviors:
+            write_rows(raw / "behaviors" / f"ds={ds}", world.behaviors[ds])
+        if world.items_by_day:
+            write_rows(raw / "users" / f"ds={ds}", world.users_by_day[ds])
+            write_rows(raw / "items" / f"ds={ds}", world.items_by_day[ds])
+    if days is not None:
+        return
     if world.history:
         write_rows(raw / "behaviors" / "history", world.history)
-    write_rows(raw / "users", world.users)
-    write_rows(raw / "items", world.items)
+    if not world.items_by_day:
+        write_rows(raw / "users", world.users)
+        write_rows(raw / "items", world.items)
 
 
 def rows_of(work: Workspace, table: str, ds: date) -> list[dict[str, Any]]:

@@ -33,7 +33,7 @@ from onetrans.lake import Lake
 from onetrans.plan import Plan
 from onetrans.registry import CHAMPION, Registry
 from onetrans.settings import LakeSettings, Settings, SourceSettings, as_environment
-from onetrans.tracking import TAG_MODEL_ID, find_model_run
+from onetrans.tracking import TAG_DECISION, TAG_MODEL_ID, find_model_run
 from onetrans.train import train
 from tests import mlflow_server
 from tests.tracked_days import Shop
@@ -160,8 +160,8 @@ def test_a_trainer_killed_in_mid_epoch_is_recorded_once(
 
 @pytest.mark.nightly
 def test_an_old_day_and_tonights_are_promoted_at_once(shop: Shop) -> None:
-    """Whoever comes first, tonight's model is the champion, and each day has one version."""
-    old, tonight = shop.candidate(shop.days[2]), shop.candidate(shop.days[5])
+    """Whoever comes first, tonight's model is the champion, and each day has one version; so if an old one is last."""
+    old, late, tonight = (shop.candidate(shop.days[number]) for number in (2, 3, 5))
     plans = [old, tonight, tonight]
     for step in [_begin(shop.settings, "onetrans.cli", "promote", "--plan", plan.path) for plan in plans]:
         _end(step)
@@ -170,8 +170,12 @@ def test_an_old_day_and_tonights_are_promoted_at_once(shop: Shop) -> None:
     champion = registry.by_alias(CHAMPION)
     assert champion is not None
     assert champion.tags["plan_id"] == tonight.plan_id
-    _end(_begin(shop.settings, "onetrans.cli", "promote", "--plan", old.path))
-    assert registry.by_alias(CHAMPION).version == champion.version
+    for plan in (old, late):  # once more; and for the first time
+        _end(_begin(shop.settings, "onetrans.cli", "promote", "--plan", plan.path))
+        assert registry.by_alias(CHAMPION).version == champion.version
+    assert [version.tags[TAG_DECISION] for version in registry.versions() if version.tags["ds"] == str(late.ds)] == [
+        "held"
+    ]
 
 
 # MLflow's server

@@ -132,7 +132,8 @@ class LaunchStep(Step):
                 f"mlflow.tracking_uri = {settings.mlflow.tracking_uri!r} is a file of this machine; pods need a "
                 "server of MLflow's, http://... or https://...",
             )
-        return {name: text for name, text in as_environment(settings).items() if not name.startswith(_OWN)}
+        taken = {name: text for name, text in as_environment(settings).items() if not name.startswith(_OWN)}
+        return {"ONETRANS_CONFIG": "", **taken}  # an image may name the file that a worker mounts
 
     def _processes(self, wanted: int) -> dict[str, str]:
         """Return how many processes a pod trains with: one for each of its GPUs, whatever fits the worker."""

@@ -2,7 +2,7 @@
 
 It takes the place of a cluster, which is not to be had here, and answers the few
 calls that a step's pod needs: create, read, list, patch and delete a pod, its
-log, its events.  It knows nothing of images, nodes, volumes or rights: what is
+log, its events.  Of an image it knows the variables, of nodes, volumes and rights nothing: what is
 tested with it is the real provider's way through creating, watching, reading and
 deleting, and what becomes of an exit code.
 """
@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
@@ -22,8 +23,15 @@ from urllib.parse import parse_qs, urlsplit
 class Cluster:
     """The pods there are, and how each stands."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, image: Mapping[str, str] | None = None) -> None:
+        """Start the API.
+
+        Args:
+            folder: where pods run, and their logs are.
+            image: variables that the pods' image sets; those of the same name in the pod's description win.
+        """
         self.folder = folder
+        self.image = dict(image or {})
         self.pods: dict[str, dict] = {}
         self.processes: dict[str, subprocess.Popen] = {}
         self.made: list[str] = []
@@ -94,7 +102,11 @@ class Cluster:
             self.processes[name] = subprocess.Popen(
                 command,
                 cwd=self.folder,
-                env={**{k: v for k, v in os.environ.items() if not k.startswith("ONETRANS_")}, **variables},
+                env={
+                    **{k: v for k, v in os.environ.items() if not k.startswith("ONETRANS_")},
+                    **self.image,
+                    **variables,
+                },
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )

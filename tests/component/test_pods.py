@@ -28,12 +28,15 @@ from onetrans.artifact import load_model
 from onetrans.plan import Plan
 from onetrans.settings import as_environment
 from onetrans.train import train
+from tests.images import image_environment
 from tests.tracked_days import Shop
 
 pytest.importorskip("airflow.providers.cncf.kubernetes")
 
 PROGRAM = """
 import os, pathlib, sys, time
+from onetrans.settings import load_settings
+load_settings()
 checkpoint = pathlib.Path(os.environ["ONETRANS_TRAINING_RUNS"]) / "checkpoint"
 print("goes on from", checkpoint.read_text() if checkpoint.exists() else "fresh weights", flush=True)
 if sys.argv[1] == "killed" and not checkpoint.exists():
@@ -51,11 +54,12 @@ print("done")
 def cluster(tmp_path, monkeypatch):
     from airflow.providers.cncf.kubernetes.triggers.pod import KubernetesPodTrigger  # noqa: F401  (seconds, once)
 
-    cluster = Cluster(tmp_path)
+    cluster = Cluster(tmp_path, image={"ONETRANS_CONFIG": image_environment("training")["ONETRANS_CONFIG"]})
     (tmp_path / "program.py").write_text(textwrap.dedent(PROGRAM))
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("ONETRANS_CONFIG", raising=False)
     for name, value in {
+        "PYTHONPATH": str(REPOSITORY),
         "AIRFLOW_CONN_KUBERNETES_DEFAULT": cluster.connection(),
         "ONETRANS_LAUNCH_PLACE": "kubernetes",
         "ONETRANS_TRAINING_RUNS": str(tmp_path),
@@ -192,7 +196,6 @@ def test_a_training_whose_pod_is_lost_comes_to_the_same_weights(cluster, monkeyp
     for name, value in as_environment(unlike_a_file).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("ONETRANS_LAUNCH_PLACE", "kubernetes")
-    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     checkpoint = storage.local_path(plan.model_path("onetrans")) / "checkpoint" / "checkpoint.json"
 
     def training():

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from cluster import Cluster
 
-from infra.local.airflow import LocalAirflow
+from infra.local.airflow import REPOSITORY, LocalAirflow
+from tests.images import image_environment
 
 pytest.importorskip("airflow.providers.cncf.kubernetes")
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(600)]
@@ -29,6 +30,9 @@ with DAG("pods", schedule=DAILY, start_date=START, catchup=False, default_args=Q
 
 PROGRAM = """
 import pathlib, sys, time
+sys.path.insert(0, "@REPOSITORY@")
+from onetrans.settings import load_settings
+load_settings()
 how = sys.argv[1]
 print("this is", how, flush=True)
 if how == "lost" and not pathlib.Path("checkpoint").exists():
@@ -44,8 +48,8 @@ def test_pods_end_as_their_exit_codes_say_and_a_lost_one_is_replaced(tmp_path: P
     for name in ("dags", "pods"):
         (tmp_path / name).mkdir()
     (tmp_path / "dags" / "pods.py").write_text(DAG_FILE, encoding="utf-8")
-    (tmp_path / "pods" / "program.py").write_text(PROGRAM, encoding="utf-8")
-    cluster = Cluster(tmp_path / "pods")
+    (tmp_path / "pods" / "program.py").write_text(PROGRAM.replace("@REPOSITORY@", str(REPOSITORY)), encoding="utf-8")
+    cluster = Cluster(tmp_path / "pods", image={"ONETRANS_CONFIG": image_environment("training")["ONETRANS_CONFIG"]})
     environment = {
         "AIRFLOW_CONN_KUBERNETES_DEFAULT": cluster.connection(),
         "ONETRANS_LAUNCH_PLACE": "kubernetes",

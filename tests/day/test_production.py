@@ -103,7 +103,7 @@ class Deployment:
         }
 
     def command(self, service: str) -> list[str]:
-        """Return what a service starts: the image's entry point with the service's arguments."""
+        """Return what a service starts, its program as a module of this Python."""
         given = self.services[service].get("command") or ["onetrans.cli", "serve", "--host", "0.0.0.0"]
         arguments = [self._here(word.replace("0.0.0.0", "127.0.0.1")) for word in given]
         if service in ("serving", "airflow-api-server"):
@@ -160,7 +160,7 @@ def _answers(address: str) -> bool:
 def test_a_day_through_the_services_of_the_compose_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     history, today = FIRST, FIRST + timedelta(days=1)
     with _running(tmp_path) as deployment:
-        (command,) = deployment.services["prepare"]["command"]
+        *_, command = deployment.services["prepare"]["command"]
         assert "Airflow: nothing -> " in deployment.run(command, service="prepare")
         assert deployment.run(command, service="prepare").strip() == "ready"  # again, at the next start
 

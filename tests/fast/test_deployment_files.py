@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
+import sys
 import sysconfig
 import tomllib
 from importlib.util import find_spec
@@ -17,10 +19,10 @@ import yaml
 
 from onetrans.settings import load_settings
 from onetrans.upgrade import parts
+from tests.images import DOCKERFILE, image_environment, stages
 
 ROOT = Path(__file__).parents[2]
 INFRA = ROOT / "infra"
-DOCKERFILE = INFRA / "images" / "Dockerfile"
 SECRETS = ("PGPASSWORD", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AIRFLOW_JWT_SECRET", "AIRFLOW_FERNET_KEY",
            "ONETRANS_SERVING_TOKEN")  # fmt: skip
 
@@ -53,32 +55,18 @@ def test_hadolint_has_nothing_to_say_of_the_images() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def _stages() -> dict[str, list[str]]:
-    """Return the instructions of each stage of the Dockerfile, continued lines joined."""
-    lines = [line for line in DOCKERFILE.read_text(encoding="utf-8").splitlines() if not line.lstrip().startswith("#")]
-    stages: dict[str, list[str]] = {}
-    name = ""
-    for line in re.sub(r"\\\n\s*", "", "\n".join(lines)).splitlines():
-        if found := re.fullmatch(r"FROM (\S+) AS (\w+)", line):
-            name = found[2]
-            stages[name] = [line]
-        elif line.strip() and name:
-            stages[name].append(line.strip())
-    return stages
-
-
 def test_images_are_pinned_and_run_as_nobody_with_rights() -> None:
-    stages = _stages()
-    for name, instructions in stages.items():
+    every = stages()
+    for name, instructions in every.items():
         image = instructions[0].split()[1]
-        assert image in stages or re.search(r":\d+\.\d+\.\d+", image), f"{name}: {image} has no exact version"
+        assert image in every or re.search(r":\d+\.\d+\.\d+", image), f"{name}: {image} has no exact version"
     for name in ("airflow", "training", "serving"):
-        users = [line for line in stages[name] if line.startswith("USER ")]
+        users = [line for line in every[name] if line.startswith("USER ")]
         assert users == ["USER 50000"], name
-        after = stages[name][stages[name].index("USER 50000") :]
+        after = every[name][every[name].index("USER 50000") :]
         assert not any(line.startswith(("RUN", "COPY", "ADD")) for line in after), f"{name}: made by a user"
-        assert any(line.startswith("HEALTHCHECK") for line in stages[name]), name
-    for line in (line for instructions in stages.values() for line in instructions if "pip install" in line):
+        assert any(line.startswith("HEALTHCHECK") for line in every[name]), name
+    for line in (line for instructions in every.values() for line in instructions if "pip install" in line):
         assert "--constraint constraints.txt" in line
 
 
@@ -87,12 +75,60 @@ def test_what_the_images_copy_is_there_and_reaches_the_builder() -> None:
     sent = {line[1:] for line in ignored if line.startswith("!")}
     assert "*" in ignored
     assert "infra/.env" in ignored
-    for instructions in _stages().values():
+    for instructions in stages().values():
         for line in instructions:
             if line.startswith("COPY ") and "--from" not in line:
                 for source in line.split()[1:-1]:
                     assert (ROOT / source).exists(), source
                     assert source.split("/")[0] in sent, f"{source} is kept from the builder"
+
+
+@pytest.mark.parametrize("stage", ["airflow", "training", "serving"])
+def test_what_runs_while_an_image_is_built_finds_its_settings(stage: str, tmp_path: Path) -> None:
+    """The file that ONETRANS_CONFIG names is mounted later: a module that reads it ends the build."""
+    ran = []
+    for line in stages()[stage]:
+        for command in line.removeprefix("RUN ").split("&&") if line.startswith("RUN ") else ():
+            words = shlex.split(command)
+            given = [word for word in words if re.match(r"[A-Z_]+=", word)]
+            if words[len(given) : len(given) + 2] != ["python", "-m"]:
+                continue
+            variables = image_environment(stage, before=line) | dict(word.split("=", 1) for word in given)
+            done = subprocess.run(
+                [sys.executable, "-c", "from onetrans.settings import load_settings; load_settings()"],
+                env={**variables, "PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)},
+                cwd=tmp_path, capture_output=True, text=True,
+            )  # fmt: skip
+            assert done.returncode == 0, f"{command.strip()}: {done.stderr[-500:]}"
+            ran.append(words[len(given) + 2])
+    assert ran == (["jobs.spark"] if stage == "airflow" else [])
+
+
+def test_the_entrypoint_runs_what_compose_and_airflows_chart_give_it(system: dict[str, Any]) -> None:
+    entrypoint = INFRA / "images" / "entrypoint"
+    assert 'ENTRYPOINT ["/entrypoint"]' in stages()["airflow"]
+    assert "COPY infra/images/entrypoint infra/images/decommission /" in stages()["airflow"]
+    for script in (entrypoint, INFRA / "images" / "decommission"):
+        assert os.access(script, os.X_OK), f"{script} is copied as it is, and has to be executable"
+
+    def ends(*arguments: str) -> tuple[int, str]:
+        done = subprocess.run([str(entrypoint), *arguments], capture_output=True, text=True)
+        return done.returncode, done.stdout
+
+    # The forms of the chart: its containers, its probes, the pods of its steps.
+    assert ends("bash", "-c", "exec printf '%s' scheduler") == (0, "scheduler")
+    assert ends("sh", "-c", f"exec {entrypoint} \\\n  sh -c 'exit 7'") == (7, "")
+    assert (
+        ends("python3", "-c", "import sys; print(sys.argv[1:])", "--json-string", "{}")[1]
+        == "['--json-string', '{}']\n"
+    )
+    scripts = Path(sysconfig.get_path("scripts"))
+    for name, service in system.items():
+        if service["image"].startswith("onetrans-airflow"):
+            assert not service.get("entrypoint"), name
+            assert (scripts / service["command"][0]).exists(), (
+                f"{name}: {service['command']} is no program of the image"
+            )
 
 
 def test_lists_of_packages_are_parts_of_the_projects() -> None:
@@ -162,6 +198,37 @@ def test_no_secret_stands_in_a_file(system: dict[str, Any]) -> None:
     assert ROOT.joinpath(".gitignore").read_text(encoding="utf-8").splitlines().count("infra/.env") == 1
 
 
+def test_the_image_can_copy_the_database_of_compose(system: dict[str, Any]) -> None:
+    """pg_dump refuses a server newer than itself, so without its client an upgrade ends before it begins."""
+    (client,) = {int(found) for line in stages()["airflow"] for found in re.findall(r"postgresql-client-(\d+)", line)}
+    server = re.match(r"postgres:(\d+)\.\d+", system["postgres"]["image"])
+    assert server is not None
+    assert client >= int(server[1])
+    (backups,) = (m for m in system["airflow-scheduler"]["volumes"] if m["target"] == "/backups")
+    assert backups["type"] == "volume"
+    (made,) = (line for line in stages()["base"] if "install --directory --owner 50000" in line)
+    assert made.endswith(" /backups")  # a new volume takes its owner from the image
+
+
+def test_each_secret_has_a_command_that_makes_one() -> None:
+    from cryptography.fernet import Fernet
+
+    commands = dict(
+        re.findall(
+            r"^#   (.+)\n([A-Z_]+)=$", (INFRA / "production" / ".env.example").read_text(encoding="utf-8"), re.MULTILINE
+        )
+    )
+    made = {}
+    for command, name in ((command, name) for command, name in commands.items()):
+        done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True)
+        made[name] = done.stdout.strip()
+    assert set(made) == set(SECRETS)
+    assert all(len(value) >= 16 for value in made.values())
+    assert len(set(made.values())) == len(made)
+    Fernet(made["AIRFLOW_FERNET_KEY"].encode())
+    assert len(made["AIRFLOW_JWT_SECRET"]) >= 64  # HS512 asks for as much
+
+
 # Settings
 
 
@@ -187,10 +254,17 @@ def test_airflow_knows_every_option_that_is_set(system: dict[str, Any]) -> None:
 # Kubernetes and S3
 
 
-@pytest.mark.parametrize("name", ["serving.yaml", "training_pod.yaml"])
+MANIFESTS = ("serving.yaml", "training_pod.yaml", "rights.yaml", "upgrade_job.yaml")
+
+
+def _documents(name: str) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all((INFRA / "kubernetes" / name).read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
 def test_kubernetes_takes_the_manifests(name: str) -> None:
     validate = pytest.importorskip("kubernetes_validate").validate
-    documents = list(yaml.safe_load_all((INFRA / "kubernetes" / name).read_text(encoding="utf-8")))
+    documents = _documents(name)
     for document in documents:
         validate(document, "1.34", strict=True)
     if name == "serving.yaml":
@@ -209,6 +283,82 @@ def test_kubernetes_takes_the_manifests(name: str) -> None:
             kinds["HorizontalPodAutoscaler"]["spec"]["scaleTargetRef"]["name"]
             == kinds["Deployment"]["metadata"]["name"]
         )
+        spec = kinds["Deployment"]["spec"]["template"]["spec"]
+        (container,) = spec["containers"]
+        pause = container["lifecycle"]["preStop"]["sleep"]["seconds"]
+        assert 0 < pause < spec["terminationGracePeriodSeconds"]
+
+
+def _pods(name: str) -> list[dict[str, Any]]:
+    """Return the descriptions of pods in a manifest."""
+    return [
+        document["spec"] if document["kind"] == "Pod" else document["spec"]["template"]["spec"]
+        for document in _documents(name)
+        if document["kind"] in ("Pod", "Job", "Deployment")
+    ]
+
+
+def test_no_service_puts_settings_into_other_pods() -> None:
+    """Kubernetes gives every pod the addresses of earlier Services as NAME_PORT and the like, unless told not to."""
+    chart = yaml.safe_load((INFRA / "kubernetes" / "airflow-values.yaml").read_text(encoding="utf-8"))
+    assert chart["enableServiceLinks"] is False
+    pods = [pod for name in MANIFESTS for pod in _pods(name)]
+    assert len(pods) == 3
+    assert all(pod["enableServiceLinks"] is False for pod in pods)
+    services = [d["metadata"]["name"] for name in MANIFESTS for d in _documents(name) if d["kind"] == "Service"]
+    assert services
+    for service in services:
+        variable = f"{service.replace('-', '_').upper()}_SERVICE_HOST"
+        load_settings({variable: "10.0.0.1", variable.replace("SERVICE_HOST", "PORT"): "tcp://10.0.0.1:80"})
+
+
+def test_the_manifests_name_images_that_are_built() -> None:
+    built = {f"onetrans-{target}" for target in stages()} & {
+        "onetrans-airflow",
+        "onetrans-training",
+        "onetrans-serving",
+    }
+    assert len(built) == 3
+    chart = yaml.safe_load((INFRA / "kubernetes" / "airflow-values.yaml").read_text(encoding="utf-8"))
+    named = [f"{chart['defaultAirflowRepository']}:{chart['defaultAirflowTag']}"]
+    for pod in (pod for name in MANIFESTS for pod in _pods(name)):
+        named += [container["image"] for container in (*pod.get("initContainers", ()), *pod["containers"])]
+    named += [container["image"] for container in chart["apiServer"]["extraInitContainers"]]
+    spark = (INFRA / "spark" / "kubernetes.conf").read_text(encoding="utf-8")
+    named += re.findall(r"^spark\.kubernetes\.container\.image\s+(\S+)", spark, re.MULTILINE)
+    assert len(named) == 7
+    for image in named:
+        assert re.fullmatch(r"registry\.example\.com/(onetrans-\w+):0\.1\.0", image), image
+        assert image.split("/")[1].split(":")[0] in built, image
+
+
+def test_who_serves_has_a_secret_of_its_own() -> None:
+    secrets = {
+        name: {
+            source["secretRef"]["name"]
+            for pod in _pods(name)
+            for container in (*pod.get("initContainers", ()), *pod["containers"])
+            for source in container["envFrom"]
+        }
+        for name in ("serving.yaml", "training_pod.yaml", "upgrade_job.yaml")
+    }
+    assert not secrets["serving.yaml"] & (secrets["training_pod.yaml"] | secrets["upgrade_job.yaml"])
+
+
+def test_airflows_chart_asks_the_image_for_nothing_it_lacks() -> None:
+    chart = yaml.safe_load((INFRA / "kubernetes" / "airflow-values.yaml").read_text(encoding="utf-8"))
+    for process in ("scheduler", "dagProcessor", "triggerer"):
+        assert chart[process]["logGroomerSidecar"]["enabled"] is False, (
+            f"{process}: /clean-logs is the official image's"
+        )
+    (asynchronous,) = (s for s in chart["secret"] if s["envName"] == "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN_ASYNC")
+    assert asynchronous["secretName"] == chart["data"]["metadataSecretName"]
+    assert asynchronous["secretKey"] == "connection"
+    module, manager = chart["config"]["core"]["auth_manager"].rsplit(".", 1)
+    assert find_spec(module.rsplit(".", 1)[0]) is not None, f"{manager} is of no package of the image"
+    # Airflow's own migration has no copy before it; and FAB's users are made by a job that this manager has no use for.
+    assert chart["migrateDatabaseJob"]["enabled"] is False
+    assert chart["createUserJob"]["enabled"] is False
 
 
 def test_airflows_chart_takes_the_values() -> None:

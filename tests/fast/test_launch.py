@@ -16,6 +16,7 @@ from airflow.sdk.exceptions import AirflowException, AirflowFailException
 
 from dags.launch import PLACES, TEMPLATE, LaunchStep
 from dags.ranking_model import dag as ranking_model
+from tests.images import image_environment
 
 SHARED = {
     "ONETRANS_LAUNCH_PLACE": "kubernetes",
@@ -160,7 +161,8 @@ def test_the_library_reads_the_worker_s_settings_out_of_the_pod_s_variables(conf
 
     configure(ONETRANS_GATE_SEED="3", ONETRANS_SOURCE_ABSENT_DAYS="2022-05-01,2022-05-02")
     (container,) = rendered(step())["spec"]["containers"]
-    inside = load_settings({entry["name"]: entry.get("value", "") for entry in container["env"]})
+    image = image_environment("training")  # names a file that is in no image, and mounted in no pod
+    inside = load_settings({**image, **{entry["name"]: entry.get("value", "") for entry in container["env"]}})
     here = load_settings()
     assert (inside.gate, inside.source, inside.mlflow, inside.lake) == (here.gate, here.source, here.mlflow, here.lake)
     assert inside.training.preset == "large"

@@ -136,7 +136,7 @@ def test_the_exit_code_of_the_pod_s_process_decides(cluster, step, code, kind, w
 
 def test_a_pod_that_is_lost_is_tried_again_and_goes_on_from_its_checkpoint(cluster, step, capsys, tmp_path):
     def lose_the_node():
-        while not (tmp_path / "checkpoint").exists():
+        while not ((tmp_path / "checkpoint").exists() and (tmp_path / "checkpoint").read_text()):
             time.sleep(0.05)
         cluster.kill(cluster.made[0])
 

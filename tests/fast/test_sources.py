@@ -208,6 +208,20 @@ def test_a_missing_day_of_kuairand_names_the_days_there_are(tmp_path: Path) -> N
         source.users(NO_SPARK, DS)
 
 
+def test_a_history_of_kuairand_that_came_or_changed_is_noticed(tmp_path: Path) -> None:
+    (tmp_path / "daily" / "date=20220504").mkdir(parents=True)
+    settings = SourceSettings(kind="kuairand", path=str(tmp_path))
+    source = open_source(settings, load_schema(settings))
+    assert source.stamp("behaviors", None) == ""
+    (tmp_path / "user_history_to_20220503.parquet").write_bytes(b"one")
+    first = source.stamp("behaviors", None)
+    (tmp_path / "user_features_pure.csv").write_bytes(b"another table")
+    assert first
+    assert source.stamp("behaviors", None) == first
+    (tmp_path / "user_history_to_20220503.parquet").write_bytes(b"another")
+    assert source.stamp("behaviors", None) != first
+
+
 def test_only_data_files_are_read(tmp_path: Path) -> None:
     for name in ("a.parquet", "b.csv.gz", "c.jsonl", "_SUCCESS", ".a.parquet.crc", "notes.txt", "schema.toml"):
         (tmp_path / name).touch()

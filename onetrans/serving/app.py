@@ -1,15 +1,6 @@
-"""The HTTP interface: ``POST /v1/rank``, ``/healthz``, ``/readyz``, ``/metrics``, and OpenAPI at ``/docs``.
+"""The HTTP interface: ``POST /v1/rank``, ``/healthz``, ``/readyz``, ``/metrics``, and of these ``/openapi.json``.
 
-===  ======================================================================
-200  scores, best first
-400  the body is cut off, or a header cannot be read
-401  the bearer token is missing or wrong
-408  the body did not arrive in ``serving.body_timeout_s``
-413  the body is larger than ``serving.max_body_kib``
-422  what was sent does not fit the model; the message names the field
-429  too much waits; ``Retry-After`` says for how many seconds to stay away
-504  the deadline passed before the request was scored
-===  ======================================================================
+:data:`STATUSES` are what it answers besides 200.
 
 A deadline counts from the head of a call and covers all of it: the body's arrival, reading and scoring.  A call that
 cannot be answered in time is turned away before its body is read, as far as that can be told.
@@ -64,6 +55,21 @@ logger = logging.getLogger(__name__)
 
 DEADLINE_HEADER = "x-deadline-ms"
 DEADLINE_DIGITS = 9
+
+STATUSES = {
+    400: "a header cannot be read",
+    401: "the bearer token is missing or wrong",
+    404: "there is no such route",
+    405: "the route is not for this method",
+    408: "the head, or then the body, did not arrive within `serving.body_timeout_s`",
+    413: "the body is larger than `serving.max_body_kib`",
+    422: "what was sent does not fit the model; the message names request, feature and value",
+    429: "too much waits; `Retry-After` says for how many seconds to stay away",
+    431: "the head of the call is larger than 128 KiB",
+    500: "the service failed; its log says why",
+    504: "the deadline passed first; nothing was done",
+}
+"""Status of an error -> what it means, for the description and (a test holds it to this) docs/serving.md."""
 
 _SMALL_BODY = 64 << 10
 """Bytes that are read where they arrive: about half a millisecond, which handing them to a thread costs nearly too."""
@@ -338,15 +344,6 @@ class RankingService:
             },
         }
         error = {"application/json": {"schema": error_schema()}}
-        says = {
-            400: "a header cannot be read",
-            401: "the bearer token is missing or wrong",
-            408: "the body did not arrive in time",
-            413: "the body is too large",
-            422: "what was sent does not fit the model; the message names the field",
-            429: "too much waits; see Retry-After",
-            504: "the deadline passed before the request was scored",
-        }
         operation: dict[str, Any] = {"summary": "Score the candidates of requests", "operationId": "rank"}
         schema["paths"] = {"/v1/rank": {"post": operation}, **schema["paths"]}
         operation["requestBody"] = {"required": True, "content": {"application/json": content}}
@@ -361,7 +358,7 @@ class RankingService:
         ]
         operation["responses"] = {
             "200": {"description": "scores", "content": {"application/json": {"schema": answer_schema()}}},
-            **{str(status): {"description": text, "content": error} for status, text in says.items()},
+            **{str(status): {"description": text, "content": error} for status, text in STATUSES.items()},
         }
         page = schema["paths"]["/metrics"]["get"]
         page["responses"] = {

@@ -45,3 +45,19 @@ def test_their_targets_are_in_the_makefile() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
     called = {name for file in WORKFLOWS for name in re.findall(r"run: make ([a-z-]+)", file.read_text())}
     assert {"lint", "test", "docs", "wheel"} <= called <= targets
+
+
+@pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.name)
+def test_torchrec_is_there_before_the_tests(file: Path) -> None:
+    """Without it the tests of sharded tables skip, which nobody would notice."""
+    jobs = yaml.safe_load(file.read_text(encoding="utf-8"))["jobs"].values()
+    commands = [[step.get("run", "") for step in job["steps"]] for job in jobs]
+    testing = [runs for runs in commands if any(map(_tests, runs))]
+    assert testing
+    for runs in testing:
+        first = next(place for place, run in enumerate(runs) if _tests(run))
+        assert "make torchrec" in runs[:first]
+
+
+def _tests(run: str) -> bool:
+    return run == "make test" or "pytest" in run

@@ -1,0 +1,36 @@
+"""What the pages promise and a file can be asked about: commands beside figures, what `make test` runs, statuses."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from onetrans.serving import app
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_each_measured_figure_has_its_command() -> None:
+    table = README.split("## Measured", 1)[1].split("\n## ", 1)[0]
+    rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) >= 10
+    for row in rows:
+        commands = re.findall(r"`python -m ([\w.]+)", row.rsplit(" | ", 1)[1])
+        assert commands, f"no command beside: {row[:80]}"
+        for module in commands:
+            assert module == "pytest" or (ROOT / f"{module.replace('.', '/')}.py").is_file(), module
+
+
+def test_what_make_test_leaves_out_is_said() -> None:
+    assert '-m "not nightly"' in (ROOT / "Makefile").read_text(encoding="utf-8")
+    (line,) = re.findall(r"^make test .*", README, re.M)
+    assert "nightly" in line
+
+
+def test_statuses_of_the_service_are_told_as_it_describes_them() -> None:
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    told = {int(status): text for status, text in re.findall(r"^\| (\d{3}) \| (.*) \|$", page, re.M)}
+    assert told == app.STATUSES
+    described = (app.__doc__ or "").split("\n", 1)[0]
+    assert "/docs" not in described

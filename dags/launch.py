@@ -94,8 +94,8 @@ class LaunchStep(Step):
         except ImportError as error:
             self._bad(
                 context,
-                f"launch.place = 'kubernetes' needs a package that is not installed here ({error}); run: pip install "
-                "'onetrans[kubernetes]'",
+                f"launch.place = 'kubernetes' needs a package that is not installed here ({error}); in a checkout "
+                "of this repository run: pip install '.[kubernetes]', or name its wheel instead of the dot",
             )
         template = Path(configured("launch", "pod_template", "") or TEMPLATE)
         if not template.is_file():

@@ -1,7 +1,7 @@
 """A Kubernetes pod that runs one step, and how it ended, in the terms of ``dags/steps.py``.
 
 Imported only where ``launch.place`` is ``kubernetes``: it needs
-``pip install 'onetrans[kubernetes]'``, which nothing else does.
+``pip install '.[kubernetes]'``, which nothing else does.
 """
 
 from __future__ import annotations

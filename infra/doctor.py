@@ -55,6 +55,11 @@ _LEAST_DISK_GB, _DISK_GB = 1.0, 10.0
 _PYTHON_GIB, _BESIDE_HEAP_GIB = 1.5, 0.5
 """Of a step with pyarrow or torch, and of a JVM beside its heap; `make demo` takes 3.0 GiB in all."""
 
+_CHECKOUT = (REPOSITORY / "constraints.txt").is_file()
+_AGAIN = "rm .venv/.ready && make env"
+"""`make env` alone does nothing where an environment of the same files is finished."""
+_AGAIN_WITH_PYTHON = "rm -rf .venv && PYTHON=/path/to/python3.11 make env"
+
 _JAVA_HINT = (
     "Debian/Ubuntu: sudo apt-get install openjdk-17-jre-headless; macOS: brew install openjdk@17; then set JAVA_HOME "
     "if another Java stands before it on PATH"
@@ -141,7 +146,10 @@ def _python(_: Settings) -> Check:
     wanted = importlib.metadata.metadata("onetrans")["Requires-Python"]
     version = ".".join(map(str, sys.version_info[:3]))
     fits = SpecifierSet(wanted).contains(version)
-    mend = f"make the environment with Python {wanted}: PYTHON=/path/to/python3.11 make env"
+    # An environment that is there keeps its Python, whatever PYTHON says.
+    mend = f"make the environment again with Python {wanted}: {_AGAIN_WITH_PYTHON}"
+    if not _CHECKOUT:
+        mend = f"install into an environment of Python {wanted}"
     return Check("python", "ok" if fits else "FAIL", f"{version} in {sys.prefix}, needed {wanted}", mend)
 
 
@@ -270,17 +278,24 @@ def _versions(settings: Settings) -> list[Check]:
             wrong.append(f"{requirement.name} is not installed")
         elif not requirement.specifier.contains(version, prereleases=True):
             wrong.append(f"{requirement.name} {version}, needed {requirement.specifier}")
-    install = "make env" if (REPOSITORY / "constraints.txt").is_file() else "pip install --upgrade onetrans"
     if wrong:
         needed = ",".join(sorted(extras - {""}))
-        mend = f"{install}{f'; for {needed}: pip install onetrans[{needed}]' if needed else ''}"
-        return [Check("versions", "FAIL", "; ".join(wrong), mend)]
+        return [Check("versions", "FAIL", "; ".join(wrong), _install(needed))]
     checks = [Check("versions", "ok", f"onetrans {_installed('onetrans')}: every dependency is in its range")]
     other = _unlike_constraints()
     if other:
         shown = ", ".join(other[:4]) + (f" and {len(other) - 4} more" if len(other) > 4 else "")
-        checks.append(Check("versions", "warn", f"not the versions that are tested: {shown}", "make env"))
+        checks.append(Check("versions", "warn", f"not the versions that are tested: {shown}", _AGAIN))
     return checks
+
+
+def _install(extras: str) -> str:
+    """Return how this package is installed again: from the checkout, or from its wheel, for it is on no index."""
+    if not _CHECKOUT:
+        named = f"'PATH/TO/onetrans.whl[{extras}]'" if extras else "PATH/TO/onetrans.whl"
+        return f"pip install --force-reinstall {named} (`make wheel` in a checkout builds it)"
+    # `make env` brings the extras but this one.
+    return f"{_AGAIN}{' && make torchrec' if 'torchrec' in extras.split(',') else ''}"
 
 
 def _extras_in_use(settings: Settings) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -102,6 +103,45 @@ def test_a_package_out_of_its_range_is_named(
     assert "absent" not in checks[0]["found"]
     monkeypatch.setenv("ONETRANS_LAUNCH_PLACE", "kubernetes")
     assert "absent is not installed" in looked(capsys, "versions")[1][0]["found"]
+
+
+def test_what_mends_a_package_makes_the_environment_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`make env` alone ends at once where `.venv/.ready` says that the environment is finished."""
+    monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda _: ["no-such-package>=2"])
+    assert looked(capsys, "versions")[1][0]["mend"] == "rm .venv/.ready && make env"
+    monkeypatch.setenv("ONETRANS_TRAINING_SHARD_ROWS", "1000")
+    assert looked(capsys, "versions")[1][0]["mend"] == "rm .venv/.ready && make env && make torchrec"
+    monkeypatch.setattr(doctor, "_CHECKOUT", False)
+    monkeypatch.setenv("ONETRANS_LAUNCH_PLACE", "kubernetes")
+    assert (
+        "pip install --force-reinstall 'PATH/TO/onetrans.whl[kubernetes,torchrec]'"
+        in (looked(capsys, "versions")[1][0]["mend"])
+    )
+
+
+def test_a_version_unlike_the_tested_one_is_mended_the_same_way(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda _: [])
+    monkeypatch.setattr(doctor, "_unlike_constraints", lambda: ["numpy 1.0 instead of 2.0"])
+    assert looked(capsys, "versions")[1][1]["mend"] == "rm .venv/.ready && make env"
+
+
+def test_another_python_is_had_by_another_environment(capsys: pytest.CaptureFixture[str]) -> None:
+    """`infra/setup.sh` leaves a `.venv/bin/python` that is there as it is."""
+    assert "rm -rf .venv && PYTHON=" in looked(capsys, "python")[1][0]["mend"]
+
+
+def test_no_page_and_no_message_installs_a_name_that_is_on_no_index() -> None:
+    root = doctor.REPOSITORY
+    files = [root / "README.md", *root.glob("docs/*.md")]
+    for folder in ("dags", "expectations", "infra", "jobs", "onetrans"):
+        files += root.glob(f"{folder}/**/*.py")
+    named = re.compile(r"pip install\b[^\n]*?['\" ]onetrans\b(?!\.whl)|['\"]onetrans\[")
+    found = [(str(file), match[0]) for file in files for match in named.finditer(file.read_text(encoding="utf-8"))]
+    assert found == []
 
 
 def test_settings_that_are_refused_are_one_line_and_the_rest_is_looked_at(

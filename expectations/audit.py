@@ -13,6 +13,7 @@ import gc
 import logging
 import sys
 import time
+from dataclasses import replace
 from datetime import date
 from typing import TYPE_CHECKING, Any
 
@@ -69,10 +70,17 @@ def audit_staged(
     view = view_of(table, schema, day.settled_before, day.known) if readable else None
     watched = day.watched
     in_memory = files.rows <= settings.max_rows_in_memory
+    not_judged = []
+    if in_memory and day.too_many:
+        not_judged = [_too_many(key, settings) for key in day.too_many]
+        day = replace(day, too_many={})
     if in_memory:
         profiles, rows = reading.read_here(files, view, watched)
     else:
-        profiles, rows = reading.read_with_spark(files, view, watched, spark or _start_spark())
+        spark = spark or _start_spark()
+        profiles, rows = reading.read_with_spark(files, view, watched, spark)
+        if rows is not None and day.too_many:
+            rows = reading.with_unknown(files, rows, day.too_many, spark)
 
     judge = Judge()
     columns = reading.column_table(
@@ -96,6 +104,7 @@ def audit_staged(
         "rows": files.rows,
         "quarantined": day.staged.quarantined,
         "rows_judged": rows is not None,
+        "not_judged": not_judged,
         "findings": [finding.to_dict() for finding in found],
         "distributions": {path: list(profiles[path].bins) for path in watched if path in profiles},
         "data_docs": page_address(site, settings.address, table, ds),
@@ -111,7 +120,9 @@ def audit_staged(
 
 
 def tell_warnings(verdict: dict[str, Any]) -> None:
-    """Log what an audit found that does not stop the day."""
+    """Log what an audit found that does not stop the day, and what it could not judge."""
+    for text in verdict["not_judged"]:
+        logger.warning("%s %s: not judged: %s", verdict["table"], verdict["ds"], text)
     for finding in verdict["findings"]:
         if finding["severity"] != "critical":
             logger.warning("%s %s: %s", verdict["table"], verdict["ds"], _told(finding))
@@ -133,6 +144,16 @@ def _told(finding: dict[str, Any]) -> str:
     return str(Finding(**finding))
 
 
+def _too_many(key: str, settings: AuditSettings) -> str:
+    """Say that a rule is not in force: the ids are too many for memory, the day too small for a Spark session."""
+    from expectations.day import FEATURES_OF
+
+    return (
+        f"whether each {key} has a row in {FEATURES_OF[key]}, which holds more rows than audit.max_rows_in_memory = "
+        f"{settings.max_rows_in_memory:,}"
+    )
+
+
 def _summary(verdict: dict[str, Any]) -> str:
     unjudged = "" if verdict["rows_judged"] else "; the rows were not judged, because columns are not as declared"
     refused = (
@@ -141,7 +162,8 @@ def _summary(verdict: dict[str, Any]) -> str:
     )
     return (
         f"{verdict['rows']:,} rows, {verdict['evaluated']} expectations: {verdict['critical']} critical not met, "
-        f"{verdict['warnings']} warnings{unjudged}{refused if verdict['quarantined'] else ''}"
+        f"{verdict['warnings']} warnings{unjudged}{''.join(f'; not judged: {text}' for text in verdict['not_judged'])}"
+        f"{refused if verdict['quarantined'] else ''}"
     )
 
 

@@ -18,6 +18,9 @@ from onetrans.lake import Lake, PublishedDay, Staged
 from onetrans.schema import FeatureSchema
 from onetrans.settings import AuditSettings
 
+FEATURES_OF = {"user_id": "user_features", "item_id": "item_features"}
+"""Key -> the table that holds its features."""
+
 _FEWEST_DAYS = 3
 
 
@@ -45,6 +48,8 @@ class AuditDay:
     """Whether the log was older than its longest window on all of the earlier days."""
     known: Mapping[str, pa.Array] = field(default_factory=dict)
     """``user_id`` and ``item_id`` that have a row in the feature tables this table was built from."""
+    too_many: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Where these are too many to be held: the files they stand in, which Spark joins."""
 
     @property
     def table(self) -> str:
@@ -146,8 +151,13 @@ def audit_day(lake: Lake, schema: FeatureSchema, settings: AuditSettings, staged
     )
     snapshot = staged.inputs.get("impressions")
     if staged.table == "training_requests":
-        known = _known_ids(lake, settings, staged)
-        return replace(found, known=known, **(_of_impressions(lake, staged, snapshot) if snapshot is not None else {}))
+        known, too_many = _known_ids(lake, settings, staged)
+        return replace(
+            found,
+            known=known,
+            too_many=too_many,
+            **(_of_impressions(lake, staged, snapshot) if snapshot is not None else {}),
+        )
     if snapshot is not None and staged.table in ("user_features", "item_features"):
         window = days_before(staged.ds, longest)
         rows = sum(day.rows for day in lake.published("impressions", snapshot) if day.ds in window)
@@ -164,16 +174,20 @@ def _of_impressions(lake: Lake, staged: Staged, snapshot: int) -> dict[str, Any]
     return {"impressions": rows, "labels": (labels[0], labels[1]) if len(labels) == 2 else None}
 
 
-def _known_ids(lake: Lake, settings: AuditSettings, staged: Staged) -> dict[str, pa.Array]:
-    """Return the ids that have a row in the feature tables ``training_requests`` joined."""
-    known = {}
-    for table, key in (("user_features", "user_id"), ("item_features", "item_id")):
+def _known_ids(
+    lake: Lake, settings: AuditSettings, staged: Staged
+) -> tuple[dict[str, pa.Array], dict[str, tuple[str, ...]]]:
+    """Return the ids that have a row in the feature tables ``training_requests`` joined, or files of too many ids."""
+    known, too_many = {}, {}
+    for key, table in FEATURES_OF.items():
         snapshot = staged.inputs.get(table)
         there = [] if snapshot is None else [d for d in lake.published(table, snapshot) if d.ds == staged.ds]
-        # Ids of a day too large for memory are not held here, and their absence is not judged.
+        files = lake.files(table, [staged.ds], snapshot) if there else []
         if there and there[0].rows <= settings.max_rows_in_memory:
-            known[key] = _column(lake.files(table, [staged.ds], snapshot), key)
-    return known
+            known[key] = _column(files, key)
+        elif there:
+            too_many[key] = tuple(files)
+    return known, too_many
 
 
 def _column(files: list[str], name: str) -> pa.Array:

@@ -134,6 +134,38 @@ def read_with_spark(
     return profiles, staged.mapInArrow(apply, from_arrow_schema(empty.schema))
 
 
+def with_unknown(
+    files: StagedFiles, rows: SparkDataFrame, ids: Mapping[str, tuple[str, ...]], spark: SparkSession
+) -> SparkDataFrame:
+    """Add to the view of requests what it holds where the ids with features fit in memory: the shares without any.
+
+    Here they are counted by a join with the files of ``ids``, over all requests at once, and stand in every row.
+    """
+    from pyspark.sql import functions as F
+
+    from jobs.objects import readable
+
+    requests = spark.read.parquet(*readable(spark, files.paths))
+    asked = {
+        "user_id": ("user_unknown", requests.select("user_id", F.lit(1.0).alias("weight"))),
+        "item_id": (
+            "candidates_unknown",
+            requests.select(
+                F.explode("candidates.item_id").alias("item_id"), (F.lit(1.0) / F.size("candidates")).alias("weight")
+            ),
+        ),
+    }
+    for key, paths in ids.items():
+        column, weighted = asked[key]
+        there = spark.read.parquet(*readable(spark, paths)).select(key)
+        # One row per id goes into the join, however often an item was shown.
+        absent = weighted.groupBy(key).agg(F.sum("weight").alias("weight")).join(there, key, "left_anti")
+        total = absent.agg(F.sum("weight")).first()
+        assert total is not None  # an aggregate without keys has one row
+        rows = rows.withColumn(column, F.lit((total[0] or 0.0) / max(files.rows, 1)))
+    return rows
+
+
 def column_table(
     files: StagedFiles,
     declared: list[Column],

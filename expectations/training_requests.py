@@ -75,8 +75,8 @@ def expectations(day: AuditDay) -> list[Expectation]:
         for name, total in zip(("clicks", "conversions"), day.labels, strict=True):
             text = f"the candidates have the {name} of the published impressions, {total:,}"
             declared.append(rules.adds_up_to(f"candidates_{name}", total, text))
-    if "user_id" in day.known:
+    if "user_id" in {*day.known, *day.too_many}:
         declared.append(rules.few_unknown("user_unknown", day, "the user has no row in user_features"))
-    if "item_id" in day.known:
+    if "item_id" in {*day.known, *day.too_many}:
         declared.append(rules.few_unknown("candidates_unknown", day, "a candidate has no row in item_features"))
     return declared

@@ -19,6 +19,7 @@ from onetrans.schema import Aggregates, Feature, FeatureSchema, Sequence, hash64
 DS = date(2024, 2, 29)
 NOON = datetime(2024, 2, 29, 12, tzinfo=UTC)
 ROWS = 24
+LABELS = ("click", "conversion")
 
 Row = dict[str, Any]
 SECOND = timedelta(seconds=1)
@@ -323,6 +324,46 @@ def publish(lake: Lake, table: str, data: pa.Table, ds: date = DS, **verdict: An
     """Stage a day, call it audited, and publish it."""
     lake.write_verdict(stage(lake, table, data, ds), {"passed": True, **verdict})
     return lake.publish(table, ds)
+
+
+INPUTS: dict[str, dict[str, Any]] = {
+    "user_features": {"window": ROWS * 50},
+    "item_features": {"window": ROWS * 50},
+    "training_requests": {
+        "impressions": ROWS * 3,
+        "labels": (24, 12),
+        "user_features": ROWS,
+        "item_features": ROWS,
+    },
+}
+"""What the valid day of a table was built from, as :func:`publish_inputs` takes it."""
+
+
+def repeated(table: str, rows: int, ds: date = DS) -> pa.Table:
+    """So many rows of a valid table, as of a day."""
+    data = valid_table(table)
+    data = data.set_column(0, "ds", pa.array([ds] * data.num_rows))
+    return data.take([i % data.num_rows for i in range(rows)])
+
+
+def publish_inputs(lake: Lake, about: dict[str, Any]) -> dict[str, int]:
+    """Publish what the day was built from: so many rows of impressions (with their labels), of users and items."""
+    inputs = {}
+    if "impressions" in about:
+        counted = {label: [0, 0, ones] for label, ones in zip(LABELS, about.get("labels", ()), strict=False)}
+        data = repeated("impressions", about["impressions"])
+        inputs["impressions"] = publish(lake, "impressions", data, distributions=counted)
+    if "window" in about:
+        for back, rows in ((3, 1), (1, about["window"] - 1)):
+            ds = DS - timedelta(days=back)
+            inputs["impressions"] = publish(lake, "impressions", repeated("impressions", rows, ds), ds)
+    for table in ("user_features", "item_features"):
+        if table in about:
+            # Where they are few, the last ids, so that hardly any is one of the requests.
+            count = about[table]
+            data = valid_table(table).slice(ROWS - count) if count < ROWS else repeated(table, count)
+            inputs[table] = publish(lake, table, data)
+    return inputs
 
 
 def usual_distributions(table: str) -> dict[str, list[int]]:

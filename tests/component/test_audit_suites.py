@@ -6,8 +6,8 @@ The cases double as a list of what the audit notices.  ``test_every_expectation_
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from datetime import date, timedelta
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -25,19 +25,21 @@ from onetrans.settings import AuditSettings, LakeSettings
 from tests.audit_tables import (
     DS,
     FACTORIES,
+    INPUTS,
+    LABELS,
     NOON,
     ROWS,
     SECOND,
     Row,
     audit_schema,
     publish,
+    publish_inputs,
+    repeated,
     stage,
     usual_distributions,
-    valid_table,
 )
 
 DAY = timedelta(days=1)
-LABELS = ("click", "conversion")
 Rows = list[Row]
 
 
@@ -728,23 +730,30 @@ def mostly(rows: Rows) -> None:
 
 @pytest.mark.parametrize("table", SUITES)
 def test_a_valid_day_fires_nothing(table: str, lake: Lake) -> None:
-    manifest = {
-        "user_features": {"window": ROWS * 50},
-        "item_features": {"window": ROWS * 50},
-        "training_requests": {
-            "impressions": ROWS * 3,
-            "labels": (24, 12),
-            "user_features": ROWS,
-            "item_features": ROWS,
-        },
-    }
-    verdict = _audit(Case(table, "valid", "", "", earlier=FOUR_DAYS, manifest=manifest.get(table, {})), lake)
+    verdict = _audit(Case(table, "valid", "", "", earlier=FOUR_DAYS, manifest=INPUTS.get(table, {})), lake)
     judged = {str(rule.description).split(":")[0] for rule in SUITES[table].expectations(_day(table))}
     assert verdict["evaluated"] == len(judged) + len(rules.columns_as_declared()), "every rule was in force"
     assert verdict["findings"] == []
     assert verdict["passed"]
     assert verdict["rows"] == ROWS
     assert verdict["rows_judged"]
+
+
+def test_what_is_not_judged_is_said(lake: Lake) -> None:
+    """A small day of requests beside feature tables whose ids do not fit in memory: no Spark is started for it."""
+    case = Case(
+        "training_requests", "many ids", "", "", manifest={"user_features": ROWS + 1, "item_features": ROWS},
+        settings={"max_rows_in_memory": ROWS},
+    )  # fmt: skip
+    verdict = _audit(case, lake)
+    assert (verdict["engine"], verdict["findings"], verdict["passed"]) == ("pandas", [], True)
+    assert verdict["not_judged"] == [
+        "whether each user_id has a row in user_features, which holds more rows than audit.max_rows_in_memory = 24"
+    ]
+    page = storage.read_bytes(verdict["data_docs"]).decode()
+    assert f"; not judged: {verdict['not_judged'][0]}" in page
+    judged = _audit(replace(case, settings={}), lake)
+    assert (judged["not_judged"], judged["evaluated"]) == ([], verdict["evaluated"] + 1)
 
 
 @pytest.mark.parametrize("table", SUITES)
@@ -780,32 +789,12 @@ def _day(table: str) -> AuditDay:
 def _prepare(case: Case, lake: Lake) -> None:
     usual = {"distributions": usual_distributions(case.table)}
     for back, count in enumerate(reversed(case.earlier), start=1):
-        publish(lake, case.table, _repeated(case.table, count, DS - back * DAY), DS - back * DAY, **usual)
+        publish(lake, case.table, repeated(case.table, count, DS - back * DAY), DS - back * DAY, **usual)
     manifest = {name: value for name, value in case.manifest.items() if name == "rows"}
-    manifest["inputs"] = _publish_inputs(case.manifest, lake)
+    manifest["inputs"] = publish_inputs(lake, case.manifest)
     kinds, rows = FACTORIES[case.table]()
     case.rows(rows)
     stage(lake, case.table, case.columns(pa.Table.from_pylist(rows, schema=kinds)), **manifest)
-
-
-def _publish_inputs(about: dict[str, Any], lake: Lake) -> dict[str, int]:
-    """Publish what the day was built from: so many rows of impressions (with their labels), of users and items."""
-    inputs = {}
-    if "impressions" in about:
-        counted = {label: [0, 0, ones] for label, ones in zip(LABELS, about.get("labels", ()), strict=False)}
-        data = _repeated("impressions", about["impressions"])
-        inputs["impressions"] = publish(lake, "impressions", data, distributions=counted)
-    if "window" in about:
-        for back, rows in ((3, 1), (1, about["window"] - 1)):
-            inputs["impressions"] = publish(
-                lake, "impressions", _repeated("impressions", rows, DS - back * DAY), DS - back * DAY
-            )
-    for table in ("user_features", "item_features"):
-        if table in about:
-            # The last ids, so that few of them are those of the requests.
-            data = valid_table(table).slice(0 if about[table] == ROWS else ROWS - about[table])
-            inputs[table] = publish(lake, table, data)
-    return inputs
 
 
 def _audit(case: Case, lake: Lake) -> dict[str, Any]:
@@ -813,9 +802,3 @@ def _audit(case: Case, lake: Lake) -> dict[str, Any]:
     # The rows of a valid day lie around noon.
     settings = AuditSettings(**{"max_quiet_hours": 12.0, **case.settings})
     return audit_staged(lake, audit_schema(), case.table, DS, settings=settings)
-
-
-def _repeated(table: str, rows: int, ds: date = DS) -> pa.Table:
-    data = valid_table(table)
-    data = data.set_column(0, "ds", pa.array([ds] * data.num_rows))
-    return data.take([i % data.num_rows for i in range(rows)])

@@ -12,14 +12,18 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from datetime import date
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from pyiceberg.exceptions import NoSuchTableError
 
+from onetrans import storage
 from onetrans.days import parse_day
 from onetrans.errors import EXIT_OK, BadConfigError, BadDataError, NotReadyError
 from onetrans.lake import QUARANTINE, Lake, Repair
@@ -28,6 +32,8 @@ from onetrans.settings import load_settings
 
 TABLES = ("impressions", "behaviors", "user_features", "item_features")
 """Tables whose job refuses rows."""
+
+_ROWS_AT_ONCE = 10_000
 
 EXAMPLES = """examples:
   onetrans quarantine list
@@ -69,23 +75,37 @@ def run(arguments: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-def refused_rows(lake: Lake, table: str | None = None, ds: date | None = None) -> list[dict[str, Any]]:
-    """Return the rows of the quarantine, of all tables and days or of one."""
-    days = None if ds is None else [ds]
+def refused_rows(
+    lake: Lake, columns: Sequence[str], table: str | None = None, ds: date | None = None, reason: str = ""
+) -> Iterator[pa.RecordBatch]:
+    """Yield some columns of the refused rows, a part at a time; of all tables, days and reasons or of one.
+
+    Only the files of the table, one of ``TABLES``, and day are opened.  One that was written before files were kept
+    has no ``file``.
+    """
     try:
-        rows: pa.Table = lake.read(QUARANTINE, days)
+        kept = lake.table(QUARANTINE)
     except NoSuchTableError:
-        return []
-    found = [row for row in rows.to_pylist() if table in (None, row["table_name"])]
-    # A quarantine that was written before files were kept has no such column.
-    return sorted(({"file": None, **row} for row in found), key=lambda row: (row["ds"], row["table_name"], row["raw"]))
+        return
+    among = [f"ds = '{ds}'"] * (ds is not None) + [f"table_name = '{table}'"] * (table is not None)
+    scan = kept.scan(row_filter=" and ".join(among) or "true")
+    for path in sorted(task.file.file_path for task in scan.plan_files()):
+        filesystem, inner = storage.open_filesystem(path)
+        with filesystem.open_input_file(inner) as opened:
+            file = pq.ParquetFile(opened)
+            there = [name for name in columns if name in file.schema_arrow.names]
+            for batch in file.iter_batches(_ROWS_AT_ONCE, columns=there):
+                yield batch.filter(pc.match_substring(batch["reason"], reason)) if reason else batch
 
 
 def _list(lake: Lake, arguments: argparse.Namespace) -> None:
     ds = parse_day(arguments.ds) if arguments.ds else None
-    rows = refused_rows(lake, arguments.table, ds)
-    counts = Counter((str(row["ds"]), row["table_name"], row["reason"]) for row in rows)
-    listed = [{"ds": ds, "table": t, "rows": n, "reason": reason} for (ds, t, reason), n in sorted(counts.items())]
+    keys = ("ds", "table_name", "reason")
+    counts: Counter[tuple[str, ...]] = Counter()
+    for batch in refused_rows(lake, keys, arguments.table, ds):
+        for found in pa.table(batch).group_by(list(keys)).aggregate([([], "count_all")]).to_pylist():
+            counts[tuple(str(found[key]) for key in keys)] += found["count_all"]
+    listed = [{"ds": day, "table": t, "rows": n, "reason": reason} for (day, t, reason), n in sorted(counts.items())]
     if arguments.json:
         print_json(listed)
     elif not listed:
@@ -96,35 +116,53 @@ def _list(lake: Lake, arguments: argparse.Namespace) -> None:
 
 def _show(lake: Lake, arguments: argparse.Namespace) -> None:
     ds = parse_day(arguments.ds)
-    rows = [row for row in refused_rows(lake, arguments.table, ds) if arguments.reason in row["reason"]]
-    if not rows:
+    chosen = (arguments.table, ds, arguments.reason)
+    count = _count(lake, *chosen)
+    if not count:
         print(f"{arguments.table} {ds}: no such row is refused")
         return
+    rows = (row for batch in refused_rows(lake, ["reason", "raw", "file"], *chosen) for row in batch.to_pylist())
     if arguments.out:
-        with arguments.out.open("w", encoding="utf-8") as file:
+        with arguments.out.open("w", encoding="utf-8") as out:
             for row in rows:
-                line = {"reason": row["reason"], "file": row["file"], "refused": row["raw"], "row": _parsed(row["raw"])}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        print(f'{arguments.table} {ds}: {len(rows):,} rows written to {arguments.out}; correct what stands under "row"')
+                raw = row["raw"]
+                line = {"reason": row["reason"], "file": row.get("file"), "refused": raw, "row": _parsed(raw)}
+                out.write(json.dumps(line, ensure_ascii=False) + "\n")
+        print(f'{arguments.table} {ds}: {count:,} rows written to {arguments.out}; correct what stands under "row"')
         return
-    for row in rows[: arguments.limit]:
-        print(f"{row['reason']}\n  file {row['file'] or 'not known'}\n  {row['raw']}")
-    if len(rows) > arguments.limit:
-        print(f"... and {len(rows) - arguments.limit:,} more (--limit, or --out FILE for all)")
+    for row in islice(rows, arguments.limit):
+        print(f"{row['reason']}\n  file {row.get('file') or 'not known'}\n  {row['raw']}")
+    if count > arguments.limit:
+        print(f"... and {count - arguments.limit:,} more (--limit, or --out FILE for all)")
 
 
-def read_repairs(path: Path, refused: list[dict[str, Any]], where: str) -> list[Repair]:
+def _count(lake: Lake, table: str, ds: date, reason: str = "") -> int:
+    return sum(batch.num_rows for batch in refused_rows(lake, ["reason"], table, ds, reason))
+
+
+def _refused_of(lake: Lake, table: str, ds: date, path: Path) -> set[str]:
+    """Return the refused rows, as text, that a file of repairs names and that are refused now."""
+    named = {line["refused"] for _, line in _lines(path) if isinstance(line, dict) and "refused" in line}
+    texts = pa.array(sorted(text for text in named if isinstance(text, str)), pa.string())
+    found: set[str] = set()
+    for batch in refused_rows(lake, ["raw"], table, ds):
+        found.update(batch["raw"].filter(pc.is_in(batch["raw"], value_set=texts)).to_pylist())
+    return found
+
+
+def read_repairs(path: Path, refused: Collection[str], where: str) -> list[Repair]:
     """Return the repairs a file holds: its lines whose row is not the refused one any more.
+
+    ``refused`` are the rows, as text, that are refused now.
 
     Raises:
         BadConfigError: if the file or a line is none, names a row that is not refused, or nothing was changed.
     """
-    known = {row["raw"] for row in refused}
     repairs = []
     for number, line in _lines(path):
         if not isinstance(line, dict) or not {"refused", "row"} <= set(line):
             raise BadConfigError(f"{path}, line {number}: not a line that `onetrans quarantine show --out` wrote")
-        if line["refused"] not in known:
+        if line["refused"] not in refused:
             raise BadConfigError(
                 f"{path}, line {number}: {where} has not refused this row, or no longer: {line['refused'][:300]}"
             )
@@ -154,8 +192,8 @@ def _lines(path: Path) -> Iterator[tuple[int, Any]]:
 
 def _replay(lake: Lake, table: str, ds: date, path: Path) -> None:
     where = f"{table} {ds}"
-    refused = refused_rows(lake, table, ds)
-    repairs = read_repairs(path, refused, where)
+    repairs = read_repairs(path, _refused_of(lake, table, ds, path), where)
+    before = _count(lake, table, ds)
     # Spark takes seconds to import and start: a wrong file should not cost them.
     import importlib
 
@@ -173,11 +211,11 @@ def _replay(lake: Lake, table: str, ds: date, path: Path) -> None:
         build_day(work, table, importlib.import_module(f"jobs.{table}").build, ds)
         audit_and_publish(work, table, ds)
         tell_stale(work, date.min)
-    left = len(refused_rows(lake, table, ds))
+    left = _count(lake, table, ds)
     dropped = sum(repair.repaired is None for repair in repairs)
     print(
         f"{where}: published with {len(repairs) - dropped:,} repaired rows, {dropped:,} left out; {left:,} of "
-        f"{len(refused):,} are still refused"
+        f"{before:,} are still refused"
     )
 
 

@@ -60,6 +60,7 @@ READ_JSON = {
 """How times of a repaired row are written: as ``AS_JSON`` writes them, or shorter."""
 
 _ROWS_PER_FILE = 2_000_000
+_REFUSED_PER_FILE = 100_000
 _ROW_GROUP_BYTES = 16 << 20
 _EXAMPLE_CHARACTERS = 2_000
 
@@ -306,7 +307,7 @@ class Workspace:
             "file",
             F.lit(attempt).alias("attempt"),
         )
-        write(kept.coalesce(1), path)
+        write(kept.repartition(1 + refused // _REFUSED_PER_FILE), path)
         files = storage.list_files(path, ".parquet")
         self.lake.replace_partition(QUARANTINE, {"ds": ds, "table_name": table}, files)
         text = f"{refused:,} of {rows:,} rows ({100 * refused / rows:.1f} %) were refused: {_reasons(files)}"
@@ -415,9 +416,11 @@ def _reasons(files: list[str]) -> str:
         filesystem, inner = storage.open_filesystem(file)
         with filesystem.open_input_file(inner) as opened:
             for batch in pq.ParquetFile(opened).iter_batches(columns=["reason", "raw"]):
-                counts.update(batch["reason"].to_pylist())
-                for reason, raw in zip(batch["reason"].to_pylist(), batch["raw"].to_pylist(), strict=True):
-                    examples.setdefault(reason, _shortened(raw))
+                for found in batch["reason"].value_counts().to_pylist():
+                    reason = found["values"]
+                    counts[reason] += found["counts"]
+                    if reason not in examples:
+                        examples[reason] = _shortened(batch["raw"][batch["reason"].index(reason).as_py()].as_py())
     return "; ".join(f"{n:,} x '{reason}', for example {examples[reason]}" for reason, n in counts.most_common())
 
 

@@ -256,7 +256,7 @@ def test_a_wrong_file_of_repairs_is_refused(tmp_path: Path, text: str, message: 
     path = tmp_path / "rows.jsonl"
     path.write_text(text + "\n")
     with pytest.raises(BadConfigError, match=message):
-        read_repairs(path, [{"raw": '{"a": 1}'}], "impressions")
+        read_repairs(path, {'{"a": 1}'}, "impressions")
 
 
 def test_rows_that_a_source_makes_cannot_be_replaced(

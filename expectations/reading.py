@@ -110,7 +110,13 @@ def read_here(
     table = pa.Table.from_batches(views)
     # Text becomes a category: Great Expectations copies the frame for every rule, and codes are cheap to copy.
     text = [field.name for field in table.schema if pa.types.is_string(field.type)]
-    return merge_profiles(profiles), table.to_pandas(categories=text, self_destruct=True)
+    # Pandas would make floats of integers among which one is missing, and an id of 64 bits would be another's.
+    exact = {
+        field.name: table[field.name].to_pandas(integer_object_nulls=True)
+        for field in table.schema
+        if pa.types.is_int64(field.type) and table[field.name].null_count
+    }
+    return merge_profiles(profiles), table.to_pandas(categories=text, self_destruct=True).assign(**exact)
 
 
 def read_with_spark(

@@ -372,5 +372,9 @@ def _running_text(running: Any, airflow: Mapping[str, Any] | None) -> str:
         else:
             ill = [f"{part} {state}" for part, state in airflow["health"].items() if state != "healthy"]
             lines.append(f"Airflow at {airflow['address']}: {', '.join(ill) or 'healthy'}")
-            lines += airflow["running"] if airflow["running"] is not None else ["its runs are shown after a login"]
+            lines += (
+                airflow["running"]
+                if airflow["running"] is not None
+                else [f"its runs are shown to who logs in: {reach.TOKEN}"]
+            )
     return "\n".join(lines) or "nothing on this machine; no Airflow is set up here"

@@ -13,23 +13,30 @@ from infra.local.homes import airflow_home, chosen_config
 SERVERS = ("metadatabase", "scheduler", "dag_processor", "triggerer")
 """Parts of Airflow whose health it reports."""
 
+TOKEN = "AIRFLOW_CLI_TOKEN"
+"""Variable with the bearer token of a user who may read runs, where Airflow has real logins."""
+
 _PATIENCE_S = 5.0
 
 
 def address(environ: Mapping[str, str] = os.environ) -> str | None:
     """Return the address of Airflow's API; None where none was ever set up.
 
-    That is ``AIRFLOW__API__BASE_URL``, else ``[api] base_url`` of the ``airflow.cfg`` in ``AIRFLOW_HOME``, else that of
-    the local Airflow (``make ui``) of this configuration.
+    That is ``[api] base_url``, else where tasks reach the server (``[core] execution_api_server_url``, all that a
+    deployment of several machines must set): each by its variable (``AIRFLOW__API__BASE_URL``,
+    ``AIRFLOW__CORE__EXECUTION_API_SERVER_URL``), else by the ``airflow.cfg`` in ``AIRFLOW_HOME``, else by that of the
+    local Airflow (``make ui``) of this configuration.
     """
-    named = environ.get("AIRFLOW__API__BASE_URL", "")
-    if named:
-        return named.rstrip("/")
     home = environ.get("AIRFLOW_HOME", "")
     file = (Path(home) if home else airflow_home(chosen_config(None, environ))) / "airflow.cfg"
     written = configparser.ConfigParser(interpolation=None, strict=False)
     written.read(file, encoding="utf-8")
-    return written.get("api", "base_url", fallback="").rstrip("/") or None
+    for section, option in (("api", "base_url"), ("core", "execution_api_server_url")):
+        variable = environ.get(f"AIRFLOW__{section.upper()}__{option.upper()}", "")
+        found = (variable or written.get(section, option, fallback="")).rstrip("/")
+        if found:
+            return found if section == "api" else found.removesuffix("/execution")
+    return None
 
 
 def health(where: str) -> dict[str, str]:
@@ -43,13 +50,15 @@ def health(where: str) -> dict[str, str]:
     return {part: (found.get(part) or {}).get("status") or "not there" for part in SERVERS}
 
 
-def running(where: str) -> list[str] | None:
+def running(where: str, environ: Mapping[str, str] = os.environ) -> list[str] | None:
     """Return what runs now, as ``dag_id run_id: tasks``; None if Airflow shows that only to those who log in.
+
+    A login is the bearer token in :data:`TOKEN`; without one Airflow is asked for the token that it gives to all.
 
     Raises:
         OSError: if the address does not answer.
     """
-    api = AirflowApi(where, _PATIENCE_S)
+    api = AirflowApi(where, _PATIENCE_S, environ.get(TOKEN, ""))
     try:
         runs = api.call("GET", "/dags/~/dagRuns?state=running&limit=100")["dag_runs"]
         tasks = api.call("GET", "/dags/~/dagRuns/~/taskInstances?state=running&limit=100")["task_instances"]

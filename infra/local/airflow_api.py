@@ -59,13 +59,13 @@ class Run:
 
 
 class AirflowApi:
-    """Calls to one API server whose auth manager takes every caller of loopback for an administrator."""
+    """Calls to one API server: with a token, or where every caller is taken for an administrator, as on loopback."""
 
-    def __init__(self, address: str, timeout: float = 120.0) -> None:
+    def __init__(self, address: str, timeout: float = 120.0, token: str = "") -> None:
         # A machine that is busy was seen to take more than half a minute for an answer.
         self.address = address.rstrip("/")
         self.timeout = timeout
-        self._token = ""
+        self._token = token
 
     def call(self, method: str, path: str, body: Mapping[str, Any] | None = None, accept: str = "") -> Any:
         """Make one call under ``/api/v2`` and return the decoded answer.

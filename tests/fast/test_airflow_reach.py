@@ -1,0 +1,87 @@
+"""Where Airflow is found in production, and that what it runs is shown to who has a token, where it asks for one."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import yaml
+
+from infra import status
+from infra.airflow import reach
+
+ROOT = Path(__file__).parents[2]
+
+
+class _LoggedIn(BaseHTTPRequestHandler):
+    """Airflow's routes as an auth manager with passwords answers them: no token for nothing, 401 without a good one."""
+
+    def do_GET(self) -> None:
+        path = self.path.split("?")[0]
+        if path == "/api/v2/monitor/health":
+            self._answer(200, {part: {"status": "healthy"} for part in reach.SERVERS})
+        elif path == "/auth/token" or self.headers.get("Authorization") != "Bearer good":
+            self._answer(401, {"detail": "Invalid credentials"})
+        elif path.endswith("/taskInstances"):
+            task = {"dag_id": "ranking_model", "dag_run_id": "night", "task_id": "train"}
+            self._answer(200, {"task_instances": [task]})
+        else:
+            self._answer(200, {"dag_runs": [{"dag_id": "ranking_model", "dag_run_id": "night"}]})
+
+    def _answer(self, code: int, body: object) -> None:
+        self.send_response(code)
+        self.end_headers()
+        self.wfile.write(json.dumps(body).encode())
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def address() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _LoggedIn) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def _nothing_local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AIRFLOW__API__BASE_URL", "AIRFLOW__CORE__EXECUTION_API_SERVER_URL", reach.TOKEN):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AIRFLOW_HOME", str(tmp_path))
+
+
+def test_it_is_found_by_what_the_compose_file_sets(tmp_path: Path) -> None:
+    written = (ROOT / "infra" / "compose.yaml").read_text(encoding="utf-8")
+    given = yaml.safe_load(written)["x-airflow"]["environment"]
+    environ = {"AIRFLOW_HOME": str(tmp_path), **{k: v for k, v in given.items() if re.fullmatch("AIRFLOW__.*", k)}}
+    assert reach.address(environ) == "http://airflow-api-server:8080"
+    assert reach.address(environ | {"AIRFLOW__API__BASE_URL": "https://airflow.example/"}) == "https://airflow.example"
+
+
+def test_it_is_found_by_the_file_that_the_chart_mounts(tmp_path: Path) -> None:
+    (tmp_path / "airflow.cfg").write_text(
+        "[core]\nexecution_api_server_url = http://airflow-api-server:8080/execution/\n"
+    )
+    assert reach.address({"AIRFLOW_HOME": str(tmp_path)}) == "http://airflow-api-server:8080"
+
+
+def test_nothing_set_up_is_nothing_found(tmp_path: Path) -> None:
+    assert reach.address({"AIRFLOW_HOME": str(tmp_path)}) is None
+
+
+def test_status_shows_the_runs_to_a_token_only(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AIRFLOW__CORE__EXECUTION_API_SERVER_URL", f"{address}/execution/")
+    for given in ("", "bad"):
+        monkeypatch.setenv(reach.TOKEN, given)
+        told = status._running_text([], status._airflow())
+        assert told == f"Airflow at {address}: healthy\nits runs are shown to who logs in: AIRFLOW_CLI_TOKEN"
+    monkeypatch.setenv(reach.TOKEN, "good")
+    told = status._running_text([], status._airflow())
+    assert told == f"Airflow at {address}: healthy\nranking_model night: train"

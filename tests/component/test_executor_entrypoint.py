@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pyspark
+import pytest
 
 from tests.images import DOCKERFILE, image_environment
 from tests.spark_cluster import spark_cluster
@@ -48,6 +49,7 @@ finally:
 """
 
 
+@pytest.mark.nightly
 def test_an_executor_joins_its_driver_and_has_the_image_s_python(tmp_path: Path) -> None:
     image = image_environment("airflow")
     assert image["SPARK_HOME"].endswith("/site-packages/pyspark")
@@ -59,6 +61,6 @@ def test_an_executor_joins_its_driver_and_has_the_image_s_python(tmp_path: Path)
                 **os.environ, **image, "PYTHONPATH": str(DOCKERFILE.parents[2]), "PYSPARK_PYTHON": sys.executable,
                 "SPARK_HOME": str(Path(pyspark.__file__).parent), "SPARK_LOCAL_IP": "127.0.0.1",
             },
-            capture_output=True, text=True, timeout=240,
+            capture_output=True, text=True, timeout=500,
         )  # fmt: skip
     assert done.stdout.strip() == "Row(config='none', rows=7)", done.stderr[-2000:] + log.read_text()[-2000:]

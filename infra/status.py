@@ -171,9 +171,10 @@ def _others(settings: Settings, most: int) -> list[dict[str, Any]]:
 
 def _champion(settings: Settings) -> dict[str, Any] | None:
     """Return the version that serves, since when and why; None: there is none, or no registry yet."""
-    uri = settings.mlflow.tracking_uri
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///").split("?")[0]).exists():
-        return None  # a look must not make one
+    from onetrans.tracking import store_is_there
+
+    if not store_is_there(settings.mlflow):
+        return None
     from onetrans.commands.registry import describe
     from onetrans.registry import CHAMPION, TAG_BY_HAND, TAG_FORCED, TAG_PROMOTED, Registry
     from onetrans.tracking import TAG_DAY, TAG_PLAN, answering

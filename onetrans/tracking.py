@@ -139,6 +139,12 @@ def one_at_a_time(tracking_uri: str) -> Iterator[None]:
             _turn.mine = ""
 
 
+def store_is_there(settings: MlflowSettings) -> bool:
+    """Tell whether a SQLite store was made yet, which a look must not make; a server's always is."""
+    uri = settings.tracking_uri
+    return not uri.startswith("sqlite:///") or Path(uri.removeprefix("sqlite:///").split("?")[0]).exists()
+
+
 def _lock_file(tracking_uri: str) -> Path:
     """Return the file whose lock is a turn: beside a SQLite store, in the temporary folder for a server's."""
     if tracking_uri.startswith("sqlite:///"):

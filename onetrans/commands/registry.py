@@ -22,6 +22,7 @@ from onetrans.tracking import (
     TAG_DECISION,
     TAG_PLAN,
     answering,
+    store_is_there,
 )
 
 if TYPE_CHECKING:
@@ -68,6 +69,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Do one action."""
     settings = load_settings().mlflow
+    if not store_is_there(settings):
+        if arguments.action != "list":
+            raise BadConfigError(
+                f"there is no registry yet: MLflow's store {settings.tracking_uri} (mlflow.tracking_uri) is not there; "
+                "the first training of a day makes it"
+            )
+        print_json([]) if arguments.json else print(versions_table([]))
+        return 0
     with answering(settings):
         return _do(Registry(settings), arguments)
 

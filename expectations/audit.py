@@ -21,6 +21,7 @@ from onetrans.days import parse_day
 from onetrans.errors import EXIT_OK, BadDataError
 from onetrans.lake import SCORES, TABLES, Lake
 from onetrans.process import EXIT_CODES, Parser, exit_code_of, see
+from onetrans.progress import long_steps
 from onetrans.schema import FeatureSchema, load_schema
 from onetrans.settings import AuditSettings, load_settings
 
@@ -186,6 +187,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("table", metavar="TABLE", help=f"table whose staged day is audited: {', '.join(tables)}")
     parser.add_argument("--ds", required=True, metavar="DAY", help="the day, YYYY-MM-DD")
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    logging.getLogger("onetrans.progress").setLevel(logging.INFO)
     return exit_code_of(lambda: _run(parser.parse_args(argv)))
 
 
@@ -194,7 +196,8 @@ def _run(arguments: argparse.Namespace) -> int:
     lake = Lake(settings.lake)
     ds = parse_day(arguments.ds)
     lake.staged(arguments.table, ds)
-    verdict = audit_staged(lake, load_schema(settings.source), arguments.table, ds, settings=settings.audit)
+    with long_steps(None, f"audit of {arguments.table} {ds}"):
+        verdict = audit_staged(lake, load_schema(settings.source), arguments.table, ds, settings=settings.audit)
     tell_warnings(verdict)
     see(verdict["data_docs"])
     if not verdict["passed"]:

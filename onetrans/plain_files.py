@@ -39,6 +39,7 @@ import pyarrow.parquet as pq
 from onetrans import storage
 from onetrans.errors import BadConfigError, BadDataError
 from onetrans.plain_rows import opened, place, read_rows
+from onetrans.progress import Progress, long_steps
 from onetrans.requests import request_columns
 from onetrans.schema import CONTEXT_FROM_CLOCK, Feature, FeatureSchema, Side, hash64
 
@@ -47,6 +48,8 @@ Split = Literal["train", "val", "test"]
 SCHEMA_FILE = "schema.toml"
 ENDINGS = (".parquet", ".csv", ".csv.gz", ".jsonl", ".jsonl.gz")
 _ROW_GROUP = 8192
+_STEPS = 3
+"""Of the conversion of one file: read, made requests, written."""
 _PER_UNIT = {"": 1, "us": 1, "ms": 1_000, "s": 1_000_000}
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 CONVERSION = 2
@@ -94,7 +97,8 @@ def prepare(directory: str, split: Split, schema: FeatureSchema, out: str) -> li
         raise BadConfigError(
             f"{directory} has no {split}: needed is {split}.csv, .jsonl or .parquet, or a folder {split}/"
         )
-    return [_prepared(file, schema, out) for file in files]
+    with long_steps(_STEPS * len(files), f"{split}: files to requests") as progress:
+        return [_prepared(file, schema, out, progress) for file in files]
 
 
 def digest(files: Sequence[str]) -> str:
@@ -105,14 +109,21 @@ def digest(files: Sequence[str]) -> str:
     return whole.hexdigest()[:16]
 
 
-def _prepared(file: str, schema: FeatureSchema, out: str) -> str:
+def _prepared(file: str, schema: FeatureSchema, out: str, progress: Progress) -> str:
+    before = progress.done
     if file.endswith(".parquet") and "candidates" in opened(file, lambda stream: pq.read_schema(stream)).names:
+        progress.advance(_STEPS)
         return file
     target = storage.join(storage.resolve(out), "data", f"{digest([file])}-{schema.fingerprint}-{CONVERSION}.parquet")
     if not storage.exists(target):
         sink = pa.BufferOutputStream()
-        pq.write_table(to_requests(read_rows(file), schema, file), sink, row_group_size=_ROW_GROUP)
+        rows = read_rows(file)
+        progress.advance(1)
+        requests = to_requests(rows, schema, file)
+        progress.advance(1)
+        pq.write_table(requests, sink, row_group_size=_ROW_GROUP)
         storage.write_bytes(target, sink.getvalue().to_pybytes())
+    progress.advance(before + _STEPS - progress.done)
     return target
 
 

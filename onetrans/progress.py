@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from tqdm import tqdm
@@ -13,6 +16,8 @@ logger = logging.getLogger(__name__)
 
 SAID_AFTER_S = 2.0
 """Seconds of work that needs no word, for ``after``."""
+
+_BEAT_S = 0.5
 
 
 class Progress:
@@ -44,6 +49,7 @@ class Progress:
         self._bar = tqdm(total=total, unit=unit, unit_scale=True, desc=label, delay=after) if bar else None
         self._start = self._last = time.monotonic()
         self._notes = ""
+        self._said = False
 
     def advance(self, count: int, **notes: float) -> None:
         """Add ``count`` units done; ``notes`` (loss, AUC, ...) are shown beside the speed."""
@@ -59,13 +65,28 @@ class Progress:
             self._last = now
             self._log()
 
+    def beat(self) -> None:
+        """Say how far it is without more done, where one unit takes long: after ``after`` seconds, then as ever."""
+        now = time.monotonic()
+        if now - self._start < self.after:
+            return
+        if self._bar is not None:
+            self._bar.refresh()
+        elif not self._said or now - self._last >= self.log_every:
+            self._last = now
+            self._log()
+
     @property
     def rate(self) -> float:
         """Units per second since the start."""
         return self.done / max(time.monotonic() - self._start, 1e-9)
 
     def _log(self) -> None:
+        self._said = True
         share, left = "", ""
+        if not self.done:
+            logger.info("%s: %.0f s so far", self.label, time.monotonic() - self._start)
+            return
         if self.total:
             share = f" of {self.total:,} ({100 * self.done / self.total:.0f} %)"
             left = f", {max(self.total - self.done, 0) / max(self.rate, 1e-9):.0f} s left"
@@ -91,3 +112,26 @@ class Progress:
             self._bar.close()
         elif kind is None and time.monotonic() - self._start >= self.after:
             self._log()
+
+
+@contextmanager
+def long_steps(total: int | None, label: str) -> Iterator[Progress]:
+    """Show a few steps (None: one call) that may take long each; within :data:`SAID_AFTER_S` nothing is said.
+
+    The caller advances as steps are done.  Meanwhile a thread says that it goes on: whoever waits for one call of a
+    library sees it too.
+    """
+    ended = threading.Event()
+
+    def watch(progress: Progress) -> None:
+        while not ended.wait(_BEAT_S):
+            progress.beat()
+
+    with Progress(total, "steps", label, after=SAID_AFTER_S) as progress:
+        thread = threading.Thread(target=watch, args=(progress,), daemon=True)
+        thread.start()
+        try:
+            yield progress
+        finally:
+            ended.set()
+            thread.join()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from onetrans.errors import BadConfigError, BadDataError
 from onetrans.plan import PLAN_FILE
 from onetrans.process import add_json, print_json
+from onetrans.progress import long_steps
 from onetrans.registry import CHAMPION, PREVIOUS, TAG_ROLLED_BACK, TAG_VERDICT, Registry
 from onetrans.settings import load_settings
 from onetrans.tracking import (
@@ -93,7 +94,8 @@ def _do(registry: Registry, arguments: argparse.Namespace) -> int:
         print_json(found) if arguments.json else print(difference_text(found))
     elif arguments.action == "verify":
         version = _chosen(registry, arguments)
-        largest, requests = verify(registry, version)
+        with long_steps(None, f"loading and scoring version {version.version}"):
+            largest, requests = verify(registry, version)
         if arguments.json:
             print_json({"version": version.version, "requests": requests, "largest_difference": largest})
         else:

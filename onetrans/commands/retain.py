@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 
 from onetrans.errors import EXIT_OK
 from onetrans.process import add_json, print_json
+from onetrans.progress import long_steps
 from onetrans.retention import Removal, retain
 from onetrans.settings import load_settings
 
@@ -39,7 +40,8 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         BadConfigError: if it cannot be told what must stay; then nothing is removed.
     """
-    removed = retain(load_settings(), datetime.now(UTC), dry_run=arguments.dry_run)
+    with long_steps(None, "looking for what may go" if arguments.dry_run else "removing what may go"):
+        removed = retain(load_settings(), datetime.now(UTC), dry_run=arguments.dry_run)
     if arguments.json:
         print_json([asdict(removal) for removal in removed])
         return EXIT_OK

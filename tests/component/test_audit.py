@@ -410,3 +410,13 @@ def test_a_failed_audit_s_task_ends_with_the_address_of_its_page(
 def test_an_unknown_table_is_refused(lake: Lake) -> None:
     with pytest.raises(BadConfigError, match="there is no suite for 'clicks'"):
         audit(lake, "clicks")
+
+
+def test_the_command_says_that_it_goes_on(
+    deployment: Lake, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("onetrans.progress.SAID_AFTER_S", 0.0)
+    stage(deployment, "impressions", valid_table("impressions"))
+    assert audit_module.main(["impressions", "--ds", str(DS)]) == EXIT_OK
+    said = [r.getMessage() for r in caplog.records if r.name == "onetrans.progress"]
+    assert said[-1].startswith(f"audit of impressions {DS}: ")

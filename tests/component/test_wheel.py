@@ -1,4 +1,4 @@
-"""The wheel, built and installed in an empty environment: a model is trained and measured from there."""
+"""The wheel, built and installed in empty environments, alone and with all it asks for; it trains a model there."""
 
 from __future__ import annotations
 
@@ -19,11 +19,18 @@ pytestmark = pytest.mark.nightly
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An environment with the wheel alone, which finds the libraries of the tests' own; returns its scripts' folder."""
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of this checkout."""
     folder = tmp_path_factory.mktemp("wheel")
     _run([sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)], folder)
-    (wheel,) = folder.glob("onetrans-*.whl")
+    (built,) = folder.glob("onetrans-*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An environment with the wheel alone, which finds the libraries of the tests' own; returns its scripts' folder."""
+    folder = tmp_path_factory.mktemp("installed")
     venv.create(folder / "venv", with_pip=False)
     scripts = folder / "venv" / "bin"
     site = Path(sysconfig.get_path("purelib", vars={"base": str(folder / "venv")}))
@@ -64,14 +71,37 @@ def test_it_is_the_installed_one_and_has_its_files(installed: Path, tmp_path: Pa
 
 
 def test_a_model_is_trained_and_measured_from_there(installed: Path, tmp_path: Path) -> None:
-    data = tmp_path / "data"
+    _train_and_measure(installed / "onetrans", tmp_path)
+
+
+@pytest.mark.timeout(3600)
+def test_it_is_installed_with_what_it_asks_for_and_its_extras(wheel: Path, tmp_path: Path) -> None:
+    """From the registry into an empty environment: the wheel alone says what is needed, the constraints which version.
+
+    The extra torchrec is not among them: where PyPI's PyTorch is not the build for CPUs, it brings gigabytes of CUDA.
+    """
+    venv.create(tmp_path / "venv", with_pip=True)
+    scripts = tmp_path / "venv" / "bin"
+    python = str(scripts / "python")
+    wanted = f"{wheel}[postgres,kubernetes]"
+    _run([python, "-m", "pip", "install", "--quiet", "-c", str(ROOT / "constraints.txt"), wanted], tmp_path)
+    _run([python, "-m", "pip", "check"], tmp_path)
+    assert _run([str(scripts / "onetrans"), "--version"], tmp_path).strip() == f"onetrans {__version__}"
+    extras = "import psycopg, airflow.providers.cncf.kubernetes as pods; print(pods.__file__)"
+    assert str(tmp_path) in _run([python, "-c", extras], tmp_path)
+    _run([str(scripts / "onetrans"), "doctor", "--only", "python,versions"], tmp_path)
+    _train_and_measure(scripts / "onetrans", tmp_path)
+
+
+def _train_and_measure(program: Path, folder: Path) -> None:
+    data = folder / "data"
     data.mkdir()
     (data / "schema.toml").write_text(SCHEMA)
     write(data / "train.csv", rows(120))
     write(data / "test.csv", rows(40, seed=1, prefix="t", after=120))
-    onetrans = str(installed / "onetrans")
-    _run([onetrans, "schema", "check", str(data / "schema.toml")], tmp_path)
-    printed = _run([onetrans, "train", "--config", "tiny", "--batch-size", "64", "--data-dir", str(data)], tmp_path)
+    onetrans = str(program)
+    _run([onetrans, "schema", "check", str(data / "schema.toml")], folder)
+    printed = _run([onetrans, "train", "--config", "tiny", "--batch-size", "64", "--data-dir", str(data)], folder)
     model = printed.splitlines()[-1]
-    told = _run([onetrans, "evaluate", "--model-path", model, "--data-dir", str(data), "--split", "test"], tmp_path)
+    told = _run([onetrans, "evaluate", "--model-path", model, "--data-dir", str(data), "--split", "test"], folder)
     assert "AUC" in told or "auc" in told

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,8 @@ from pyspark.sql import SparkSession
 
 from expectations.audit import audit_staged
 from expectations.suites import SUITES
-from jobs.spark import session
 from onetrans.lake import Lake
-from onetrans.settings import AuditSettings, LakeSettings, SparkSettings
+from onetrans.settings import AuditSettings, LakeSettings
 from tests.audit_tables import (
     DS,
     FACTORIES,
@@ -31,13 +30,6 @@ from tests.audit_tables import (
     stage,
     usual_distributions,
 )
-
-
-@pytest.fixture(scope="module")
-def spark() -> Iterator[SparkSession]:
-    started = session(SparkSettings(master="local[2]", driver_memory="1g", shuffle_partitions=2))
-    yield started
-    started.stop()
 
 
 @pytest.fixture

@@ -106,13 +106,20 @@ class Report:
             "rows": [asdict(row) for row in self.rows],
         }
 
+    def save(self) -> None:
+        """Write the figures so far to the JSON file if one was asked for: a long benchmark may be cut off."""
+        if self.json:
+            self.json.parent.mkdir(parents=True, exist_ok=True)
+            partial = self.json.with_name(f".{self.json.name}.partial")
+            partial.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+            partial.replace(self.json)
+
     def finish(self) -> int:
         """Print the table, write the JSON file if one was asked for, and return 1 if an expectation was missed."""
         print(f"benchmark {self.name}{' (quick)' if self.quick else ''}, commit {commit()}, {hardware()}")
         print(self._table())
+        self.save()
         if self.json:
-            self.json.parent.mkdir(parents=True, exist_ok=True)
-            self.json.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
             print(f"written to {self.json}")
         missed = [row for row in self.rows if not row.ok]
         for row in missed:

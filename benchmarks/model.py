@@ -168,7 +168,9 @@ def main(argv: list[str] | None = None) -> int:
     options.add_argument("--seconds", type=float, default=8.0, help="time given to the steps of a line (default: 8)")
     options.add_argument("--steps", type=int, metavar="N", help="time N steps of every line, however long they take")
     options.add_argument("--shapes", type=int, nargs="+", metavar="N", help="measure these shapes of each preset alone")
-    options.add_argument("--lines", type=int, nargs="+", metavar="N", help="measure these lines of each table alone")
+    options.add_argument(
+        "--lines", type=int, nargs="+", metavar="N", help="measure these lines alone; line 1 is the reference of all"
+    )
     options.add_argument("--compile", action="store_true", help="also a line with torch.compile, which takes minutes")
     options.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = options.parse_args(argv)
@@ -205,14 +207,16 @@ def _cases(arguments: argparse.Namespace) -> list[tuple[str, Shape]]:
 
 def _table(report: Report, arguments: argparse.Namespace, preset_name: str, shape: Shape) -> None:
     """Measure all lines of one shape and add them to the report."""
-    first: dict[str, Any] | None = None
+    reference: dict[str, Any] | None = None
     before: dict[str, Any] | None = None
     promised = SHAPES["cpu"].get(preset_name, (None,))[0] == shape or arguments.quick
     for number, line in enumerate(_LINES):
         if (line.compiled and not arguments.compile) or (arguments.lines and number + 1 not in arguments.lines):
             continue
         cost = _in_own_process(arguments, preset_name, shape, number)
-        first, before = first or cost, before or cost
+        before = before or cost
+        if number == 0:
+            reference = cost
         case = f"{preset_name}, {shape.name}: {line.name}"
         speed, memory = ("", "")
         if promised and arguments.device == "cpu" and preset_name in _PROMISED:
@@ -222,17 +226,20 @@ def _table(report: Report, arguments: argparse.Namespace, preset_name: str, shap
         report.add(case, "samples", shape.samples / cost["step_s"], "1/s")
         report.add(case, "peak", cost["peak"] / _MIB, "MiB")
         report.add(case, "speed, before", before["step_s"] / cost["step_s"], "x")
-        report.add(case, "speed, reference", first["step_s"] / cost["step_s"], "x", speed)
         report.add(case, "memory, before", cost["peak"] / before["peak"], "x")
-        report.add(case, "memory, reference", cost["peak"] / first["peak"], "x", memory)
+        if reference is not None:
+            report.add(case, "speed, reference", reference["step_s"] / cost["step_s"], "x", speed)
+            report.add(case, "memory, reference", cost["peak"] / reference["peak"], "x", memory)
         report.add(case, "first step", cost["first_s"], "s")
         if arguments.device == "cuda":
             report.add(case, "MFU", 100 * cost["flops"] / cost["step_s"] / cost["ceiling"], "%")
         print(
             f"{case:<75} {cost['step_s'] * 1e3:10,.1f} ms {shape.samples / cost['step_s']:10,.0f} samples/s "
-            f"{cost['peak'] / _MIB:8,.0f} MiB {first['step_s'] / cost['step_s']:7.2f} x",
+            f"{cost['peak'] / _MIB:8,.0f} MiB "
+            + (f"{reference['step_s'] / cost['step_s']:7.2f} x" if reference is not None else ""),
             flush=True,
         )
+        report.save()
         before = cost
 
 

@@ -36,6 +36,7 @@ from onetrans import storage
 from onetrans.errors import EXIT_BAD_CONFIG, EXIT_NOT_READY, EXIT_OK, BadConfigError, PipelineError
 from onetrans.lake import Lake
 from onetrans.object_store import problem_with
+from onetrans.plan import configured_models
 from onetrans.process import add_json, print_json
 from onetrans.schema import load_schema
 from onetrans.settings import LakeSettings, Settings, config_file, load_settings
@@ -56,6 +57,7 @@ _PYTHON_GIB, _BESIDE_HEAP_GIB = 1.5, 0.5
 """Of a step with pyarrow or torch, and of a JVM beside its heap; `make demo` takes 3.0 GiB in all."""
 
 _CHECKOUT = (REPOSITORY / "constraints.txt").is_file()
+_CORRECT_SETTINGS = "correct the file or the variable; `onetrans config` shows what is read"
 _AGAIN = "rm .venv/.ready && make env"
 """`make env` alone does nothing where an environment of the same files is finished."""
 _AGAIN_WITH_PYTHON = "rm -rf .venv && PYTHON=/path/to/python3.11 make env"
@@ -125,7 +127,7 @@ def examine(names: list[str]) -> Iterator[Check]:
     for name in names:
         look, needs_settings = LOOKS[name]
         if broken and name == "settings":
-            yield Check(name, "FAIL", broken, "correct the file or the variable; `onetrans config` shows what is read")
+            yield Check(name, "FAIL", broken, _CORRECT_SETTINGS)
         elif broken and needs_settings:
             yield Check(name, "skip", "the settings are refused")
         else:
@@ -353,7 +355,13 @@ def _gpu(settings: Settings) -> Check:
 # What the settings name
 
 
-def _settings(_: Settings) -> Check:
+def _settings(settings: Settings) -> Check:
+    try:
+        configured_models(settings.training)
+    except BadConfigError as error:
+        return Check(
+            "settings", "FAIL", str(error), "correct the file or the variable; `onetrans config` shows what is read"
+        )
     path = config_file()
     variables = sum(name.startswith("ONETRANS_") for name in os.environ)
     where = path.resolve() if path else "no file, defaults"

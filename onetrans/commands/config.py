@@ -33,14 +33,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the settings of this process, or the reference page."""
+    """Print the settings of this process, or the reference page.
+
+    Raises:
+        BadConfigError: if a setting is refused; one of a model's fields when all are printed, as it may be read there.
+    """
     if arguments.markdown:
         print(reference_page(), end="")
         return 0
     settings = load_settings()
     if arguments.json:
         print(json.dumps(json.loads(_toml(asdict(settings))), indent=2))
-        return 0
+    else:
+        _print(settings)
+    from onetrans.plan import configured_models  # with the lake's libraries, which take half a second
+
+    configured_models(settings.training)
+    return 0
+
+
+def _print(settings: Settings) -> None:
     path = config_file()
     print(f"# file: {path.resolve() if path else f'none ({OWN_FILE} is not here, ONETRANS_CONFIG is not set)'}")
     changed = sorted(name for name in os.environ if name.startswith("ONETRANS_") and name not in NOT_SETTINGS)
@@ -50,7 +62,6 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"[{section.name}]")
         for name, value in vars(getattr(settings, section.name)).items():
             print(f"  {name} = {_toml(value)}")
-    return 0
 
 
 def field_meanings(cls: type[Any]) -> dict[str, str]:

@@ -1,11 +1,13 @@
 """The benchmark of the model: its shapes, and the operations it counts as needed."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import benchmarks.model
 from benchmarks.flops import forward_flops
 from benchmarks.model import SHAPES, Shape, main, random_batch
 from onetrans.models import build_model, preset
@@ -108,3 +110,22 @@ def test_lengths_reach_the_longest_and_average_a_quarter_of_it(shape):
     assert len(lengths) == shape.requests
     if shape.skewed and shape.requests >= 16:
         assert sum(lengths) / len(lengths) == pytest.approx(shape.longest / 4, rel=0.1)
+
+
+def test_without_the_reference_nothing_is_measured_against_it_and_each_line_is_kept(tmp_path, monkeypatch):
+    kept = []
+
+    def measured(arguments, preset_name, shape, number):
+        kept.append(json.loads(file.read_text())["rows"] if file.exists() else [])
+        return {"step_s": 2.0 / (number + 1), "first_s": 3.0, "peak": 1e9}
+
+    file = tmp_path / "figures.json"
+    monkeypatch.setattr(benchmarks.model, "_in_own_process", measured)
+    options = ["--quick", "--device", "cpu", "--json", str(file)]
+    assert main([*options, "--lines", "2", "5"]) == 0
+    rows = json.loads(file.read_text())["rows"]
+    assert not [row for row in rows if "reference" in row["figure"]]
+    assert {row["case"] for row in kept[1]} == {rows[0]["case"]}  # the first line was written before the second ran
+    main([*options, "--lines", "1", "5"])
+    speeds = [row["value"] for row in json.loads(file.read_text())["rows"] if row["figure"] == "speed, reference"]
+    assert speeds == [1.0, 5.0]

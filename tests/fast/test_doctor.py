@@ -154,6 +154,20 @@ def test_settings_that_are_refused_are_one_line_and_the_rest_is_looked_at(
     assert "spark.shuffle_partitions = 0" in checks[1]["found"]
 
 
+def test_a_model_s_field_that_is_refused_is_told_before_the_night_and_ends_no_other_look(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ONETRANS_TRAINING_ONETRANS", "slidng_window = 4")
+    code, checks = looked(capsys, "settings,disk")
+    assert code == EXIT_BAD_CONFIG
+    assert [(check["name"], check["state"]) for check in checks][:2] == [("settings", "FAIL"), ("disk", "ok")]
+    assert "there is no field 'slidng_window'" in checks[0]["found"]
+    assert cli.main(["config"]) == EXIT_BAD_CONFIG
+    printed = capsys.readouterr()
+    assert "slidng_window = 4" in printed.out  # it is shown all the same, as that is where to look
+    assert "there is no field 'slidng_window'" in printed.err
+
+
 def test_a_check_that_is_none_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor", "--only", "jaba"]) == EXIT_BAD_CONFIG
     assert "there is no check 'jaba'; there are python, java" in capsys.readouterr().err

@@ -381,7 +381,8 @@ def test_the_process_ends_with_65_and_one_paragraph(deployment: Lake) -> None:
     done = subprocess.run(command, env=os.environ, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == EXIT_BAD_DATA
     assert done.stdout == ""
-    assert [line.split(":")[0] for line in done.stderr.splitlines()] == ["see", "BadDataError"], done.stderr
+    said = [line for line in done.stderr.splitlines() if " so far" not in line]  # progress, where a machine is slow
+    assert [line.split(":")[0] for line in said] == ["see", "BadDataError"], done.stderr
 
 
 def test_a_failed_audit_s_task_ends_with_the_address_of_its_page(

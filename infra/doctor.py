@@ -443,8 +443,7 @@ def _spark_in_store(settings: Settings) -> Check:
 
 def _mlflow(settings: Settings) -> Check:
     uri = settings.mlflow.tracking_uri
-    if uri.startswith("sqlite:///"):
-        file = Path(uri.removeprefix("sqlite:///").split("?")[0])
+    if (file := storage.sqlite_file(uri)) is not None:
         if not file.exists():
             return Check("mlflow", "ok", f"none yet; {file} is made with the first plan")
         found = _in_time(lambda: _sqlite_revision(file))

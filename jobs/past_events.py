@@ -72,8 +72,6 @@ class RequestsOfPartition:
     """Columns that a request brings."""
     kinds: pa.Schema
     """The table."""
-    order: tuple[str, ...]
-    """Columns by which the rows of a partition are ordered."""
     ds: date | None = None
     """Value of the column ``ds``, if the table has it."""
 
@@ -93,13 +91,12 @@ class RequestsOfPartition:
             yield from table.to_batches(max_chunksize=_ROWS_AT_ONCE)
 
     def table(self, batches: Iterable[pa.RecordBatch]) -> pa.Table | None:
-        """Return the table's rows of one partition; None if it has no request."""
+        """Return the table's rows of one partition, by (ts, request_id); None if it has no request."""
         rows = _by_row(batches, {REQUEST: self.requests})
         if REQUEST not in rows:
             return None
         requests = rows[REQUEST]
-        if self.order:
-            requests = requests.take(pc.sort_indices(requests, [(name, "ascending") for name in self.order]))
+        requests = requests.take(pc.sort_indices(requests, [("ts", "ascending"), ("request_id", "ascending")]))
         asking = _array(requests["user_id"])
         users = pc.unique(asking)
         user_Q = _numbers(pc.index_in(asking, users))

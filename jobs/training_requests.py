@@ -125,8 +125,7 @@ def with_past(
             *(T.StructField(name, fields[name]) for name in after),
         ]
     )
-    order = ("ts", "request_id")
-    made = RequestsOfPartition(seen, tuple(requests.columns), to_arrow_schema(kinds), order)
+    made = RequestsOfPartition(seen, tuple(requests.columns), to_arrow_schema(kinds))
     return rows.repartition("user_id"), made
 
 

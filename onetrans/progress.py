@@ -81,11 +81,12 @@ class Progress:
         """Units per second since the start."""
         return self.done / max(time.monotonic() - self._start, 1e-9)
 
-    def _log(self) -> None:
+    def _log(self, *, ended: bool = False) -> None:
         self._said = True
         share, left = "", ""
         if not self.done:
-            logger.info("%s: %.0f s so far", self.label, time.monotonic() - self._start)
+            words = "%s: done in %.0f s" if ended else "%s: %.0f s so far"
+            logger.info(words, self.label, time.monotonic() - self._start)
             return
         if self.total:
             share = f" of {self.total:,} ({100 * self.done / self.total:.0f} %)"
@@ -111,7 +112,7 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
         elif kind is None and time.monotonic() - self._start >= self.after:
-            self._log()
+            self._log(ended=True)
 
 
 @contextmanager

@@ -27,7 +27,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, Literal
 
 from pyarrow import fs
@@ -160,15 +159,12 @@ def _champions(settings: Settings, runs: str, plans: Mapping[str, Any]) -> Itera
         BadConfigError: if there is no such registry, though plans are there of which it would know.
     """
     tracked = [folder for folder, plan in plans.items() if plan.get("mlflow_run_id")]
-    store = settings.mlflow.tracking_uri
-    if store.startswith("sqlite:///"):
-        file = Path(store.removeprefix("sqlite:///").split("?")[0]).absolute()
-        if not file.exists():
-            if tracked:
-                raise _registry_lost(
-                    f"MLflow's store {file} is not there (mlflow.tracking_uri)", tracked, "tracked in it"
-                )
-            return
+    file = storage.sqlite_file(settings.mlflow.tracking_uri)
+    if file is not None and not file.exists():
+        if tracked:
+            lost = f"MLflow's store {file.absolute()} is not there (mlflow.tracking_uri)"
+            raise _registry_lost(lost, tracked, "tracked in it")
+        return
     from onetrans.registry import CHAMPION, Registry
     from onetrans.tracking import TAG_DAY, TAG_PLAN
 

@@ -94,6 +94,11 @@ def join(base: str, *parts: str) -> str:
     return "/".join([base.rstrip("/"), *parts])
 
 
+def sqlite_file(uri: str) -> Path | None:
+    """Return the file of a SQLite database's address, ``sqlite:///FILE``; None if it is another database or server."""
+    return Path(uri.removeprefix("sqlite:///").split("?")[0]) if uri.startswith("sqlite:///") else None
+
+
 def exists(path: str) -> bool:
     """Tell whether a file or folder is there."""
     filesystem, inner = open_filesystem(path)

@@ -141,14 +141,14 @@ def one_at_a_time(tracking_uri: str) -> Iterator[None]:
 
 def store_is_there(settings: MlflowSettings) -> bool:
     """Tell whether a SQLite store was made yet, which a look must not make; a server's always is."""
-    uri = settings.tracking_uri
-    return not uri.startswith("sqlite:///") or Path(uri.removeprefix("sqlite:///").split("?")[0]).exists()
+    file = storage.sqlite_file(settings.tracking_uri)
+    return file is None or file.exists()
 
 
 def _lock_file(tracking_uri: str) -> Path:
     """Return the file whose lock is a turn: beside a SQLite store, in the temporary folder for a server's."""
-    if tracking_uri.startswith("sqlite:///"):
-        return Path(tracking_uri.removeprefix("sqlite:///").split("?")[0] + ".lock")
+    if (file := storage.sqlite_file(tracking_uri)) is not None:
+        return Path(f"{file}.lock")
     name = hashlib.sha256(tracking_uri.encode()).hexdigest()[:16]
     return Path(tempfile.gettempdir()) / f"onetrans-{os.getuid()}" / f"mlflow-{name}.lock"
 

@@ -31,7 +31,7 @@ from typing import Literal
 from sqlalchemy import create_engine, inspect, text
 from sqlalchemy.engine import make_url
 
-from onetrans import __version__
+from onetrans import __version__, storage
 from onetrans.errors import BadConfigError, PipelineError
 from onetrans.lake import LAYOUT, LAYOUT_PROPERTY, QUARANTINE, SCORES, TABLE_PROPERTIES, TABLES, Lake
 from onetrans.settings import Settings
@@ -116,7 +116,7 @@ def _revisions(folder: Path) -> tuple[set[str], str]:
 
 def _revision(address: str) -> str:
     """Return the revision a database is at; empty if it has no schema yet."""
-    if (file := _sqlite_file(address)) is not None and not file.exists():
+    if (file := storage.sqlite_file(address)) is not None and not file.exists():
         return ""
     engine = create_engine(_driver(address))
     try:
@@ -131,7 +131,7 @@ def _revision(address: str) -> str:
 def _catalog(settings: Settings) -> Part:
     address = catalog_address(Lake(settings.lake))
     found = ""
-    if (file := _sqlite_file(address)) is None or file.exists():
+    if (file := storage.sqlite_file(address)) is None or file.exists():
         engine = create_engine(_driver(address))
         try:
             looked = inspect(engine)
@@ -249,7 +249,7 @@ def copy_databases(addresses: Mapping[str, str], folder: str) -> None:
         raise BadConfigError(f"--backup {folder} is there already; each upgrade has copies of its own")
     place.mkdir(parents=True)
     for name, address in addresses.items():
-        file = _sqlite_file(address)
+        file = storage.sqlite_file(address)
         if file is not None:
             _copy_sqlite(file, place / f"{name}.db")
         elif address.startswith("postgresql"):
@@ -281,10 +281,6 @@ def _dump(address: str, copy: Path) -> None:
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise UpgradeFailedError(f"{command[0]} of {plain}: {done.stderr.strip()[-500:]}; nothing was changed")
-
-
-def _sqlite_file(address: str) -> Path | None:
-    return Path(address.removeprefix("sqlite:///").split("?")[0]) if address.startswith("sqlite:///") else None
 
 
 def _driver(address: str) -> str:

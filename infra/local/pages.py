@@ -47,9 +47,9 @@ def mlflow_page(settings: Settings, logs: Path) -> Page:
     store = settings.mlflow.tracking_uri
     if store.startswith(("http://", "https://")):
         return Page("MLflow", store, None)
-    if not store.startswith("sqlite:///"):
+    if (file := storage.sqlite_file(store)) is None:
         raise BadConfigError(f"mlflow.tracking_uri = {store!r}: the local page needs a sqlite:/// store or a server")
-    database = Path(store.removeprefix("sqlite:///")).resolve()
+    database = file.resolve()
     database.parent.mkdir(parents=True, exist_ok=True)
     port = free_port(_PREFERRED_MLFLOW)
     arguments = ["server", "--backend-store-uri", f"sqlite:///{database}", "--host", "127.0.0.1", "--port", str(port)]

@@ -17,7 +17,6 @@ MADE = RequestsOfPartition(
     SEQUENCES,
     ("request_id", "user_id", "ts"),
     pa.schema([("request_id", pa.string()), ("ts", TIME), *((s.column, SHOWN) for s in SEQUENCES)]),
-    ("ts", "request_id"),
 )
 ROWS = pa.schema(
     [

@@ -61,11 +61,12 @@ def test_one_call_that_takes_long_is_told_of_while_it_lasts(
     with caplog.at_level(logging.INFO), progress.long_steps(None, "audit of impressions"):
         assert told.wait(10), "nothing was said during the call"
         assert said(caplog) == ["audit of impressions: 0 s so far"]
+    assert said(caplog)[-1] == "audit of impressions: done in 0 s"
 
 
-def _then(log: Callable[[progress.Progress], None], event: threading.Event) -> Callable[[progress.Progress], None]:
-    def logged(shown: progress.Progress) -> None:
-        log(shown)
+def _then(log: Callable[..., None], event: threading.Event) -> Callable[..., None]:
+    def logged(shown: progress.Progress, **how: bool) -> None:
+        log(shown, **how)
         event.set()
 
     return logged

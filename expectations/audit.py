@@ -18,7 +18,7 @@ from datetime import date
 from typing import TYPE_CHECKING, Any
 
 from onetrans.days import parse_day
-from onetrans.errors import EXIT_OK, BadDataError
+from onetrans.errors import EXIT_OK, UNHARMED, BadDataError
 from onetrans.lake import SCORES, TABLES, Lake
 from onetrans.process import EXIT_CODES, Parser, exit_code_of, see
 from onetrans.progress import long_steps
@@ -134,7 +134,7 @@ def _failure(verdict: dict[str, Any]) -> str:
     broken = [_told(finding) for finding in verdict["findings"] if finding["severity"] == "critical"]
     return (
         f"{verdict['table']} {verdict['ds']}: {len(broken)} critical expectation{'s' * (len(broken) > 1)} not met. "
-        f"{' | '.join(broken)}. What is published is unchanged. Data Docs: {verdict['data_docs']}. After correcting "
+        f"{' | '.join(broken)}. {UNHARMED} Data Docs: {verdict['data_docs']}. After correcting "
         f"the cause, run the job again: python -m jobs.{verdict['table']} --ds {verdict['ds']}"
     )
 

@@ -26,7 +26,7 @@ from expectations.distribution import Bins, shift
 from expectations.profile import Profile, merge_profiles, profile_batch
 from expectations.views import View
 from onetrans import storage
-from onetrans.errors import BadDataError
+from onetrans.errors import UNHARMED, BadDataError
 from onetrans.lake import Staged
 
 if TYPE_CHECKING:
@@ -270,8 +270,8 @@ def _batches(files: StagedFiles) -> Iterator[pa.RecordBatch]:
 
 def _unreadable(staged: Staged, path: str, error: Exception) -> BadDataError:
     return BadDataError(
-        f"{staged.table} {staged.ds}: {path} is not a whole Parquet file ({str(error).strip().rstrip('.')}); nothing "
-        f"was published; run the job again: python -m jobs.{staged.table} --ds {staged.ds}"
+        f"{staged.table} {staged.ds}: {path} is not a whole Parquet file ({str(error).strip().rstrip('.')}). "
+        f"{UNHARMED} Run the job again: python -m jobs.{staged.table} --ds {staged.ds}"
     )
 
 

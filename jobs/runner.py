@@ -19,7 +19,7 @@ from jobs.progress import watched
 from jobs.spark import jvm_exit_code
 from jobs.workspace import Workspace
 from onetrans.days import day_range, describe_days, parse_day
-from onetrans.errors import EXIT_OK, BadConfigError, BadDataError, NotReadyError, PipelineError
+from onetrans.errors import EXIT_OK, UNHARMED, BadConfigError, BadDataError, NotReadyError, PipelineError
 from onetrans.lake import Staged
 from onetrans.lineage import describe_stale, stale_days
 from onetrans.process import EXIT_CODES, Parser, exit_code_of
@@ -185,14 +185,14 @@ def telling(what: str) -> Iterator[None]:
 def _told(error: Exception, what: str) -> PipelineError:
     code = jvm_exit_code(_JVM_ENDS_WITHIN_S if isinstance(error, Py4JNetworkError) else 0.0)
     if code is not None or "[JAVA_GATEWAY_EXITED]" in str(error):
-        return SparkFailedError(f"{what}: {_jvm_gone(code)} Published data is as it was")
+        return SparkFailedError(f"{what}: {_jvm_gone(code)} {UNHARMED}")
     found = re.search(r"\[FAILED_READ_FILE[^\n]*", str(error))
     if found and "FILE_NOT_EXIST" in found[0]:
         return NotReadyError(f"{what}: a file vanished while it was read: {found[0]}")
     if found:
         return BadDataError(f"{what}: a file is damaged: {found[0]}")
     return SparkFailedError(
-        f"{what}: Spark failed: {_reason(error)}. Published data is as it was. Run the step again; if it fails "
+        f"{what}: Spark failed: {_reason(error)}. {UNHARMED} Run the step again; if it fails "
         "with the same words, ONETRANS_TRACEBACK=1 shows Java's stack"
     )
 

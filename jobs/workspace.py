@@ -29,7 +29,7 @@ from jobs.sources.reading import AS_JSON, FILE, ROW
 from jobs.spark import session
 from onetrans import storage
 from onetrans.days import describe_days
-from onetrans.errors import BadDataError, NotReadyError
+from onetrans.errors import UNHARMED, BadDataError, NotReadyError
 from onetrans.lake import QUARANTINE, Lake, Staged
 from onetrans.schema import FeatureSchema, InputTable, load_schema
 from onetrans.settings import Settings
@@ -314,8 +314,8 @@ class Workspace:
         limit = self.lake.settings.max_quarantine_share
         if refused > limit * rows:
             raise BadDataError(
-                f"{table} {ds}: {text}. lake.max_quarantine_share allows {100 * limit:g} %, so the day stops; "
-                f"published data is as it was. `onetrans quarantine show {table} --ds {ds}` prints the rows. "
+                f"{table} {ds}: {text}. lake.max_quarantine_share allows {100 * limit:g} %, so the day stops. "
+                f"{UNHARMED} `onetrans quarantine show {table} --ds {ds}` prints the rows. "
                 "Correct the day's files and build it again, or repair the rows and replay them (docs/audit.md)"
             )
         logger.warning("%s %s: %s; they are in table %s", table, ds, text, QUARANTINE)
@@ -351,7 +351,7 @@ class Workspace:
         rows = count_rows(staged.path)
         if not rows:
             raise BadDataError(
-                f"{staged.table} {staged.ds}: no row is left, so there is nothing to publish; what was is as it was. "
+                f"{staged.table} {staged.ds}: no row is left, so there is nothing to publish. {UNHARMED} "
                 "See `onetrans quarantine list` for what was refused, and whether the files of the day hold rows"
             )
         staged = self.lake.mark_staged(replace(staged, rows=rows))

@@ -14,6 +14,9 @@ EXIT_BAD_DATA = 65
 EXIT_NOT_READY = 75
 EXIT_BAD_CONFIG = 78
 
+UNHARMED = "Published data is as it was."
+"""What errors of builds and audits say of published data; ``dags/steps.py`` says it where an error does not."""
+
 
 class PipelineError(Exception):
     """Base of every error the pipeline raises on purpose; its text is meant for the on-call engineer."""

@@ -26,6 +26,7 @@ from onetrans.errors import (
     EXIT_BAD_DATA,
     EXIT_NOT_READY,
     EXIT_OK,
+    UNHARMED,
     BadConfigError,
     BadDataError,
     NotReadyError,
@@ -108,7 +109,7 @@ def test_an_audit_repeated_says_the_same(lake: Lake) -> None:
 def test_a_truncated_file_is_named_and_nothing_is_judged(lake: Lake) -> None:
     path = only_file(stage(lake, "impressions", valid_table("impressions")), part=1)
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(BadDataError, match=rf"impressions 2024-02-29: file://{path} is not a whole Parquet file .*run"):
+    with pytest.raises(BadDataError, match=rf"impressions 2024-02-29: file://{path} is not a whole Parquet file .*Run"):
         audit(lake)
     assert lake.verdict(lake.staged("impressions", DS)) is None
 
@@ -340,7 +341,7 @@ def test_the_command_names_table_day_column_count_and_example(
         "click is 0 or 1; not so in 1 of 24 rows, for example (",
         "click = 7",
         "request_id = r1",
-        "What is published is unchanged. Data Docs: file://",
+        "Published data is as it was. Data Docs: file://",
         "run the job again: python -m jobs.impressions --ds 2024-02-29",
     ):
         assert part in told, part
@@ -406,6 +407,7 @@ def test_a_failed_audit_s_task_ends_with_the_address_of_its_page(
     assert text.startswith(f"impressions.audit of {DS}: BAD DATA. BadDataError: impressions {DS}: 1 critical expect")
     link = f"http://127.0.0.1:8088/validations/impressions/{DS}.html"
     assert text.endswith(f"correct the data, then clear this task. See {link}")
+    assert text.count(UNHARMED) == 1
 
 
 def test_an_unknown_table_is_refused(lake: Lake) -> None:

@@ -15,14 +15,16 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from airflow.sdk.exceptions import AirflowException
 from pyspark.sql import SparkSession
 
+from dags.steps import ended_by, raise_for
 from expectations.audit import audit_staged
 from jobs import behaviors, impressions, item_features
 from jobs.runner import main
 from jobs.sources.files import Files
 from jobs.workspace import Workspace
-from onetrans.errors import EXIT_BAD_DATA, EXIT_FAILED, EXIT_NOT_READY, BadDataError, NotReadyError
+from onetrans.errors import EXIT_BAD_DATA, EXIT_FAILED, EXIT_NOT_READY, UNHARMED, BadDataError, NotReadyError
 from onetrans.lake import Lake
 from onetrans.schema import Feature, FeatureSchema, Sequence
 from onetrans.settings import AuditSettings, SourceSettings, SparkSettings, as_environment
@@ -117,7 +119,11 @@ def says(work: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
 
     def run(job: ModuleType) -> tuple[int, str]:
         code = main(job.TABLE, job.build, ["--ds", str(DS), "--publish"])
-        return code, capsys.readouterr().err.strip().splitlines()[-1]
+        message = capsys.readouterr().err.strip().splitlines()[-1]
+        with pytest.raises(AirflowException) as raised:
+            raise_for("build", ended_by(code, message))
+        assert str(raised.value).lower().count(UNHARMED.rstrip(".").lower()) == 1, "said once in Airflow's log too"
+        return code, message
 
     return run
 

@@ -309,7 +309,7 @@ def test_sparks_jvm_killed_while_it_stages(logged: Logged) -> None:
     told = _end(step, EXIT_FAILED)
     assert f"SparkFailedError: {TABLE} {logged.ds}: Spark's JVM was killed, most likely by the system for" in told
     assert "lower spark.driver_memory" in told
-    assert told.rstrip().endswith("Published data is as it was")
+    assert told.rstrip().endswith("Published data is as it was.")
     assert (logged.lake.snapshot_id(TABLE), logged.published()) == (snapshot, logged.rows)
 
 

@@ -112,6 +112,7 @@ def test_bad_data_stops_the_day_at_once_and_leaves_what_is_published(deployment:
     message = text[text.rindex("BAD DATA") :]
     for said in ("impressions", str(BAD), "click", f"{len(click) // 2:,}", "correct the data"):
         assert said in message
+    assert message.lower().count("published data is as it was") == 1
     assert deployment.lake.published("impressions") == before["impressions"]
     assert deployment.lake.published("training_requests") == before["training_requests"]
 

@@ -306,6 +306,13 @@ def test_exit_codes_are_those_of_the_library():
     assert ours == (errors.EXIT_OK, errors.EXIT_BAD_DATA, errors.EXIT_NOT_READY, errors.EXIT_BAD_CONFIG)
 
 
+def test_what_is_unharmed_is_said_in_the_words_of_the_library_and_once():
+    assert steps.UNHARMED == errors.UNHARMED
+    with pytest.raises(AirflowFailException) as raised:
+        raise_for("x.build of 2022-05-04", Ended(65, None, f"BadDataError: 3 rows. {errors.UNHARMED} Correct them"))
+    assert str(raised.value).count(errors.UNHARMED) == 1
+
+
 # The day of a run
 
 

@@ -38,7 +38,7 @@ class Protection:
     long: bool = False
     """Whether they start an Airflow."""
     environment: Mapping[str, str] = field(default_factory=dict)
-    """Variables without which another protection would do as well."""
+    """Variables without which another protection would do as well, or the test take long to fail."""
 
 
 FAULTS, LAKE = "tests/component/test_faults.py", "tests/component/test_lake.py"
@@ -134,6 +134,7 @@ PROTECTIONS = (
             f"{AIRFLOW}::test_the_database_is_restarted_during_a_day",
         ),
         long=True,
+        environment={"GOES_THROUGH_S": "600"},  # nothing but a server that is started would move the day
     ),
     Protection(
         "retries",

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import sys
 import tempfile
 import time
@@ -22,9 +21,7 @@ from collections.abc import Callable
 from datetime import date, timedelta
 from pathlib import Path
 
-import psutil
-
-from benchmarks.common import Report, parser
+from benchmarks.common import Report, parser, processor_time
 from expectations.audit import audit_staged
 from jobs.sources.simulated.world import WorldConfig
 from jobs.sources.simulated.write import write_days
@@ -102,16 +99,9 @@ def one_table(work: Workspace, table: str, ds: date) -> tuple[int, tuple[float, 
 
 def timed(work: Callable[[], object]) -> tuple[float, float]:
     """Return the seconds that something takes, on the clock and of all processors."""
-    began, before = time.monotonic(), _processor()
+    began, before = time.monotonic(), processor_time()
     work()
-    return time.monotonic() - began, _processor() - before
-
-
-def _processor() -> float:
-    """Return the processor time of this process and all under it, which with Spark is the JVM."""
-    root = psutil.Process(os.getpid())
-    used = [process.cpu_times() for process in (root, *root.children(recursive=True))]
-    return sum(times.user + times.system for times in used)
+    return time.monotonic() - began, processor_time() - before
 
 
 if __name__ == "__main__":

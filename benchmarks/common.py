@@ -209,3 +209,13 @@ def _gpus() -> list[str]:
         ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"], capture_output=True, text=True
     )
     return [line.strip() for line in listed.stdout.splitlines() if line.strip()] if not listed.returncode else []
+
+
+def processor_time() -> float:
+    """Return the processor time of this process and all under it, in seconds.
+
+    With Spark that is the JVM and its Python workers, also those that ended: what a process waited for counts as well.
+    """
+    root = psutil.Process()
+    used = [process.cpu_times() for process in (root, *root.children(recursive=True))]
+    return sum(times.user + times.system + times.children_user + times.children_system for times in used)

@@ -39,11 +39,10 @@ from dataclasses import asdict, dataclass, replace
 from datetime import date, timedelta
 from pathlib import Path
 
-import psutil
 from pyspark.sql import Column, DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
-from benchmarks.common import Report, commit, parser
+from benchmarks.common import Report, commit, parser, processor_time
 from infra.local.memory import MemoryWatch
 from jobs.arrow_files import write_partitions
 from jobs.encoding import stored_all
@@ -222,7 +221,7 @@ def tell(report: Report, one: Measured) -> None:
         if even and kind != "even":
             for figure, name in (("seconds", "time"), ("processor_s", "processor time")):
                 ratio = total(jobs, figure) / total(even, figure)
-                expected = _SKEW if figure == "processor_s" and one.rows >= SKEWED_ROWS else ""
+                expected = _SKEW if one.rows >= SKEWED_ROWS else ""
                 report.add(f"{size}, {kind}", f"{name}, over that of the even day", ratio, "", expected)
 
 
@@ -316,18 +315,11 @@ def measure_jobs(
 
 def measured(work: Callable[[], object], rows: int = 0) -> Cost:
     """Return what something costs; ``rows`` is what it reads, where that is known."""
-    began, before = time.monotonic(), processor()
+    began, before = time.monotonic(), processor_time()
     with MemoryWatch() as memory:
         work()
     memory.sample()
-    return Cost(rows, time.monotonic() - began, processor() - before, memory.peak)
-
-
-def processor() -> float:
-    """Return the processor time of this process and all under it, which with Spark is the JVM."""
-    root = psutil.Process()
-    used = [process.cpu_times() for process in (root, *root.children(recursive=True))]
-    return sum(times.user + times.system for times in used)
+    return Cost(rows, time.monotonic() - began, processor_time() - before, memory.peak)
 
 
 def said(text: str) -> None:

@@ -5,11 +5,12 @@ import ast
 import json
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from benchmarks.common import Report, meets, parser
+from benchmarks.common import Report, meets, parser, processor_time
 
 
 @pytest.mark.parametrize(
@@ -98,3 +99,17 @@ def test_make_bench_runs_every_module_that_measures_by_the_convention() -> None:
         assert {"parser", "Report"} <= shared & called, f"benchmarks.{name} does not follow benchmarks/common.py"
     measuring = {path.stem for path in (root / "benchmarks").glob("*.py") if "finish()" in path.read_text("utf-8")}
     assert measuring - {"common", "demo", "accuracy"} == set(names), "all but those the Makefile gives a reason for"
+
+
+def test_processor_time_counts_processes_that_have_ended() -> None:
+    worker = "import time\nwhile time.process_time() < 0.4: pass"
+    wait = f"subprocess.run([sys.executable, '-c', {worker!r}])"
+    parent = f"import subprocess, sys; {wait}; print(1, flush=True); input()"
+    before = processor_time()
+    with subprocess.Popen([sys.executable, "-c", parent], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        during = processor_time()
+        process.communicate(b"\n")
+    assert during - before >= 0.4
+    assert processor_time() >= during

@@ -22,9 +22,12 @@ import platform
 import re
 import shutil
 import subprocess
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import psutil
@@ -211,11 +214,46 @@ def _gpus() -> list[str]:
     return [line.strip() for line in listed.stdout.splitlines() if line.strip()] if not listed.returncode else []
 
 
-def processor_time() -> float:
-    """Return the processor time of this process and all under it, in seconds.
+class ProcessorWatch:
+    """Adds up the processor time of a process tree while something runs; use as a context manager.
 
-    With Spark that is the JVM and its Python workers, also those that ended: what a process waited for counts as well.
+    With Spark the tree is the JVM and its Python workers.  The system forgets what these used once they have ended, so
+    they are looked at now and then.
     """
-    root = psutil.Process()
-    used = [process.cpu_times() for process in (root, *root.children(recursive=True))]
-    return sum(times.user + times.system + times.children_user + times.children_system for times in used)
+
+    def __init__(self, pid: int | None = None, every: float = 0.25) -> None:
+        self._root = psutil.Process(pid)
+        self._every = every
+        self._before: dict[tuple[int, float], float] = {}
+        self._used: dict[tuple[int, float], float] = {}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="processor-watch", daemon=True)
+
+    @property
+    def seconds(self) -> float:
+        """Processor time since the beginning, to within a sample for a process that has ended."""
+        return sum(used - self._before.get(process, 0.0) for process, used in self._used.items())
+
+    def _sample(self) -> None:
+        with suppress(psutil.NoSuchProcess):
+            for process in (self._root, *self._root.children(recursive=True)):
+                with suppress(psutil.NoSuchProcess):
+                    times = process.cpu_times()
+                    self._used[process.pid, process.create_time()] = times.user + times.system
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._every):
+            self._sample()
+
+    def __enter__(self) -> ProcessorWatch:
+        self._sample()
+        self._before = dict(self._used)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._sample()

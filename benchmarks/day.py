@@ -26,9 +26,7 @@ from datetime import date, timedelta
 from pathlib import Path
 from statistics import median
 
-import psutil
-
-from benchmarks.common import Report, parser
+from benchmarks.common import ProcessorWatch, Report, parser
 from infra.local.airflow import REPOSITORY, LocalAirflow
 from infra.local.memory import tree_memory
 
@@ -55,38 +53,21 @@ class Measured:
 def measure(command: Sequence[str], environment: Mapping[str, str]) -> Measured:
     """Run a process and measure it; leave the benchmark if it fails."""
     begun = time.monotonic()
-    cpu: dict[int, float] = {}
     peak = 0
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
         with subprocess.Popen(command, env=dict(environment), cwd=REPOSITORY, stdout=output, stderr=errors) as process:
-            while process.poll() is None:
-                cpu |= _cpu(process.pid)
-                peak = max(peak, sum(tree_memory(process.pid).values()))
-                with suppress(subprocess.TimeoutExpired):
-                    process.wait(_SAMPLE_S)
+            with ProcessorWatch(process.pid) as processor:
+                while process.poll() is None:
+                    peak = max(peak, sum(tree_memory(process.pid).values()))
+                    with suppress(subprocess.TimeoutExpired):
+                        process.wait(_SAMPLE_S)
         seconds = time.monotonic() - begun
         output.seek(0)
         errors.seek(0)
         printed = output.read().strip().splitlines()
         if process.returncode:
             sys.exit(f"{' '.join(command)} ended with exit code {process.returncode}:\n{errors.read()[-3000:]}")
-    return Measured(seconds, sum(cpu.values()), peak, printed[-1] if printed else "")
-
-
-def _cpu(pid: int) -> dict[int, float]:
-    try:
-        root = psutil.Process(pid)
-        members = [root, *root.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return {}
-    used = {}
-    for member in members:
-        try:
-            times = member.cpu_times()
-        except psutil.NoSuchProcess:
-            continue
-        used[member.pid] = times.user + times.system
-    return used
+    return Measured(seconds, processor.seconds, peak, printed[-1] if printed else "")
 
 
 @dataclass(frozen=True)

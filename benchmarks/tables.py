@@ -42,7 +42,7 @@ from pathlib import Path
 from pyspark.sql import Column, DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
-from benchmarks.common import Report, commit, parser, processor_time
+from benchmarks.common import ProcessorWatch, Report, commit, parser
 from infra.local.memory import MemoryWatch
 from jobs.arrow_files import write_partitions
 from jobs.encoding import stored_all
@@ -315,11 +315,11 @@ def measure_jobs(
 
 def measured(work: Callable[[], object], rows: int = 0) -> Cost:
     """Return what something costs; ``rows`` is what it reads, where that is known."""
-    began, before = time.monotonic(), processor_time()
-    with MemoryWatch() as memory:
+    began = time.monotonic()
+    with MemoryWatch() as memory, ProcessorWatch() as processor:
         work()
     memory.sample()
-    return Cost(rows, time.monotonic() - began, processor_time() - before, memory.peak)
+    return Cost(rows, time.monotonic() - began, processor.seconds, memory.peak)
 
 
 def said(text: str) -> None:

@@ -185,6 +185,21 @@ def test_visits_follow_the_hour_and_the_week() -> None:
     assert sizes[weekend].mean() > 1.05 * sizes[~np.array(weekend)].mean()
 
 
+def test_requests_of_a_user_come_in_visits_a_few_minutes_apart() -> None:
+    config = replace(CONFIG, users=1500, history_days=0)
+    *_, day = play(config, FIRST)
+
+    def close(ts_R: np.ndarray) -> float:
+        order = np.lexsort((ts_R, day.user_R))
+        same = np.diff(day.user_R[order]) == 0
+        gaps = np.diff(ts_R[order])[same]
+        assert len(gaps) > 500
+        return float(np.mean(gaps < 15 * 60 * 1_000_000))
+
+    assert close(day.ts_R) > 0.6
+    assert close(np.random.default_rng(0).permutation(day.ts_R)) < 0.2, "of users who ask whenever it may be"
+
+
 def test_histories_are_long_and_demand_drifts() -> None:
     config = replace(CONFIG, history_days=60)
     days = list(play(config, FIRST))

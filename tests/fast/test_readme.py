@@ -34,3 +34,12 @@ def test_statuses_of_the_service_are_told_as_it_describes_them() -> None:
     assert told == app.STATUSES
     described = (app.__doc__ or "").split("\n", 1)[0]
     assert "/docs" not in described
+
+
+def test_every_module_of_the_library_has_its_place_in_the_map() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    table = page.split("### The modules of `onetrans/`", 1)[1].split("\n## ", 1)[0]
+    told = re.findall(r"`([\w/]+)`", "\n".join(line for line in table.splitlines() if line.startswith("| ")))
+    found = [path.stem for path in (ROOT / "onetrans").glob("*.py") if path.stem != "__init__"]
+    found += [f"{path.parent.name}/" for path in (ROOT / "onetrans").glob("*/__init__.py")]
+    assert sorted(told) == sorted(found)

@@ -46,6 +46,7 @@ from benchmarks.common import ProcessorWatch, Report, commit, parser
 from infra.local.memory import MemoryWatch
 from jobs.arrow_files import write_partitions
 from jobs.encoding import stored_all
+from jobs.past_events import DECIDING
 from jobs.sources.files import Files
 from jobs.sources.simulated.world import WorldConfig
 from jobs.sources.simulated.write import SCHEMA_FILE, write_days
@@ -362,7 +363,10 @@ def by_windows(work: Workspace, out: Path) -> None:
     lengths = F.create_map(*(F.lit(x) for s in schema.sequences for x in (s.column, s.max_length)))
     kept = ranked.where(F.col("rank") <= lengths[F.col("of")])
     lists = [
-        F.sort_array(F.collect_list(F.when(F.col("of") == s.column, F.col("event")))).alias(s.column)
+        F.transform(
+            F.sort_array(F.collect_list(F.when(F.col("of") == s.column, F.col("event")))),
+            lambda event: event.dropFields(*DECIDING),
+        ).alias(s.column)
         for s in schema.sequences
     ]
     grouped = kept.groupBy("request_id").agg(*lists)
@@ -396,8 +400,10 @@ def by_duckdb(work: Workspace, out: Path) -> None:
     lists = ", ".join(
         f"list(event ORDER BY event.ts, event.event_id) FILTER (of = '{s.column}') AS {s.column}" for s in sequences
     )
+    shown = f"struct_pack(ts := e.ts, {_features(work.schema, 'e.')})"
     seen = ", ".join(
-        f"coalesce(list_filter({s.column}, lambda e: e.available_at < r.ts)[-{s.max_length}:], []) AS {s.column}"
+        f"coalesce(list_transform(list_filter({s.column}, lambda e: e.available_at < r.ts)[-{s.max_length}:], "
+        f"lambda e: {shown}), []) AS {s.column}"
         for s in sequences
     )
     connection = duckdb.connect()
@@ -430,14 +436,16 @@ def _hashed(schema: FeatureSchema) -> str:
     return ", ".join(f"{f.name} := {value(f.column, f.kind)}" for f in schema.of_side("event"))
 
 
-def summary(spark: SparkSession, folder: Path) -> tuple[int, int]:
-    """Return the rows of a table of request sequences, and a sum over the times of its events and where they stand."""
+def summary(spark: SparkSession, folder: Path) -> tuple[int, int, str]:
+    """Return the rows of a table of request sequences, a sum over the times of its events and where they stand, and
+    the fields of its events."""
     rows = spark.read.parquet(str(folder))
     columns = [name for name in rows.columns if name != "request_id"]
     times = [F.coalesce(F.col(name)["ts"].cast("array<bigint>"), F.array()) for name in columns]
     found = rows.agg(F.count("*"), F.sum(F.xxhash64("request_id", *times).cast("decimal(38,0)"))).first()
     assert found is not None  # an aggregate without keys has one row
-    return int(found[0]), int(found[1])
+    fields = [(name, rows.select(F.explode(name).alias("event")).select("event.*").columns) for name in columns]
+    return int(found[0]), int(found[1]), str(fields)
 
 
 # Skewed days

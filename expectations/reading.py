@@ -265,6 +265,8 @@ def _batches(files: StagedFiles) -> Iterator[pa.RecordBatch]:
             try:
                 yield from file.iter_batches(files.batch_rows)
             except (pa.ArrowInvalid, OSError) as error:
+                if storage.is_lost(error):
+                    raise
                 raise _unreadable(files.staged, path, error) from error
 
 

@@ -30,6 +30,13 @@ Build = Callable[[Workspace, date], Staged]
 _JVM_ENDS_WITHIN_S = 5.0
 """How long a JVM may take to end that does not answer any more."""
 
+_LOST = re.compile(
+    r"^Caused by: (?:java\.net\.|javax\.net\.ssl\.|org\.apache\.http\.|org\.apache\.hadoop\.net\."
+    r"|org\.apache\.hadoop\.fs\.s3a\.AWS|software\.amazon\.awssdk\.|\S+: (?:Input/output error|Stale file handle))",
+    re.MULTILINE,
+)
+"""What Java says where a file could not be read because a connection or a disk failed."""
+
 EXAMPLES = """examples:
   python -m jobs.{table} --ds 2026-01-10
   python -m jobs.{table} --from 2026-01-01 --to 2026-01-14 --publish
@@ -170,7 +177,8 @@ def telling(what: str) -> Iterator[None]:
     Raises:
         NotReadyError: if a file has vanished.
         BadDataError: if a file breaks only when its pages are read.
-        SparkFailedError: for anything else, with the innermost reason in place of Java's stack.
+        SparkFailedError: for anything else, also a connection that is lost while a file is read, with the innermost
+            reason in place of Java's stack.
     """
     try:
         yield
@@ -189,7 +197,7 @@ def _told(error: Exception, what: str) -> PipelineError:
     found = re.search(r"\[FAILED_READ_FILE[^\n]*", str(error))
     if found and "FILE_NOT_EXIST" in found[0]:
         return NotReadyError(f"{what}: a file vanished while it was read: {found[0]}")
-    if found:
+    if found and not _LOST.search(str(error)):
         return BadDataError(f"{what}: a file is damaged: {found[0]}")
     return SparkFailedError(
         f"{what}: Spark failed: {_reason(error)}. {UNHARMED} Run the step again; if it fails "

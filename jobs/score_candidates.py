@@ -303,6 +303,8 @@ def model_files(source: ModelSource) -> dict[str, bytes]:
         weights = json.loads(header)["weights"]["file"]
         return {"model.json": header, weights: storage.read_bytes(storage.join(source.folder, weights))}
     except (OSError, ValueError, KeyError, TypeError, BadDataError, BadConfigError) as error:
+        if storage.is_lost(error):
+            raise
         raise BadDataError(
             f"the champion, version {source.version}, cannot be loaded: {error!s:.500}. Nothing was scored; "
             "published scores stay. Restore its files, or make a sound version champion: onetrans registry rollback "

@@ -14,6 +14,7 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from onetrans import storage
 from onetrans.artifact import load_model
 from onetrans.errors import BadDataError
 from onetrans.models import RankingModel
@@ -103,7 +104,8 @@ def _load(settings: Settings, version: ModelVersion) -> tuple[RankingModel, Feat
             )
         model, schema, _ = load_model(folder)
     except (OSError, MlflowException, BadDataError) as error:
-        if isinstance(error, MlflowException) and error.error_code != "RESOURCE_DOES_NOT_EXIST":
+        gone = getattr(error, "error_code", "") in ("", "RESOURCE_DOES_NOT_EXIST")
+        if storage.is_lost(error) or not gone:
             raise
         raise BadDataError(
             f"{name} cannot be loaded: {error}. Serving cannot load it either. Nothing was promoted. Restore its "

@@ -510,6 +510,8 @@ def _open(file: str) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(inner, filesystem=filesystem)
     except (OSError, pa.ArrowInvalid) as error:
+        if storage.is_lost(error):
+            raise
         raise BadDataError(f"training_requests: {file} cannot be read: {error}") from error
 
 

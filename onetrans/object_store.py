@@ -149,6 +149,9 @@ def _repeated(call: Callable[[], T], what: str) -> T:
 
     Arrow repeats most of what fails itself, but not an answer that breaks off.  What it has repeated for
     :data:`_PATIENCE_S` is given up.
+
+    Raises:
+        ConnectionError: if it fails for no lasting reason to the end, so that nobody takes it for a damaged file.
     """
     until = time.monotonic() + _PATIENCE_S
     for attempt in range(1, _READS + 1):
@@ -156,8 +159,10 @@ def _repeated(call: Callable[[], T], what: str) -> T:
             return call()
         except OSError as error:
             lasting = isinstance(error, FileNotFoundError | PermissionError) or _LASTING.search(str(error))
-            if lasting or attempt == _READS or time.monotonic() > until:
+            if lasting:
                 raise
+            if attempt == _READS or time.monotonic() > until:
+                raise ConnectionError(f"{what}: {reason(error)}") from error
             logger.warning("%s again: %s", what, reason(error))
             time.sleep(_READ_PAUSE_S * 2**attempt)
     raise AssertionError("unreachable")

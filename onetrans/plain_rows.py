@@ -50,6 +50,8 @@ def opened(file: str, read: Callable[[pa.NativeFile], Any]) -> Any:
         with filesystem.open_input_file(inner) as stream:
             return read(stream)
     except (OSError, pa.ArrowInvalid) as error:
+        if storage.is_lost(error):
+            raise
         raise BadDataError(f"{file} cannot be read: {error}") from error
 
 

@@ -294,7 +294,8 @@ class Registry:
         try:
             digest = folder_digest(fetch_folder(self.settings, version.tags[TAG_MODEL_ID], MODEL_FOLDER))
         except (OSError, MlflowException) as error:
-            if isinstance(error, MlflowException) and error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            gone = getattr(error, "error_code", "") in ("", "RESOURCE_DOES_NOT_EXIST")
+            if storage.is_lost(error) or not gone:
                 raise
             raise BadDataError(
                 f"{self.name} version {version.version}: its files cannot be read ({error}); the champion stays. Name "

@@ -7,6 +7,7 @@ itself is written by Spark or its Python workers and committed by :mod:`onetrans
 
 from __future__ import annotations
 
+import errno
 import json
 import mimetypes
 import os
@@ -97,6 +98,16 @@ def join(base: str, *parts: str) -> str:
 def sqlite_file(uri: str) -> Path | None:
     """Return the file of a SQLite database's address, ``sqlite:///FILE``; None if it is another database or server."""
     return Path(uri.removeprefix("sqlite:///").split("?")[0]) if uri.startswith("sqlite:///") else None
+
+
+def is_lost(error: BaseException) -> bool:
+    """Tell whether a connection or the system failed while a file was read, and not the file itself.
+
+    Arrow raises ``OSError`` without a number for what is wrong in a file; a file that is not there, or may not be read,
+    will not be on the next try either.
+    """
+    own = (None, errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.EPERM)
+    return isinstance(error, ConnectionError) or (isinstance(error, OSError) and error.errno not in own)
 
 
 def exists(path: str) -> bool:

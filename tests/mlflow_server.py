@@ -39,4 +39,4 @@ def start(server: Server) -> None:
             return False
 
     server.start()
-    wait_until(answers, [server], "MLflow", 120)
+    wait_until(answers, [server], "MLflow", 300)

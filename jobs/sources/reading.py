@@ -260,6 +260,8 @@ def _look(file: str, where: Where) -> tuple[pa.Schema, int]:
                 parquet = pq.ParquetFile(opened)
                 return parquet.schema_arrow, parquet.metadata.num_rows
         except (pa.ArrowInvalid, OSError) as error:
+            if storage.is_lost(error):
+                raise
             raise BadDataError(f"{where}: file {file} ({size:,} bytes) is not whole Parquet: {error}") from error
     try:
         lines = _first_lines(file, 2 if _format(file) == "csv" else _JSON_SAMPLE_LINES)

@@ -21,8 +21,8 @@ def running(folder: Path) -> Iterator[Server]:
     command += ["--artifacts-destination", str(folder / "artifacts")]
     environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     server = Server(f"http://127.0.0.1:{port}", command, environment, folder / "server.log", folder)
-    start(server)
     try:
+        start(server)
         yield server
     finally:
         stop([server])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import date, timedelta
 
 from pyspark.sql import Column as SparkColumn
@@ -39,6 +40,8 @@ def merged(tails: DataFrame | None, today: DataFrame, schema: FeatureSchema) -> 
     it was known.  ``tails`` is None on the first day.
     """
     lists = {field.name: field.dataType for field in today.schema}
+    if tails is not None:
+        tails = as_today(tails, {s.column: lists[s.column] for s in schema.sequences})
     if tails is None:
         return today.select("user_id", *(F.sort_array(s.column).alias(s.column) for s in schema.sequences))
     old = tails.select("user_id", *(F.col(s.column).alias(f"old_{s.column}") for s in schema.sequences))
@@ -64,6 +67,36 @@ def behavior_sequences(tails: DataFrame | None, events: DataFrame, schema: Featu
     settled_before = day_bounds(ds, schema.timezone)[1] - timedelta(minutes=schema.day_tolerance_minutes)
     both = merged(tails, collected(events, schema), schema)
     return _trimmed(both, schema, F.lit(settled_before))
+
+
+def as_today(tails: DataFrame, kinds: Mapping[str, T.DataType]) -> DataFrame:
+    """Return tails with the sequences and event features of today's schema, which yesterday's may not have had.
+
+    What was not kept then is missing: an event lacks the feature, a user the events of the sequence.
+    """
+    known = {field.name: field.dataType for field in tails.schema}
+
+    def shown(column: str, kind: T.DataType) -> SparkColumn:
+        if column not in known:
+            return F.array().cast(kind)
+        before, now = _fields(known[column]), _fields(kind)
+        if list(before.items()) == list(now.items()):
+            return F.col(column)
+
+        def of_today(event: SparkColumn) -> SparkColumn:
+            return F.struct(
+                *((event[name] if name in before else F.lit(None)).cast(of).alias(name) for name, of in now.items())
+            )
+
+        return F.transform(column, of_today)
+
+    return tails.select("user_id", *(shown(column, kind).alias(column) for column, kind in kinds.items()))
+
+
+def _fields(kind: T.DataType) -> dict[str, T.DataType]:
+    assert isinstance(kind, T.ArrayType)
+    assert isinstance(kind.elementType, T.StructType)
+    return {field.name: field.dataType for field in kind.elementType}
 
 
 def _appended(old: SparkColumn, new: SparkColumn) -> SparkColumn:

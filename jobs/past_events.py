@@ -23,6 +23,8 @@ import pyarrow.compute as pc
 from pyspark.sql import types as T
 from pyspark.sql.pandas.types import from_arrow_schema
 
+from onetrans.errors import BadConfigError
+
 ROW = "_row"
 """Column that says what a row of a partition is."""
 REQUEST, USER, TAIL, EVENT = range(4)
@@ -125,6 +127,11 @@ class RequestsOfPartition:
             return pa.ListArray.from_arrays(pa.array(np.zeros(len(ts_Q) + 1, np.int32)), pa.array([], kind.value_type))
         lists = _Lists.of(old, start_U, count_U, new, new_user_V)
         place_N, offset_Q = lists.last_known(user_Q, ts_Q, sequence.max_length)
+        if offset_Q[-1] > np.iinfo(np.int32).max:
+            raise BadConfigError(
+                f"{sequence.column}: {len(ts_Q):,} requests of one partition see {offset_Q[-1]:,} events, more than a "
+                "list of Arrow can hold; raise spark.shuffle_partitions"
+            )
         events = pa.concat_arrays(parts) if len(parts) > 1 else parts[0]
         seen = pa.array(place_N)
         shown = [_array(pc.struct_field(events, field.name)).take(seen) for field in kind.value_type]

@@ -13,7 +13,7 @@ from pyspark.sql import functions as F
 from pyspark.sql import types as T
 from pyspark.sql.pandas.types import to_arrow_schema
 
-from jobs.behavior_sequences import tail_days, yesterdays_tails
+from jobs.behavior_sequences import as_today, tail_days, yesterdays_tails
 from jobs.contract import context_columns
 from jobs.encoding import stored, stored_all
 from jobs.past_events import (
@@ -112,7 +112,9 @@ def with_past(
         features = F.struct(*(name for name in users.columns if name != "user_id")).alias(FEATURES)
         parts.append(users.select(F.lit(USER).alias(ROW), "user_id", features))
     if tails is not None:
+        kind = T.ArrayType(happened.schema[HAPPENED].dataType)
         told = [F.col(s.column).alias(s.tail) for s in seen]
+        tails = as_today(tails, {s.column: kind for s in seen})
         parts.append(tails.select(F.lit(TAIL).alias(ROW), "user_id", *told))
     rows = reduce(lambda one, other: one.unionByName(other, allowMissingColumns=True), parts)
     fields = {f.name: f.dataType for f in [*(users.schema if users is not None else ()), *requests.schema]}

@@ -29,7 +29,7 @@ from jobs.sources.reading import AS_JSON, FILE, ROW
 from jobs.spark import session
 from onetrans import storage
 from onetrans.days import describe_days
-from onetrans.errors import UNHARMED, BadDataError, NotReadyError
+from onetrans.errors import UNHARMED, BadConfigError, BadDataError, NotReadyError
 from onetrans.lake import QUARANTINE, Lake, Staged
 from onetrans.schema import FeatureSchema, InputTable, load_schema
 from onetrans.settings import Settings
@@ -219,12 +219,19 @@ class Workspace:
 
         Raises:
             BadDataError: if the day has no rows.
+            BadConfigError: if the workers' disk is another one.
         """
         started = time.monotonic()
         staged = self._from(table, ds, reads)
         of_day = made.of_day(ds)
         if storage.is_local(staged.path):
-            write_partitions(rows, of_day.table, staged.path)
+            written, found = write_partitions(rows, of_day.table, staged.path), count_rows(staged.path)
+            if written != found:
+                raise BadConfigError(
+                    f"{table} {ds}: the workers wrote {written:,} rows, of which {found:,} are in {staged.path} where "
+                    "this step runs. Executors on other machines need lake.warehouse in a folder that all share, or in "
+                    "an object store"
+                )
         else:
             write(rows.mapInArrow(of_day, of_day.spark_schema()), staged.path)
         return self._mark(staged, started)

@@ -254,14 +254,18 @@ def _expired(lake: Lake, table: str, held: Held, before: datetime) -> list[Remov
 
 
 def _data(lake: Lake, table: str, held: Held, gone: set[int], before: datetime) -> list[Removal]:
-    """Return the folders of a table's days that no remaining snapshot, plan or staged day names."""
+    """Return the folders of a table's days that no remaining snapshot, plan or staged day names.
+
+    They are compared by day and attempt: the warehouse may have had another address when a file was written.
+    """
     target = _table(lake, table)
     path = storage.join(lake.warehouse, "data", table)
-    named = {_attempt(path, file) for file in _data_files(target, gone)} if target is not None else set()
-    staged = set(lake.staged_paths(table))
+    files_named = _data_files(target, gone) if target is not None else set()
+    folders = [*(file.rsplit("/", 1)[0] for file in files_named), *lake.staged_paths(table), *held.folders]
+    kept = {_day_and_attempt(folder) for folder in folders}
     found = []
     for folder, files in _attempts(path).items():
-        if folder not in named and folder not in staged and folder not in held.folders and files.newest < before:
+        if _day_and_attempt(folder) not in kept and files.newest < before:
             found.append(Removal("data", table, folder, files.bytes, f"named by nothing, of {files.newest:%Y-%m-%d}"))
     return found
 
@@ -341,6 +345,13 @@ def _attempt(path: str, file: str) -> str | None:
     """Return ``ds=DAY/ATTEMPT`` of a file of the table in ``path``, however deep it lies there; None if it has none."""
     parts = file.removeprefix(f"{path}/").split("/")
     return storage.join(path, parts[0], parts[1]) if len(parts) >= 3 and parts[0].startswith("ds=") else None
+
+
+def _day_and_attempt(folder: str) -> tuple[str, ...]:
+    """Return the last ``ds=DAY`` of an address and the attempt after it, whose name is drawn at random."""
+    parts = folder.split("/")
+    days = [place for place, part in enumerate(parts) if part.startswith("ds=")]
+    return tuple(parts[days[-1] : days[-1] + 2]) if days else (folder,)
 
 
 def _folder(path: str) -> _Folder:

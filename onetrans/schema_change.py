@@ -26,6 +26,7 @@ REBUILD: Class = "rebuild"
 REFUSED: Class = "refused"
 
 _BUILD = "build the days again that are to be trained on: python -m jobs.backfill --from DAY --to DAY"
+_FILLS = f"{_BUILD}; events of the days before the first of them have nothing of it"
 _ANEW = "a lake of its own: another lake.namespace, and a backfill from the first day"
 
 
@@ -72,7 +73,7 @@ def _changes(before: FeatureSchema, now: FeatureSchema) -> Iterator[Change]:
         yield Change(REFUSED, f"timezone is {now.timezone}, was {before.timezone}: days begin at another hour", _ANEW)
     for name in (
         "day_tolerance_minutes", "aggregates", "epoch", "derived_behaviors", "outcome_delay_minutes",
-        "attribution_hours", "columns",
+        "attribution_hours", "columns", "request_from",
     ):  # fmt: skip
         if getattr(before, name) != getattr(now, name):
             yield Change(REBUILD, f"{name} differs, by which rows are made", _BUILD)
@@ -112,7 +113,8 @@ def _columns(before: FeatureSchema, now: FeatureSchema) -> Iterator[Change]:
 def _features(before: FeatureSchema, now: FeatureSchema) -> Iterator[Change]:
     then, here = ({f.name: f for f in schema.features} for schema in (before, now))
     for name in sorted(here.keys() - then.keys()):
-        yield Change(REBUILD, f"feature {name} is new: published days do not hold it", _BUILD)
+        remedy = _FILLS if here[name].side == "event" else _BUILD
+        yield Change(REBUILD, f"feature {name} is new: published days do not hold it", remedy)
     for name in sorted(then.keys() - here.keys()):
         yield Change(COMPATIBLE, f"feature {name} is gone", "published days keep its column, and nobody reads it")
     for name in sorted(then.keys() & here.keys()):
@@ -124,7 +126,7 @@ def _features(before: FeatureSchema, now: FeatureSchema) -> Iterator[Change]:
 def _sequences(before: FeatureSchema, now: FeatureSchema) -> Iterator[Change]:
     then, here = ({s.name: s for s in schema.sequences} for schema in (before, now))
     for name in sorted(here.keys() - then.keys()):
-        yield Change(REBUILD, f"sequence {name} is new", _BUILD)
+        yield Change(REBUILD, f"sequence {name} is new", _FILLS)
     for name in sorted(then.keys() - here.keys()):
         yield Change(COMPATIBLE, f"sequence {name} is gone", "published days keep its column, and nobody reads it")
     for name in sorted(then.keys() & here.keys()):
@@ -132,7 +134,7 @@ def _sequences(before: FeatureSchema, now: FeatureSchema) -> Iterator[Change]:
         if old.event != new.event:
             yield Change(REBUILD, f"sequence {name} holds {new.event} events, held {old.event}", _BUILD)
         elif new.max_length > old.max_length:
-            yield Change(REBUILD, f"sequence {name} keeps {new.max_length} events, kept {old.max_length}", _BUILD)
+            yield Change(REBUILD, f"sequence {name} keeps {new.max_length} events, kept {old.max_length}", _FILLS)
         elif new.max_length < old.max_length:
             yield Change(
                 COMPATIBLE, f"sequence {name} keeps {new.max_length} events, kept {old.max_length}",

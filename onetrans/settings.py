@@ -176,7 +176,7 @@ class SparkSettings:
     driver_memory: str = "1g"
     """Heap of the driver, which does all the work in local mode; from 4g on Java compiles fully, for long jobs."""
     shuffle_partitions: int = 4
-    """Partitions of a shuffle; about twice the cores on a laptop, thousands on a cluster."""
+    """Partitions of a shuffle, one per half a million rows of a day's log: a Python worker holds one whole."""
     conf: Mapping[str, str] = field(default_factory=dict)
     """Any further Spark properties, taken as they are."""
 

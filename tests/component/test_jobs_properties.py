@@ -161,7 +161,9 @@ def check_tables(work: Any, world: World) -> None:
             "training_requests": oracle.training_requests(world, ds),
         }
         for table, rows in expected.items():
-            found = keyed(table, work.lake.read(table, [ds]).to_pylist())
+            held = work.lake.read(table, [ds]).to_pylist()
+            assert len(held) == len(rows), f"{table} {ds}"
+            found = keyed(table, held)
             assert found.keys() == rows.keys(), f"{table} {ds}"
             for key, row in rows.items():
                 assert rounded(found[key]) == rounded({"ds": ds, **row}), f"{table} {ds} {key}"
@@ -175,6 +177,8 @@ def keyed(table: str, rows: list[dict[str, Any]]) -> dict[Any, dict[str, Any]]:
     names = {"item_features": "item_id", "training_requests": "request_id"}
     found = {row.pop(names.get(table, "user_id")): row for row in rows}
     for row in found.values() if table == "training_requests" else ():
+        shown = [candidate["item_id"] for candidate in row["candidates"]]
+        assert shown == sorted(set(shown))
         row["candidates"] = {candidate.pop("item_id"): candidate for candidate in row["candidates"]}
     return found
 

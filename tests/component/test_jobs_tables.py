@@ -26,10 +26,11 @@ from jobs.workspace import Workspace
 from onetrans.errors import EXIT_BAD_DATA, EXIT_OK, NotReadyError
 from onetrans.lake import Lake
 from onetrans.lineage import stale_days
+from onetrans.schema import Feature, Sequence, hash64
 from onetrans.settings import AuditSettings, SourceSettings, SparkSettings, as_environment
 from tests import oracle
 from tests.oracle import FIRST_DAY, SCHEMA, World, random_world
-from tests.raw_log import open_workspace, publish, write_rows
+from tests.raw_log import open_workspace, publish, with_schema, write_rows
 from tests.worlds import write_schema
 
 JOBS = (impressions, behaviors, user_features, item_features, behavior_sequences, training_requests)
@@ -110,9 +111,13 @@ def test_tails_built_day_by_day_equal_a_rebuild_from_all_events(work: Workspace,
 @pytest.mark.parametrize("ds", DAYS)
 def test_requests_see_what_the_oracle_sees(work: Workspace, world: World, ds: date) -> None:
     expected = oracle.training_requests(world, ds)
-    found = {row.pop("request_id"): row for row in rows_of(work, "training_requests", ds)}
+    rows = rows_of(work, "training_requests", ds)
+    assert len(rows) == len(expected)
+    found = {row.pop("request_id"): row for row in rows}
     assert found.keys() == expected.keys()
     for name, row in found.items():
+        shown = [candidate["item_id"] for candidate in row["candidates"]]
+        assert shown == sorted(set(shown))
         row["candidates"] = {candidate.pop("item_id"): candidate for candidate in row["candidates"]}
         assert rounded(row) == rounded({"ds": ds, **expected[name]}), name
 
@@ -148,6 +153,53 @@ def test_the_world_holds_what_can_go_wrong(world: World) -> None:
             full += len(row["seq_click"]) == SCHEMA.sequences[0].max_length
             without += not own
     assert min(full, at_the_instant, unknown_yet, redelivered, without) > 10
+
+
+def test_a_schema_that_changes_its_events_goes_on_from_the_tails_there_are(
+    spark: SparkSession, work: Workspace, world: World, tmp_path: Path
+) -> None:
+    """A feature is gone, one is new and stands first, a sequence is new; the days before know nothing of them."""
+    before, after, next_day = DAYS
+    kept = [f for f in SCHEMA.features if f.name not in ("event_price", "event_place")]
+    new = Feature("event_kind", "event", "hashed", "type", hash_size=10)
+    events = [f for f in SCHEMA.features if f.name == "event_place"]
+    others = {row["type"] for rows in world.behaviors.values() for row in rows} - {s.event for s in SCHEMA.sequences}
+    third = Sequence("third", min(others), max_length=2)
+    schema = replace(SCHEMA, features=(new, *events, *kept), sequences=(third, *SCHEMA.sequences))
+    write_world(world, tmp_path / "raw")
+    own = open_workspace(spark, tmp_path, SCHEMA, max_quarantine_share=0.0)
+    for job in JOBS:
+        publish(own, job, before)
+    own = with_schema(own, schema)
+    for ds in (after, next_day):
+        for job in JOBS:
+            publish(own, job, ds)
+    earlier = {event["event_id"] for event in oracle.behaviors(world, before)}
+    delivered = {event["event_id"] for ds in (after, next_day) for event in oracle.behaviors(world, ds)}
+    changed = replace(world, schema=schema)
+    for ds in (after, next_day):
+        rows = {row["user_id"]: row for row in rows_of(own, "behavior_sequences", ds)}
+        seen_before, seen_since = 0, 0
+        for user, lists in oracle.tails(changed, ds).items():
+            for sequence in schema.sequences:
+                found = rows[user][sequence.column] if user in rows else []
+                old = [event for event in lists[sequence.column] if event["event_id"] in earlier]
+                if sequence is third:
+                    assert {event["event_id"] for event in found} <= delivered
+                    continue
+                assert [event["event_id"] for event in found] == [e["event_id"] for e in lists[sequence.column]]
+                for event in found:
+                    is_old = event["event_id"] in {e["event_id"] for e in old}
+                    assert event["event_kind"] == (None if is_old else hash64(sequence.event))
+                    seen_before, seen_since = seen_before + is_old, seen_since + (not is_old)
+        assert seen_before
+        assert seen_since
+        requests = {row["request_id"]: row for row in rows_of(own, "training_requests", ds)}
+        for name, row in oracle.training_requests(world, ds).items():
+            for sequence in SCHEMA.sequences:
+                told = [(e["ts"], e["event_item"], e["event_place"]) for e in requests[name][sequence.column]]
+                assert told == [(e["ts"], e["event_item"], e["event_place"]) for e in row[sequence.column]]
+        assert any(row["seq_third"] for row in requests.values())
 
 
 def test_requests_lie_in_the_order_of_time(work: Workspace) -> None:

@@ -127,6 +127,23 @@ def test_attempts_that_were_never_published_go(settings: Settings, lake: Lake) -
     assert there(refused), "the latest attempt of a day is kept: it can be looked at, or audited again"
 
 
+def test_what_was_published_under_another_address_of_the_warehouse_stays(
+    settings: Settings, lake: Lake, tmp_path: Path
+) -> None:
+    """A link to the folder, or s3a:// in place of s3://: the files are the same, and are still named."""
+    old, published = publish(lake, D1, 5), publish(lake, D1, 7)
+    staged = write(lake, D2, 6)
+    lake.mark_staged(Staged(TABLE, D2, staged, 6))
+    link = tmp_path / "release"
+    link.symlink_to(storage.local_path(lake.warehouse).parent)
+    warehouse = str(link / storage.local_path(lake.warehouse).name)
+    moved = replace(settings, lake=replace(settings.lake, warehouse=warehouse))
+    assert Lake(moved.lake).read(TABLE).num_rows == 7
+    removed = of_kind(retain(moved, LATER), "data")
+    assert [path.rsplit("/", 1)[1] for path in removed] == [old.rsplit("/", 1)[1]]
+    assert (there(published), there(staged)) == (True, True)
+
+
 def test_a_table_of_quarantined_rows_is_kept_like_the_others(settings: Settings, lake: Lake) -> None:
     for count in (3, 4):
         lake.replace_partition(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -67,6 +67,28 @@ def test_a_change_has_its_class(change: Callable[[FeatureSchema], FeatureSchema]
     first, *_ = schema_changes(BEFORE, change(BEFORE))
     assert first.kind == kind, first
     assert any(told in str(found) for found in schema_changes(BEFORE, change(BEFORE)))
+
+
+def test_every_part_of_a_schema_has_a_class() -> None:
+    """By its own line: that models begin afresh is said of any difference beside it."""
+    others = {
+        "name": "another",
+        "timezone": "Asia/Tokyo",
+        "day_tolerance_minutes": 7,
+        "aggregates": replace(BEFORE.aggregates, smoothing=77.0),
+        "epoch": "ms",
+        "derived_behaviors": ("click",),
+        "outcome_delay_minutes": 7,
+        "attribution_hours": 7.0,
+        "columns": {"impressions": {"user_id": "u"}},
+        "request_from": ("user_id", "ts"),
+    }
+    assert {*others, "features", "sequences"} == {field.name for field in fields(FeatureSchema)}
+    for name, value in others.items():
+        changed = replace(BEFORE)
+        object.__setattr__(changed, name, value)  # some make sense with others alone
+        told = schema_changes(BEFORE, changed)
+        assert [change for change in told if name in change.what], name
 
 
 def test_the_gravest_is_told_first_and_nothing_of_the_same() -> None:

@@ -56,7 +56,8 @@ _LEAST_DISK_GB, _DISK_GB = 1.0, 10.0
 _PYTHON_GIB, _BESIDE_HEAP_GIB = 1.5, 0.5
 """Of a step with pyarrow or torch, and of a JVM beside its heap; `make demo` takes 3.0 GiB in all."""
 
-_CHECKOUT = (REPOSITORY / "constraints.txt").is_file()
+_CHECKOUT = (REPOSITORY / "Makefile").is_file()
+"""A place where `make env` is to be had; an image has constraints.txt, and no Makefile."""
 _CORRECT_SETTINGS = "correct the file or the variable; `onetrans config` shows what is read"
 _AGAIN = "rm .venv/.ready && make env"
 """`make env` alone does nothing where an environment of the same files is finished."""
@@ -287,7 +288,8 @@ def _versions(settings: Settings) -> list[Check]:
     other = _unlike_constraints()
     if other:
         shown = ", ".join(other[:4]) + (f" and {len(other) - 4} more" if len(other) > 4 else "")
-        checks.append(Check("versions", "warn", f"not the versions that are tested: {shown}", _AGAIN))
+        mend = _AGAIN if _CHECKOUT else "build the image again"
+        checks.append(Check("versions", "warn", f"not the versions that are tested: {shown}", mend))
     return checks
 
 

@@ -56,7 +56,8 @@ def _services() -> dict[str, Any]:
     assert spec is not None
     assert spec.submodule_search_locations is not None
     program = Path(spec.submodule_search_locations[0]) / "docker-compose"
-    names = ("PGPASSWORD", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AIRFLOW_JWT_SECRET", "AIRFLOW_FERNET_KEY")
+    names = ("PGPASSWORD", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AIRFLOW_JWT_SECRET", "AIRFLOW_FERNET_KEY",
+             "AIRFLOW_API_SECRET_KEY")  # fmt: skip
     secrets = dict.fromkeys(names, SECRET) | {"ONETRANS_SERVING_TOKEN": SECRET}
     secrets["AIRFLOW_FERNET_KEY"] = "cnlwdG9ncmFwaHktZm9yLXRlc3RzLW9ubHktMzJieXQ="
     done = subprocess.run(

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import sysconfig
 import tomllib
+from fnmatch import fnmatchcase
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,8 @@ from tests.images import DOCKERFILE, image_environment, stages
 
 ROOT = Path(__file__).parents[2]
 INFRA = ROOT / "infra"
-SECRETS = ("PGPASSWORD", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AIRFLOW_JWT_SECRET", "AIRFLOW_FERNET_KEY",
-           "ONETRANS_SERVING_TOKEN")  # fmt: skip
+SECRETS = ("PGPASSWORD", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AIRFLOW_JWT_SECRET", "AIRFLOW_API_SECRET_KEY",
+           "AIRFLOW_FERNET_KEY", "ONETRANS_SERVING_TOKEN")  # fmt: skip
 
 
 def _env_file(path: Path) -> dict[str, str]:
@@ -81,6 +82,50 @@ def test_what_the_images_copy_is_there_and_reaches_the_builder() -> None:
                 for source in line.split()[1:-1]:
                     assert (ROOT / source).exists(), source
                     assert source.split("/")[0] in sent, f"{source} is kept from the builder"
+
+
+def _reaches_the_builder(path: str) -> bool:
+    """Tell by .dockerignore, whose last pattern that fits a file or a folder above it decides."""
+    above = ["/".join(path.split("/")[: n + 1]) for n in range(path.count("/") + 1)]
+    sent = True
+    for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines():
+        pattern = line.removeprefix("!")
+        if line.startswith("#") or not line:
+            continue
+        anywhere = pattern.startswith("**/")
+        names = [part.rsplit("/", 1)[-1] for part in above] if anywhere else above
+        depth = 0 if anywhere else pattern.count("/")
+        if any(fnmatchcase(name, pattern.removeprefix("**/")) and name.count("/") == depth for name in names):
+            sent = line.startswith("!")
+    return sent
+
+
+def test_every_command_begins_with_what_the_image_of_airflow_has(tmp_path: Path) -> None:
+    assert not _reaches_the_builder("infra/.env")
+    assert not _reaches_the_builder("onetrans/__pycache__/cli.cpython-311.pyc")
+    for line in (line for stage in ("base", "airflow") for line in stages()[stage] if line.startswith("COPY ")):
+        *sources, target = line.split()[1:]
+        if "--from" in line or target == "/":
+            continue
+        for source in sources:
+            files = [ROOT / source] if (ROOT / source).is_file() else list((ROOT / source).rglob("*"))
+            for file in (f for f in files if f.is_file() and _reaches_the_builder(str(f.relative_to(ROOT)))):
+                copy = tmp_path / target / (file.relative_to(ROOT / source) if (ROOT / source).is_dir() else file.name)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                copy.write_bytes(file.read_bytes())
+    code = (
+        "import importlib, sys\n"
+        "from onetrans import cli\n"
+        "for module, _ in cli.COMMANDS.values(): importlib.import_module(module)\n"
+        f"own = {tuple(folder.name for folder in ROOT.iterdir() if (folder / '__init__.py').is_file())}\n"
+        "files = [m.__file__ for n, m in list(sys.modules.items()) if n.split('.')[0] in own and m.__file__]\n"
+        f"lacking = [f for f in files if not f.startswith({str(tmp_path)!r})]\n"
+        "assert not lacking, f'the image lacks {lacking}'\n"
+        "assert not sys.modules['infra.doctor']._CHECKOUT, 'it takes itself for a checkout, where make env helps'"
+    )
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.parametrize("stage", ["airflow", "training", "serving"])
@@ -198,6 +243,18 @@ def test_no_secret_stands_in_a_file(system: dict[str, Any]) -> None:
     assert ROOT.joinpath(".gitignore").read_text(encoding="utf-8").splitlines().count("infra/.env") == 1
 
 
+def test_processes_of_airflow_know_each_other_by_one_key(system: dict[str, Any]) -> None:
+    """The log of a running task is asked of the scheduler that runs it, by the key that signed the question."""
+    for name in ("api-server", "scheduler", "dag-processor", "triggerer"):
+        assert system[f"airflow-{name}"]["environment"]["AIRFLOW__API__SECRET_KEY"] == "a-secret"
+
+
+def test_serving_knows_no_password_of_the_database(system: dict[str, Any]) -> None:
+    """It asks MLflow and the store; who breaks into it changes no catalog."""
+    assert not {name for name in system["serving"]["environment"] if name.startswith("PG")}
+    assert system["mlflow"]["environment"]["PGPASSWORD"] == "a-secret"
+
+
 def test_the_image_can_copy_the_database_of_compose(system: dict[str, Any]) -> None:
     """pg_dump refuses a server newer than itself, so without its client an upgrade ends before it begins."""
     (client,) = {int(found) for line in stages()["airflow"] for found in re.findall(r"postgresql-client-(\d+)", line)}
@@ -213,13 +270,9 @@ def test_the_image_can_copy_the_database_of_compose(system: dict[str, Any]) -> N
 def test_each_secret_has_a_command_that_makes_one() -> None:
     from cryptography.fernet import Fernet
 
-    commands = dict(
-        re.findall(
-            r"^#   (.+)\n([A-Z_]+)=$", (INFRA / "production" / ".env.example").read_text(encoding="utf-8"), re.MULTILINE
-        )
-    )
+    example = (INFRA / "production" / ".env.example").read_text(encoding="utf-8")
     made = {}
-    for command, name in ((command, name) for command, name in commands.items()):
+    for command, name in re.findall(r"^#   (.+)\n([A-Z_]+)=$", example, re.MULTILINE):
         done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True)
         made[name] = done.stdout.strip()
     assert set(made) == set(SECRETS)
@@ -227,6 +280,7 @@ def test_each_secret_has_a_command_that_makes_one() -> None:
     assert len(set(made.values())) == len(made)
     Fernet(made["AIRFLOW_FERNET_KEY"].encode())
     assert len(made["AIRFLOW_JWT_SECRET"]) >= 64  # HS512 asks for as much
+    assert len(made["AIRFLOW_API_SECRET_KEY"]) >= 64
 
 
 # Settings

@@ -9,6 +9,7 @@ nothing else tells whether it may be.  Each check is a line; ``FAIL`` stops a da
 from __future__ import annotations
 
 import argparse
+import base64
 import importlib.metadata
 import os
 import re
@@ -18,9 +19,10 @@ import sqlite3
 import subprocess
 import sys
 import threading
-import urllib.error
+import tomllib
+import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -377,13 +379,21 @@ def _log(settings: Settings) -> list[Check]:
         return [Check("log", "FAIL", f"source.path = {path}: {there}", _reach_hint(path), EXIT_NOT_READY)]
     if not there:
         mend = "put the log there or name its folder in source.path (docs/input.md); without one, try: make demo"
-        return [Check("log", "warn", f"source.path = {path}: there is nothing", mend)]
+        state: State = "FAIL" if _is_set("source", "path") else "warn"
+        return [Check("log", state, f"source.path = {path}: there is nothing", mend)]
     try:
         schema = load_schema(settings.source)
     except PipelineError as error:
         mend = "onetrans schema check FILE explains every mistake with its line"
         return [Check("log", "FAIL", str(error), mend)]
     return [Check("log", "ok", f"{path}, schema {schema.name!r} with {len(schema.features)} features")]
+
+
+def _is_set(section: str, name: str) -> bool:
+    """Tell whether a setting of an accepted configuration stands in the file or the environment."""
+    file = config_file()
+    written = tomllib.loads(file.read_text(encoding="utf-8")) if file else {}
+    return f"ONETRANS_{section}_{name}".upper() in os.environ or name in written.get(section, {})
 
 
 def _catalog(settings: Settings) -> Check:
@@ -443,7 +453,8 @@ def _spark_in_store(settings: Settings) -> Check:
     return Check("store", "warn", "Spark reads and writes S3 over copies on this disk: it has no s3a", advice(hadoop))
 
 
-def _mlflow(settings: Settings) -> Check:
+def look_at_mlflow(settings: Settings) -> Check:
+    """Ask MLflow's store or server once, for seconds: its own client would try for minutes."""
     uri = settings.mlflow.tracking_uri
     if (file := storage.sqlite_file(uri)) is not None:
         if not file.exists():
@@ -465,7 +476,7 @@ def _mlflow(settings: Settings) -> Check:
                 EXIT_NOT_READY,
             )
         return Check("mlflow", "ok", f"{_shown(uri)} answers")
-    answer = _in_time(lambda: (_get(f"{uri.rstrip('/')}/version"),))
+    answer = _in_time(lambda: (_get(f"{uri.rstrip('/')}/version", _login(uri)),))
     if isinstance(answer, str):
         mend = "start it (mlflow server), or correct mlflow.tracking_uri; a password goes into MLFLOW_TRACKING_PASSWORD"
         return Check("mlflow", "FAIL", f"{_shown(uri)}: {answer}", mend, EXIT_NOT_READY)
@@ -521,11 +532,25 @@ def _in_time(ask: Callable[[], Any]) -> Any:
     return answer[0] if answer else f"no answer in {_ANSWERS_WITHIN_S:.0f} s"
 
 
-def _get(address: str) -> str:
+def _get(address: str, headers: Mapping[str, str]) -> str:
+    """Return what an address answers; its user's name and password belong into the headers."""
     local = "127.0.0.1" in address or "localhost" in address
     opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if local else []))
-    with opener.open(address, timeout=_ANSWERS_WITHIN_S / 2) as answer:
+    question = urllib.request.Request(_shown(address), headers=dict(headers))
+    with opener.open(question, timeout=_ANSWERS_WITHIN_S / 2) as answer:
         return str(answer.read(1000).decode(errors="replace"))
+
+
+def _login(uri: str, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Return the header by which MLflow's client logs in: by the variables it reads, or a name in the address."""
+    if token := environ.get("MLFLOW_TRACKING_TOKEN"):
+        return {"Authorization": f"Bearer {token}"}
+    written = urllib.parse.urlsplit(uri)
+    user = urllib.parse.unquote(written.username or "") or environ.get("MLFLOW_TRACKING_USERNAME", "")
+    password = urllib.parse.unquote(written.password or "") or environ.get("MLFLOW_TRACKING_PASSWORD", "")
+    if not user:
+        return {}
+    return {"Authorization": f"Basic {base64.b64encode(f'{user}:{password}'.encode()).decode()}"}
 
 
 def _shown(address: str) -> str:
@@ -551,7 +576,7 @@ LOOKS: dict[str, tuple[Look, bool]] = {
     "log": (_log, True),
     "catalog": (_catalog, True),
     "store": (_store, True),
-    "mlflow": (_mlflow, True),
+    "mlflow": (look_at_mlflow, True),
     "airflow": (_airflow, False),
 }
 """Name of a check -> the look, and whether it needs settings that were accepted."""

@@ -19,9 +19,10 @@ from typing import Any
 import psutil
 
 from infra.airflow import reach
+from infra.doctor import look_at_mlflow
 from infra.local.airflow_api import AirflowApiError
 from onetrans import storage
-from onetrans.errors import EXIT_OK, BadConfigError, PipelineError
+from onetrans.errors import EXIT_OK, BadConfigError, NotReadyError, PipelineError
 from onetrans.lake import SCORES, TABLES, Lake
 from onetrans.plan import FINISHED_FILE, NEXT_BATCH_FOLDER, PLAIN_FOLDER, PLAN_FILE
 from onetrans.process import add_json, print_json
@@ -175,12 +176,16 @@ def _champion(settings: Settings) -> dict[str, Any] | None:
 
     if not store_is_there(settings.mlflow):
         return None
+    if storage.sqlite_file(settings.mlflow.tracking_uri) is None:
+        asked = look_at_mlflow(settings)
+        if asked.state == "FAIL":
+            raise NotReadyError(f"MLflow at {asked.found}; {asked.mend}")
     from onetrans.commands.registry import describe
     from onetrans.registry import CHAMPION, TAG_BY_HAND, TAG_FORCED, TAG_PROMOTED, Registry
     from onetrans.tracking import TAG_DAY, TAG_PLAN, answering
 
     registry = Registry(settings.mlflow)
-    with answering(settings.mlflow):
+    with answering(settings.mlflow, look=True):
         version = registry.by_alias(CHAMPION)
         if version is None:
             return None

@@ -154,8 +154,12 @@ def _lock_file(tracking_uri: str) -> Path:
 
 
 @contextmanager
-def answering(settings: MlflowSettings) -> Iterator[None]:
+def answering(settings: MlflowSettings, *, look: bool = False) -> Iterator[None]:
     """Say in one sentence that MLflow does not answer, in place of its own long error.
+
+    Args:
+        settings: where it is.
+        look: nothing was to be changed, so there is no word on what is unharmed.
 
     Raises:
         NotReadyError: if a call inside was not answered; it may be tried again later.
@@ -169,8 +173,9 @@ def answering(settings: MlflowSettings) -> Iterator[None]:
         code = getattr(error, "error_code", "INTERNAL_ERROR")
         if code not in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED"):
             raise
+        unharmed = "" if look else "; nothing was promoted"
         raise NotReadyError(
-            f"MLflow at {settings.tracking_uri} does not answer ({_first_line(error)[:300]}); nothing was promoted"
+            f"MLflow at {settings.tracking_uri} does not answer ({_first_line(error)[:300]}){unharmed}"
         ) from error
 
 

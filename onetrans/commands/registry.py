@@ -78,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
             )
         print_json([]) if arguments.json else print(versions_table([]))
         return 0
-    with answering(settings):
+    with answering(settings, look=arguments.action not in ("promote", "rollback")):
         return _do(Registry(settings), arguments)
 
 

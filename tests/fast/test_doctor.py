@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import importlib.metadata
 import json
 import re
 import socket
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,21 @@ def test_nothing_is_made_by_looking(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert {check["name"] for check in checks} == set(names)
     assert [check for check in checks if check["state"] == "FAIL"] == []
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("place", ["file", "variable"])
+def test_a_log_that_was_named_and_is_not_there_stops_a_day(
+    place: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert looked(capsys, "log")[1][0]["state"] == "warn"  # of the default: nobody has named a log yet
+    if place == "file":
+        Path("onetrans.toml").write_text("[source]\npath = 'var/raw'\n")
+    else:
+        monkeypatch.setenv("ONETRANS_SOURCE_PATH", "var/raw")
+    code, checks = looked(capsys, "log")
+    assert code == EXIT_BAD_CONFIG
+    assert checks[0]["state"] == "FAIL"
+    assert "source.path = var/raw: there is nothing" in checks[0]["found"]
 
 
 def test_every_line_that_fails_says_how_to_mend_it(
@@ -70,6 +88,32 @@ def test_a_server_that_does_not_answer_can_be_tried_again(
     assert [check["state"] for check in checks] == ["FAIL", "FAIL", "warn"]
     assert "MLFLOW_TRACKING_PASSWORD" in checks[1]["mend"]
     assert "secret" not in str(checks)
+
+
+def test_a_server_of_mlflow_with_a_login_is_asked_as_its_client_would(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Server(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            known = self.headers.get("Authorization") == "Basic " + base64.b64encode(b"ann:p@ss").decode()
+            self.send_response(200 if known else 401)
+            self.end_headers()
+            self.wfile.write(importlib.metadata.version("mlflow").encode() if known else b"")
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        place = f"127.0.0.1:{server.server_port}"
+        monkeypatch.setenv("ONETRANS_MLFLOW_TRACKING_URI", f"http://ann:p%40ss@{place}")
+        assert looked(capsys, "mlflow")[0] == 0
+        monkeypatch.setenv("ONETRANS_MLFLOW_TRACKING_URI", f"http://{place}")
+        assert "401" in looked(capsys, "mlflow")[1][0]["found"]
+        monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "ann")
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "p@ss")
+        assert looked(capsys, "mlflow")[0] == 0
+        server.shutdown()
 
 
 def test_a_taken_port_is_named_with_its_holder(

@@ -63,7 +63,7 @@ def talking(folder: Path) -> str:
     return f"-Dlog4j2.configurationFile={path.as_uri()}"
 
 
-def _wait(log: Path, text: str, times: int, seconds: float = 120) -> None:
+def _wait(log: Path, text: str, times: int, seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while log.read_text(encoding="utf-8", errors="replace").count(text) < times:
         if time.monotonic() > deadline:

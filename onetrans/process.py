@@ -11,14 +11,17 @@ from typing import Any, NoReturn
 
 from onetrans.errors import EXIT_BAD_CONFIG, EXIT_FAILED, EXIT_OK, BadConfigError, PipelineError
 
-EXIT_CODES = "exit codes: 0 done, 65 bad data, 75 not ready yet, 78 bad configuration, 1 anything else"
+EXIT_INTERRUPTED = 130
+"""As shells count it: 128 and the number of SIGINT."""
+
+EXIT_CODES = (
+    "exit codes: 0 done, 65 bad data, 75 not ready yet, 78 bad configuration, "
+    f"{EXIT_INTERRUPTED} stopped by Ctrl-C, 1 anything else"
+)
 """What the exit code of every process tells (``onetrans/errors.py``)."""
 
 TRACEBACK = "ONETRANS_TRACEBACK"
 """Set to anything: errors show where they were raised."""
-
-EXIT_INTERRUPTED = 130
-"""As shells count it: 128 and the number of SIGINT."""
 
 
 class _Debug(argparse.Action):

@@ -15,7 +15,7 @@ from typing import Any
 
 from onetrans import storage
 from onetrans.days import day_range, parse_day
-from onetrans.errors import BadConfigError
+from onetrans.errors import NotReadyError
 from onetrans.plan import GATE_FILE, METRICS_FILE, PLAN_FILE, PROMOTION_FILE, TRUTH
 from onetrans.process import add_json, print_json
 from onetrans.scores import BASELINE, CANDIDATE, CHAMPION, POPULARITY
@@ -42,13 +42,13 @@ def last_day(settings: Settings) -> date:
     """Return the last day that has a run.
 
     Raises:
-        BadConfigError: if no day has one.
+        NotReadyError: if no day has one.
     """
     runs = storage.resolve(settings.training.runs)
     named = {path.removeprefix(runs).lstrip("/").split("/")[0] for path in storage.list_files(runs, PLAN_FILE)}
     days = [name.removeprefix("ds=") for name in named if name.startswith("ds=")]
     if not days:
-        raise BadConfigError(f"there is no run of any day in {settings.training.runs}; run: onetrans plan --ds DAY")
+        raise NotReadyError(f"there is no run of any day in {settings.training.runs}; run: onetrans plan --ds DAY")
     return parse_day(max(days))
 
 
@@ -143,13 +143,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the report."""
+    """Print the report.
+
+    Raises:
+        NotReadyError: if no day of it has a run.
+    """
     settings = load_settings()
     last = arguments.last or last_day(settings)
     first = arguments.first or last - timedelta(days=6)
     days = report(settings, first, last)
     if all(day["state"] == "no run" for day in days):
-        raise BadConfigError(f"there is no run of any day from {first} to {last} in {settings.training.runs}")
+        raise NotReadyError(f"there is no run of any day from {first} to {last} in {settings.training.runs}")
     if arguments.first is None:
         days = days[next(number for number, day in enumerate(days) if day["state"] != "no run") :]
     print_json(days) if arguments.json else print(table(days))

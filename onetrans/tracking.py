@@ -145,6 +145,19 @@ def store_is_there(settings: MlflowSettings) -> bool:
     return file is None or file.exists()
 
 
+def require_store(settings: MlflowSettings) -> None:
+    """Return if there is a store to look into.
+
+    Raises:
+        NotReadyError: if a SQLite store was not made yet.
+    """
+    if not store_is_there(settings):
+        raise NotReadyError(
+            f"there is no registry yet: MLflow's store {settings.tracking_uri} (mlflow.tracking_uri) is not there; "
+            "the first training of a day makes it"
+        )
+
+
 def _lock_file(tracking_uri: str) -> Path:
     """Return the file whose lock is a turn: beside a SQLite store, in the temporary folder for a server's."""
     if (file := storage.sqlite_file(tracking_uri)) is not None:

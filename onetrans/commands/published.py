@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     found: dict[str, PublishedDay] = {}
     for table in arguments.tables:
         while table not in found:
-            published = lake.published(table)
+            published = lake.published(table) if lake.exists() else []  # a look makes no catalog
             day = next((day for day in published if day.ds == ds), None)
             left = deadline - time.monotonic()
             if day is not None:

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onetrans.errors import BadConfigError, BadDataError
+from onetrans.errors import BadConfigError, BadDataError, NotReadyError
 from onetrans.plan import PLAN_FILE
 from onetrans.process import add_json, print_json
 from onetrans.progress import long_steps
@@ -23,6 +23,7 @@ from onetrans.tracking import (
     TAG_DECISION,
     TAG_PLAN,
     answering,
+    require_store,
     store_is_there,
 )
 
@@ -70,14 +71,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Do one action."""
     settings = load_settings().mlflow
-    if not store_is_there(settings):
-        if arguments.action != "list":
-            raise BadConfigError(
-                f"there is no registry yet: MLflow's store {settings.tracking_uri} (mlflow.tracking_uri) is not there; "
-                "the first training of a day makes it"
-            )
+    if arguments.action == "list" and not store_is_there(settings):
         print_json([]) if arguments.json else print(versions_table([]))
         return 0
+    require_store(settings)
     with answering(settings, look=arguments.action not in ("promote", "rollback")):
         return _do(Registry(settings), arguments)
 
@@ -267,6 +264,8 @@ def _named(registry: Registry, name: str) -> ModelVersion:
     if name.isdigit():
         return registry.version(name)
     version = registry.by_alias(name)
+    if version is None and name in (CHAMPION, PREVIOUS):
+        raise NotReadyError(f"{registry.name} has no alias {name!r} yet; see: onetrans registry list")
     if version is None:
         raise BadConfigError(f"{registry.name} has no alias {name!r}; see: onetrans registry list")
     return version

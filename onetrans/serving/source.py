@@ -17,6 +17,8 @@ from onetrans.tracking import (
     TAG_MODEL_ID,
     connect,
     fetch_folder,
+    require_store,
+    store_is_there,
 )
 
 _HEADER = "model.json"
@@ -43,11 +45,12 @@ def resolve(address: str, mlflow: MlflowSettings) -> ModelSource:
 
     Raises:
         BadConfigError: if it is not understood or names nothing.
-        NotReadyError: if it names an alias that no version has yet.
+        NotReadyError: if it names an alias that no version has yet, or there is no registry yet; none is made.
     """
     if address.startswith("models:/"):
         return _registered(address, mlflow)
     if address.startswith("runs:/"):
+        require_store(mlflow)
         run_id = address.removeprefix("runs:/").split("/")[0]
         tags = _asked(address, lambda: connect(mlflow).get_run(run_id)).data.tags
         if TAG_MODEL_ID not in tags:
@@ -101,10 +104,15 @@ def _registered(address: str, mlflow: MlflowSettings) -> ModelSource:
     rest = address.removeprefix("models:/")
     name, at, alias = rest.partition("@")
     name, slash, number = (name, "", "") if at else rest.partition("/")
+    if not at:
+        require_store(mlflow)
     if not at and not slash:
         return _logged(address, rest, rest, "", mlflow)
     registry = Registry(replace(mlflow, registered_model=name))
-    version = registry.by_alias(alias) if at else registry.version(number)
+    if at and not store_is_there(mlflow):
+        version = None
+    else:
+        version = registry.by_alias(alias) if at else registry.version(number)
     if version is None:
         raise NotReadyError(
             f"{name} has no alias {alias!r} yet: no day was promoted. See: onetrans registry list, onetrans report"

@@ -1,4 +1,4 @@
-"""`onetrans registry` where nothing was registered: a look makes no store."""
+"""Where nothing was registered, published or planned yet: a look makes nothing, and may be repeated."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from onetrans import cli
-from onetrans.errors import EXIT_BAD_CONFIG, EXIT_OK
+from onetrans.errors import EXIT_NOT_READY, EXIT_OK, NotReadyError
+from onetrans.serving.source import resolve
+from onetrans.settings import load_settings
 
 
 @pytest.fixture
@@ -28,6 +30,22 @@ def test_a_list_of_no_store_is_empty(folder: Path, capsys: pytest.CaptureFixture
 
 @pytest.mark.parametrize("action", [["show"], ["verify"], ["diff"], ["promote", "--version", "1", "--reason", "x"]])
 def test_all_else_says_that_there_is_none(folder: Path, capsys: pytest.CaptureFixture[str], action: list[str]) -> None:
-    assert cli.main(["registry", *action]) == EXIT_BAD_CONFIG
+    assert cli.main(["registry", *action]) == EXIT_NOT_READY
     assert "there is no registry yet: MLflow's store sqlite:///" in capsys.readouterr().err
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "command", [["published", "impressions", "--ds", "2026-01-10"], ["report"],
+                ["report", "--from", "2026-01-10", "--to", "2026-01-11"], ["quarantine", "list"]],
+)  # fmt: skip
+def test_what_is_not_there_yet_may_be_asked_for_again(folder: Path, command: list[str]) -> None:
+    assert cli.main(command) == EXIT_NOT_READY
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("address", ["models:/onetrans-ranker@champion", "models:/m-1", "models:/x/1", "runs:/abc"])
+def test_serving_makes_no_store_of_its_own(folder: Path, address: str) -> None:
+    with pytest.raises(NotReadyError):
+        resolve(address, load_settings().mlflow)
     assert list(folder.iterdir()) == []

@@ -9,6 +9,8 @@ process looks again and again.  No Spark session is started.
 from __future__ import annotations
 
 import argparse
+import logging
+import sys
 import time
 from datetime import UTC, date, datetime, timedelta
 
@@ -16,6 +18,7 @@ from jobs.sources import Source, open_source
 from onetrans.days import day_bounds, parse_day
 from onetrans.errors import EXIT_OK, BadConfigError, BadDataError, NotReadyError
 from onetrans.process import EXIT_CODES, Parser, exit_code_of
+from onetrans.progress import long_steps
 from onetrans.schema import FeatureSchema, load_schema
 from onetrans.settings import Settings, load_settings
 
@@ -54,6 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--ds", required=True, metavar="DAY", help="the day, YYYY-MM-DD")
     parser.add_argument("--wait", type=float, default=0.0, metavar="SECONDS", help="longest wait (default: 0)")
     parser.add_argument("--every", type=float, default=10.0, metavar="SECONDS", help="between two looks (default: 10)")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     return exit_code_of(lambda: _run(parser.parse_args(argv)))
 
 
@@ -65,17 +69,18 @@ def _run(arguments: argparse.Namespace) -> int:
     schema = load_schema(settings.source)
     source = open_source(settings.source, schema)
     deadline = time.monotonic() + arguments.wait
-    while True:
-        try:
-            check(settings, schema, source, ds, datetime.now(UTC))
-        except NotReadyError:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise
-            time.sleep(min(arguments.every, left))
-        else:
-            print(f"the raw log of {ds} is there")
-            return EXIT_OK
+    with long_steps(None, f"waiting for the raw log of {ds}"):
+        while True:
+            try:
+                check(settings, schema, source, ds, datetime.now(UTC))
+                break
+            except NotReadyError:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise
+                time.sleep(min(arguments.every, left))
+    print(f"the raw log of {ds} is there")
+    return EXIT_OK
 
 
 if __name__ == "__main__":

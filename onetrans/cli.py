@@ -71,7 +71,20 @@ def parser_of(command: str) -> Parser:
     module.add_arguments(parser)
     if "exit codes:" not in (parser.epilog or ""):
         parser.epilog = f"{(parser.epilog or '').rstrip()}\n\n{EXIT_CODES}"
+    _tell_actions(parser)
     return parser
+
+
+def _tell_actions(parser: Parser) -> None:
+    """Give the help of each action of a command its examples, out of the command's, and the exit codes."""
+    told = parser.epilog or ""
+    for actions in (action for action in parser._actions if isinstance(action, argparse._SubParsersAction)):
+        summaries = {listed.dest: listed.help or "" for listed in actions._choices_actions}
+        for name, below in actions.choices.items():
+            examples = [line.rstrip() for line in told.splitlines() if line.startswith(f"  {parser.prog} {name}")]
+            below.description = f"{summaries[name][0].upper()}{summaries[name][1:]}."
+            below.epilog = "\n".join(["examples:", *examples, "", told[told.index("exit codes:") :]])
+            below.formatter_class = argparse.RawDescriptionHelpFormatter
 
 
 def _overview(argv: list[str]) -> int:

@@ -16,7 +16,7 @@ EXIT_INTERRUPTED = 130
 
 EXIT_CODES = (
     "exit codes: 0 done, 65 bad data, 75 not ready yet, 78 bad configuration, "
-    f"{EXIT_INTERRUPTED} stopped by Ctrl-C, 1 anything else"
+    f"{EXIT_INTERRUPTED} Ctrl-C, 1 anything else"
 )
 """What the exit code of every process tells (``onetrans/errors.py``)."""
 

@@ -34,6 +34,7 @@ from sqlalchemy.engine import make_url
 from onetrans import __version__, storage
 from onetrans.errors import BadConfigError, PipelineError
 from onetrans.lake import LAYOUT, LAYOUT_PROPERTY, QUARANTINE, SCORES, TABLE_PROPERTIES, TABLES, Lake
+from onetrans.progress import long_steps
 from onetrans.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -187,7 +188,8 @@ def upgrade(settings: Settings, backup: str, environ: Mapping[str, str] = os.env
         copy_databases(addresses, backup)
     for part in changed:
         logger.info("%s: from %s to %s", part.name, part.found or "nothing", part.wanted)
-        _apply(settings, part, environ)
+        with long_steps(None, f"{part.name}: migration"):
+            _apply(settings, part, environ)
     if addresses:
         record = {"at": datetime.now(UTC).isoformat(timespec="seconds"), "by": __version__}
         parts_changed = [asdict(part) for part in changed]
@@ -250,12 +252,13 @@ def copy_databases(addresses: Mapping[str, str], folder: str) -> None:
     place.mkdir(parents=True)
     for name, address in addresses.items():
         file = storage.sqlite_file(address)
-        if file is not None:
-            _copy_sqlite(file, place / f"{name}.db")
-        elif address.startswith("postgresql"):
-            _dump(address, place / f"{name}.dump")
-        else:
-            raise BadConfigError(f"{_shown(address)}: only SQLite and PostgreSQL can be copied from here")
+        with long_steps(None, f"copying {_shown(address)}"):
+            if file is not None:
+                _copy_sqlite(file, place / f"{name}.db")
+            elif address.startswith("postgresql"):
+                _dump(address, place / f"{name}.dump")
+            else:
+                raise BadConfigError(f"{_shown(address)}: only SQLite and PostgreSQL can be copied from here")
         logger.info("copied %s to %s", _shown(address), place)
 
 

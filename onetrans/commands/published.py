@@ -13,6 +13,7 @@ from onetrans.days import describe_days, parse_day
 from onetrans.errors import EXIT_OK, BadConfigError, NotReadyError
 from onetrans.lake import SCORES, TABLES, Lake, PublishedDay
 from onetrans.process import add_json, print_json
+from onetrans.progress import long_steps
 from onetrans.settings import load_settings
 
 EXAMPLES = """examples:
@@ -46,22 +47,23 @@ def run(arguments: argparse.Namespace) -> int:
     lake = Lake(settings.lake)
     deadline = time.monotonic() + arguments.wait
     found: dict[str, PublishedDay] = {}
-    for table in arguments.tables:
-        while table not in found:
-            published = lake.published(table) if lake.exists() else []  # a look makes no catalog
-            day = next((day for day in published if day.ds == ds), None)
-            left = deadline - time.monotonic()
-            if day is not None:
-                found[table] = day
-            elif ds in settings.source.absent_days:
-                raise BadConfigError(
-                    f"{table} {ds} is not published, and source.absent_days says that the log lost this day"
-                )
-            elif left <= 0:
-                days = describe_days([day.ds for day in published])
-                raise NotReadyError(f"{table} {ds} is not published; published are {days}")
-            else:
-                time.sleep(min(arguments.every, left))
+    with long_steps(None, f"waiting for {', '.join(arguments.tables)} of {ds}"):
+        for table in arguments.tables:
+            while table not in found:
+                published = lake.published(table) if lake.exists() else []  # a look makes no catalog
+                day = next((day for day in published if day.ds == ds), None)
+                left = deadline - time.monotonic()
+                if day is not None:
+                    found[table] = day
+                elif ds in settings.source.absent_days:
+                    raise BadConfigError(
+                        f"{table} {ds} is not published, and source.absent_days says that the log lost this day"
+                    )
+                elif left <= 0:
+                    days = describe_days([day.ds for day in published])
+                    raise NotReadyError(f"{table} {ds} is not published; published are {days}")
+                else:
+                    time.sleep(min(arguments.every, left))
     if arguments.json:
         shown = [{"table": table, **vars(day)} for table, day in found.items()]
         print_json(shown if len(arguments.tables) > 1 else vars(found[arguments.tables[0]]))

@@ -11,6 +11,7 @@ import socket
 from dataclasses import replace
 
 from onetrans.errors import BadConfigError
+from onetrans.progress import long_steps
 from onetrans.settings import Settings, load_settings
 
 TOKEN_VARIABLE = "ONETRANS_SERVING_TOKEN"
@@ -66,7 +67,9 @@ def serve(address: str, settings: Settings) -> None:
     torch.set_num_threads(serving.threads or os.cpu_count() or 1)
     listener = _listener(serving.host, serving.port)
     try:
-        service = RankingService(ServedModel(address, settings), token)
+        with long_steps(None, f"loading {address}"):
+            model = ServedModel(address, settings)
+        service = RankingService(model, token)
         # A collection of garbage passes over all that lives, and would hold up every request for a tenth of a second
         # or more; what is there now lives as long as the process.
         gc.collect()

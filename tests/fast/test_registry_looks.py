@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from datetime import date, timedelta
 from pathlib import Path
 
 import pytest
 
-from onetrans import cli
+from jobs import raw
+from jobs.sources.simulated import write
+from onetrans import cli, progress
 from onetrans.errors import EXIT_NOT_READY, EXIT_OK, NotReadyError
 from onetrans.serving.source import resolve
 from onetrans.settings import load_settings
@@ -49,3 +52,20 @@ def test_serving_makes_no_store_of_its_own(folder: Path, address: str) -> None:
     with pytest.raises(NotReadyError):
         resolve(address, load_settings().mlflow)
     assert list(folder.iterdir()) == []
+
+
+def test_who_waits_sees_that_it_goes_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(progress, "SAID_AFTER_S", 0.1)
+    caplog.set_level("INFO")
+    assert (
+        cli.main(["published", "impressions", "--ds", "2026-01-10", "--wait", "1.5", "--every", "0.1"])
+        == EXIT_NOT_READY
+    )
+    assert "waiting for impressions of 2026-01-10: " in caplog.text
+    monkeypatch.setenv("ONETRANS_SOURCE_SCHEMA", str(Path(write.__file__).with_name("schema.toml")))
+    Path("var", "raw").mkdir(parents=True)
+    later = str(date.today() + timedelta(days=2))
+    assert raw.main(["--ds", later, "--wait", "1.5", "--every", "0.1"]) == EXIT_NOT_READY
+    assert f"waiting for the raw log of {later}: " in caplog.text

@@ -36,7 +36,7 @@ from infra.airflow import reach
 from infra.local.homes import REPOSITORY
 from onetrans import storage
 from onetrans.errors import EXIT_BAD_CONFIG, EXIT_NOT_READY, EXIT_OK, BadConfigError, PipelineError
-from onetrans.lake import Lake
+from onetrans.lake import CATALOG, Lake
 from onetrans.object_store import problem_with
 from onetrans.plan import configured_models
 from onetrans.process import add_json, print_json
@@ -415,7 +415,7 @@ def _tables(lake: LakeSettings) -> list[Any]:
     uri = lake.catalog_uri or f"sqlite:///{Lake(lake).catalog_file}"
     properties = {"type": lake.catalog_type, "uri": uri, "warehouse": storage.resolve(lake.warehouse)}
     try:
-        return list(load_catalog("doctor", **properties, init_catalog_tables="false").list_tables(lake.namespace))
+        return list(load_catalog(CATALOG, **properties, init_catalog_tables="false").list_tables(lake.namespace))
     except NoSuchNamespaceError:
         return []
 

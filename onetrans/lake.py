@@ -75,6 +75,9 @@ _COMMIT_WAIT_SECONDS = 0.2
 _READERS = 16
 _FILES_IN_A_STORE = "onetrans.iceberg_files.StoreFiles"
 
+CATALOG = "lake"
+"""The catalog's name; a SQL catalog keeps it beside every table, and shows none to who asks by another."""
+
 LAYOUT = 1
 """Version of what a table looks like beyond its columns: partitions and properties; ``onetrans upgrade`` raises it."""
 LAYOUT_PROPERTY = "onetrans.layout"
@@ -195,7 +198,7 @@ class Lake:
             uri = address.render_as_string()
         for attempt in range(1, _COMMIT_TRIES + 1):
             try:
-                catalog = load_catalog("lake", **self._properties(uri))
+                catalog = load_catalog(CATALOG, **self._properties(uri))
                 with contextlib.suppress(NamespaceAlreadyExistsError):
                     catalog.create_namespace(self.settings.namespace)
                 return catalog
@@ -209,7 +212,7 @@ class Lake:
     def migrate_catalog(self) -> None:
         """Bring the tables of a SQL catalog that an older PyIceberg made to today's; nothing happens if they are."""
         uri = self.settings.catalog_uri or f"sqlite:///{self.catalog_file}"
-        load_catalog("lake", **self._properties(uri), schema_version="v1")
+        load_catalog(CATALOG, **self._properties(uri), schema_version="v1")
 
     def _properties(self, uri: str) -> dict[str, str]:
         properties = {"type": self.settings.catalog_type, "uri": uri, "warehouse": self.warehouse}

@@ -202,7 +202,7 @@ class LocalAirflow:
         """Address of the UI; the port is known once :meth:`start` has chosen it."""
         return f"http://127.0.0.1:{self.port}"
 
-    def start(self, seconds: float = 120.0) -> float:
+    def start(self, seconds: float = 300.0) -> float:
         """Start everything and wait until all four servers are healthy and the DAGs are parsed; return the seconds.
 
         Raises:

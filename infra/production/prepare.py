@@ -10,6 +10,7 @@ copies first, by ``onetrans upgrade --backup DIR``.
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import os
@@ -79,8 +80,11 @@ def make_pools(settings: Settings) -> None:
         raise PrepareError(f"airflow pools import ended with {done.returncode}: {done.stderr.strip()[-1000:]}")
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Prepare, and say what was done; return the exit code (``onetrans/errors.py``)."""
+    argparse.ArgumentParser(
+        prog="python -m infra.production.prepare", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    ).parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
 
     def run() -> int:

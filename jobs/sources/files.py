@@ -74,10 +74,8 @@ class Files:
             folder = storage.join(self.path, table, f"ds={ds}")
             if not data_files(folder):
                 self._require_path()
-                return (
-                    f"{table} {ds}: there is no file in {folder}; days that are there: "
-                    f"{describe_days(self.days(table))}"
-                )
+                filled = [day for day in self.days(table) if data_files(storage.join(self.path, table, f"ds={day}"))]
+                return f"{table} {ds}: there is no file in {folder}; days that are there: {describe_days(filled)}"
         return ""
 
     def days(self, table: InputTable) -> list[date]:

@@ -17,11 +17,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from infra import doctor
 from onetrans import storage
 from onetrans.cli import main as cli
 from onetrans.errors import EXIT_BAD_DATA, EXIT_NOT_READY, EXIT_OK, BadConfigError, BadDataError, NotReadyError
 from onetrans.lake import QUARANTINE, Lake, Staged
-from onetrans.settings import LakeSettings
+from onetrans.settings import LakeSettings, Settings
 
 D1 = date(2024, 2, 28)
 D2 = date(2024, 2, 29)
@@ -161,6 +162,12 @@ def test_an_unknown_table_is_refused(lake: Lake) -> None:
         lake.published("clicks")
 
 
+def test_doctor_counts_the_tables_that_are_there(lake: Lake) -> None:
+    publish(lake, rows(D1, 3), D1)
+    check = doctor._catalog(Settings(lake=lake.settings))
+    assert check.found.endswith("1 tables in 'ranking'")
+
+
 def test_missing_days_are_named(lake: Lake) -> None:
     with pytest.raises(NotReadyError, match=r"table impressions has no published day; needed: 2024-02-28"):
         lake.files(TABLE, [D1])
@@ -289,7 +296,7 @@ from datetime import date
 from pyiceberg.catalog.sql import SqlCatalog
 from pyiceberg.table import Transaction
 from onetrans.lake import Lake
-from onetrans.settings import LakeSettings
+from onetrans.settings import LakeSettings, Settings
 
 def die(*arguments, **named):
     os.kill(os.getpid(), signal.SIGKILL)

@@ -435,3 +435,16 @@ def test_the_policy_gives_what_is_needed_and_no_more() -> None:
         assert not wide
         writes = {"s3:PutObject", "s3:DeleteObject"} & set(statement["Action"])
         assert not writes or "/PREFIX/" in statement["Resource"]
+
+
+def test_the_help_of_what_prepares_a_deployment_prepares_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "infra.production.prepare", "--help"]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"ONETRANS_CONFIG": str(tmp_path / "none.toml")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith("usage: python -m infra.production.prepare")

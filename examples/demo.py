@@ -132,6 +132,9 @@ threads = {threads}
 [mlflow]
 tracking_uri = "sqlite:///{HOME / "mlflow" / "mlflow.db"}"
 artifacts = "{HOME / "mlflow" / "artifacts"}"
+
+[airflow]
+deadline_hours = 0  # Its days are long past: each would be told as late.
 """
 
 

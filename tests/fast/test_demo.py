@@ -40,6 +40,7 @@ def test_the_configuration_is_accepted_and_stays_in_the_demo_folder(kind: str, r
     for written in (settings.lake.warehouse, settings.training.runs, settings.mlflow.artifacts):
         assert Path(written).is_relative_to(demo.HOME)
     assert settings.training.threads == 1
+    assert settings.airflow.deadline_hours == 0
     assert tomllib.loads(file.read_text())["source"]["kind"] == log.kind
 
 

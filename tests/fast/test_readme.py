@@ -43,3 +43,28 @@ def test_every_module_of_the_library_has_its_place_in_the_map() -> None:
     found = [path.stem for path in (ROOT / "onetrans").glob("*.py") if path.stem != "__init__"]
     found += [f"{path.parent.name}/" for path in (ROOT / "onetrans").glob("*/__init__.py")]
     assert sorted(told) == sorted(found)
+
+
+def test_jobs_and_audits_know_of_the_library_only_what_the_page_of_the_architecture_says() -> None:
+    lake = "lake lineage outdated storage object_store days"
+    known = set(f"{lake} settings schema toml_lines progress process errors".split())
+    also = {
+        "score_candidates": {
+            "loader",
+            "models",
+            "artifact",
+            "serving",
+            "requests",
+            "batch",
+            "registry",
+            "champion",
+            "tracking",
+            "scores",
+        },
+        "quarantine": {"cli"},
+    }
+    for path in [*(ROOT / "jobs").rglob("*.py"), *(ROOT / "expectations").rglob("*.py")]:
+        text = path.read_text(encoding="utf-8")
+        used = set(re.findall(r"(?:from|import) onetrans\.(\w+)", text))
+        used |= {name for names in re.findall(r"from onetrans import ([\w, ]+)", text) for name in names.split(", ")}
+        assert used <= known | also.get(path.stem, set()), path

@@ -94,8 +94,10 @@ PROTECTIONS = (
         "an MLflow that does not answer is not a failure of the step's own",
         "onetrans/tracking.py",
         'if code not in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED"):\n            raise\n'
+        '        unharmed = "" if look else "; nothing was promoted"\n'
         "        raise NotReadyError(",
         'if code not in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED"):\n            raise\n'
+        '        unharmed = "" if look else "; nothing was promoted"\n'
         "        raise ValueError(",
         (f"{FAULTS}::test_mlflow_that_is_away_for_long_costs_tries_and_nothing_else",),
     ),

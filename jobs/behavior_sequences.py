@@ -40,10 +40,9 @@ def merged(tails: DataFrame | None, today: DataFrame, schema: FeatureSchema) -> 
     it was known.  ``tails`` is None on the first day.
     """
     lists = {field.name: field.dataType for field in today.schema}
-    if tails is not None:
-        tails = as_today(tails, {s.column: lists[s.column] for s in schema.sequences})
     if tails is None:
         return today.select("user_id", *(F.sort_array(s.column).alias(s.column) for s in schema.sequences))
+    tails = as_today(tails, {s.column: lists[s.column] for s in schema.sequences})
     old = tails.select("user_id", *(F.col(s.column).alias(f"old_{s.column}") for s in schema.sequences))
 
     def whole(column: str) -> SparkColumn:

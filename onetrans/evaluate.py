@@ -60,8 +60,9 @@ from onetrans.scores import (
     write_scores,
 )
 from onetrans.settings import Settings, load_settings
-from onetrans.tracking import log_evaluation, recorded_step
+from onetrans.tracking import log_evaluation
 from onetrans.train import MODEL_FOLDER, choose_compute, choose_device
+from onetrans.trial import is_trial, log_trial, results_folder, step_of_day
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ def evaluate(plan: Plan, settings: Settings) -> dict[str, Any]:
         NotReadyError: if a model is not trained, or the registry does not answer.
         BadDataError: if an evaluation row is not new, a score is not finite, or the champion's files are gone.
     """
-    with recorded_step(settings, plan, "evaluate"):
+    with step_of_day(settings, plan, "evaluate"):
         models = {name: load_trained(plan, name) for name in plan.models}
         check_rows_are_new(plan)
         champion = current_champion(settings, plan)
@@ -118,9 +119,12 @@ def _keep(scores: pa.Table, plan: Plan, settings: Settings, seconds: float | Non
         "champion_version": champion.version,
         **{name: figures.to_dict() for name, figures in compute_metrics(scores, scorers).items()},
     }
-    write_scores(plan, scores)
-    storage.write_json(storage.join(plan.path, METRICS_FILE), metrics)
-    if plan.mlflow_run_id:
+    folder = results_folder(settings, plan)
+    write_scores(folder, scores)
+    storage.write_json(storage.join(folder, METRICS_FILE), metrics)
+    if is_trial(settings, plan):
+        log_trial(settings, plan, {METRICS_FILE: metrics})
+    elif plan.mlflow_run_id:
         log_evaluation(settings, plan, metrics)
     return metrics
 
@@ -424,7 +428,7 @@ def run(arguments: argparse.Namespace) -> int:
         print_json(metrics)
         return 0
     print(figures_table(metrics))
-    print(storage.join(plan.path, METRICS_FILE))
+    print(storage.join(results_folder(settings, plan), METRICS_FILE))
     return 0
 
 

@@ -62,7 +62,8 @@ from onetrans.scores import (
 )
 from onetrans.settings import GateSettings, Settings, load_settings
 from onetrans.slices import Slice, slices
-from onetrans.tracking import MODEL_FOLDER, audit_verdicts, folder_digest, log_gate, recorded_step
+from onetrans.tracking import MODEL_FOLDER, audit_verdicts, folder_digest, log_gate
+from onetrans.trial import is_trial, log_trial, results_folder, step_of_day
 from onetrans.verdict_page import Page
 
 logger = logging.getLogger(__name__)
@@ -569,6 +570,8 @@ def _reason(
 def run_gate(settings: Settings, plan: Plan, force: str = "") -> dict[str, Any]:
     """Judge the scores of a plan, keep the verdict as ``gate.json`` and ``gate.html``, there and in MLflow; return it.
 
+    That of a trial (:mod:`onetrans.trial`) is kept beside the record of the day's decision.
+
     Args:
         settings: the thresholds, and where MLflow is.
         plan: the evaluated plan.
@@ -578,11 +581,12 @@ def run_gate(settings: Settings, plan: Plan, force: str = "") -> dict[str, Any]:
         NotReadyError: if the plan was not evaluated.
         BadDataError: if the scores cannot be right; an earlier verdict is removed, so nothing can rest on it.
     """
-    gate_path = storage.join(plan.path, GATE_FILE)
-    with recorded_step(settings, plan, "gate"):
+    folder = results_folder(settings, plan)
+    gate_path = storage.join(folder, GATE_FILE)
+    with step_of_day(settings, plan, "gate"):
         if storage.exists(gate_path):
             storage.delete_file(gate_path)
-        table, digest = read_scores(plan)
+        table, digest = read_scores(plan, folder)
         scores = Scores.from_table(table, f"scores of {plan.ds}", str(plan.ds))
         if POPULARITY not in scores.scorers:
             raise BadDataError(
@@ -619,9 +623,11 @@ def run_gate(settings: Settings, plan: Plan, force: str = "") -> dict[str, Any]:
             before=chain.verdicts,
             audits=audit_verdicts(plan),
         ).render()
-        storage.write_bytes(storage.join(plan.path, PAGE_FILE), page.encode())
+        storage.write_bytes(storage.join(folder, PAGE_FILE), page.encode())
         storage.write_json(gate_path, verdict)
-        if plan.mlflow_run_id:
+        if is_trial(settings, plan):
+            log_trial(settings, plan, {GATE_FILE: verdict, PAGE_FILE: page})
+        elif plan.mlflow_run_id:
             log_gate(settings, plan, verdict, page)
     return verdict
 
@@ -729,7 +735,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"WARN {warning}")
     if verdict["force_reason"]:
         print(f"note a person forces the promotion: {verdict['force_reason']}")
-    print(f"page: {storage.join(plan.path, PAGE_FILE)}")
+    print(f"page: {storage.join(results_folder(settings, plan), PAGE_FILE)}")
     print(f"{verdict['ds']} {verdict['verdict']}: {verdict['reason']}")
     return 0
 

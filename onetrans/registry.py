@@ -60,6 +60,7 @@ from onetrans.tracking import (
     one_at_a_time,
     see_run,
 )
+from onetrans.trial import is_trial, results_folder
 from onetrans.verdict_outcome import with_outcome
 
 if TYPE_CHECKING:
@@ -318,6 +319,8 @@ class Registry:
 def promote(settings: Settings, plan: Plan, force: str = "") -> dict[str, Any]:
     """Register a plan's candidate, move the aliases its verdict allows, and return the content of ``promotion.json``.
 
+    A trial (:mod:`onetrans.trial`) changes nothing and returns what the day's decision was.
+
     Args:
         settings: where MLflow is, and the gate's thresholds should the comparison be repeated.
         plan: the judged plan.
@@ -334,6 +337,8 @@ def promote(settings: Settings, plan: Plan, force: str = "") -> dict[str, Any]:
         raise BadConfigError(f"plan {plan.plan_id} of {plan.ds} was made without MLflow; there is nothing to register")
     with answering(settings.mlflow):
         see_run(settings.mlflow, plan.mlflow_run_id)
+        if is_trial(settings, plan):
+            return _left_as_it_is(settings, plan)
         for _ in range(MOST_COMPARISONS):
             promotion = _promote_once(settings, plan, force.strip())
             if promotion is not None:
@@ -343,6 +348,15 @@ def promote(settings: Settings, plan: Plan, force: str = "") -> dict[str, Any]:
         f"{settings.mlflow.registered_model}: the champion moved during each of {MOST_COMPARISONS} comparisons; "
         "another process promotes or rolls back at the same time. Nothing was promoted; run this step again"
     )
+
+
+def _left_as_it_is(settings: Settings, plan: Plan) -> dict[str, Any]:
+    """Return what was decided before, and say that a trial leaves it."""
+    done = _as_of_now(Registry(settings.mlflow), storage.read_json(storage.join(plan.path, PROMOTION_FILE)))
+    trial = storage.join(results_folder(settings, plan), GATE_FILE)
+    told = f" Its verdict: {storage.read_json(trial)['reason']}" if storage.exists(trial) else ""
+    left = f"what was decided at {done['finished_at']} ({done['reason']})"
+    return done | {"reason": f"gate.mode = {settings.gate.mode} leaves {left} as it is.{told}"}
 
 
 def _promote_once(settings: Settings, plan: Plan, force: str) -> dict[str, Any] | None:
@@ -382,6 +396,7 @@ def _promote_once(settings: Settings, plan: Plan, force: str) -> dict[str, Any] 
         "decision": move.decision,
         "reason": move.reason,
         "forced": force if move.forced else None,
+        "mode": verdict["mode"],
         "aliases": sorted(alias for alias, number in aliases.items() if number == str(version.version)),
         "champion_before": move.before,
         "champion_after": aliases.get(CHAMPION),
@@ -472,7 +487,8 @@ def _done_before(registry: Registry, plan: Plan, verdict: Mapping[str, Any], mod
     if not storage.exists(path):
         return None
     done: dict[str, Any] = storage.read_json(path)
-    if (done["model_id"], done["gate_decided_at"]) != (model_id, verdict["decided_at"]):
+    same = (model_id, verdict["decided_at"], verdict["mode"])
+    if (done["model_id"], done["gate_decided_at"], done.get("mode", verdict["mode"])) != same:
         return None
     if all(version.tags.get(TAG_MODEL_ID) != model_id for version in registry.versions()):
         return None

@@ -189,22 +189,26 @@ def champion_of(table: pa.Table) -> ChampionRecord:
     return ChampionRecord(**json.loads(written)) if written else UNKNOWN
 
 
-def write_scores(plan: Plan, table: pa.Table) -> None:
-    """Write a plan's scores, at once or not at all."""
+def write_scores(folder: str, table: pa.Table) -> None:
+    """Write the scores of a plan into a folder, at once or not at all."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink)
-    storage.write_bytes(storage.join(plan.path, SCORES_FILE), sink.getvalue().to_pybytes())
+    storage.write_bytes(storage.join(folder, SCORES_FILE), sink.getvalue().to_pybytes())
 
 
-def read_scores(plan: Plan) -> tuple[pa.Table, str]:
+def read_scores(plan: Plan, folder: str = "") -> tuple[pa.Table, str]:
     """Return the scores of a plan and the SHA-256 of their file.
+
+    Args:
+        plan: whose impressions they are of.
+        folder: where they lie; empty: in the plan's own.
 
     Raises:
         NotReadyError: if there is no such file.
         BadDataError: if it is damaged, is not exactly one row for each impression the plan evaluates on, or has
             other labels than those.
     """
-    path = storage.join(plan.path, SCORES_FILE)
+    path = storage.join(folder or plan.path, SCORES_FILE)
     if not storage.exists(path):
         raise NotReadyError(f"{path} is not there; run: onetrans evaluate --plan {plan.path}")
     content = storage.read_bytes(path)

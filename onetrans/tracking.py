@@ -571,6 +571,19 @@ def log_promotion(settings: Settings, plan: Plan, promotion: Mapping[str, Any], 
     _again(lambda: client.log_dict(parent, dict(promotion), PROMOTION_FILE))
 
 
+def log_beside(settings: Settings, plan: Plan, folder: str, files: Mapping[str, Mapping[str, Any] | str]) -> None:
+    """Keep files, data or text, in a folder of the parent run's artifacts; nothing else of the run changes."""
+    client = connect(settings.mlflow)
+    with answering(settings.mlflow):
+        see_run(settings.mlflow, plan.mlflow_run_id)
+        for name, content in files.items():
+            where = f"{folder}/{name}"
+            if isinstance(content, str):
+                _again(functools.partial(client.log_text, plan.mlflow_run_id, content, where))
+            else:
+                _again(functools.partial(client.log_dict, plan.mlflow_run_id, dict(content), where))
+
+
 # The model
 
 

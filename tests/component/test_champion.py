@@ -22,6 +22,7 @@ from onetrans.registry import CHAMPION, Registry, promote
 from onetrans.schema import Feature
 from onetrans.scores import champion_of, read_scores
 from onetrans.tracking import TAG_FORCED, TAG_MODEL_ID, fetch_folder, start_model
+from onetrans.trial import results_folder
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def _evaluate(shop, plan):
     """Score a day for real; what other tests wrote there is put back."""
     _finish(plan)
     metrics = evaluate(plan, shop.settings)
-    table, _ = read_scores(plan)
+    table, _ = read_scores(plan, results_folder(shop.settings, plan))
     return metrics, table, champion_of(table)
 
 
@@ -101,6 +102,52 @@ def test_it_is_skipped_with_the_reason_where_there_is_nothing_fair_to_compare(sh
     assert record.state == "untracked"
     assert "champion" not in metrics
     assert "champion_ctr" not in table.column_names
+
+
+def _files(folder):
+    return {path.name: path.read_bytes() for path in Path(storage.local_path(folder)).iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize("mode", ["dry_run", "off"])
+def test_a_trial_of_a_decided_day_leaves_its_record(shop, days, mode):
+    """Also where it would decide otherwise: the champion is this very model by now, so nothing is compared with it."""
+    plan = days["second"]
+    promotion = _promote(shop, plan)
+    _finish(plan)
+    client = Registry(shop.settings.mlflow).client
+    record, run = _files(plan.path), client.get_run(plan.mlflow_run_id).data
+    trial = dataclasses.replace(shop.settings, gate=dataclasses.replace(shop.settings.gate, mode=mode))
+
+    evaluate(plan, trial)
+    verdict = run_gate(trial, plan)
+    told = promote(trial, plan)
+
+    assert _files(plan.path) == record
+    found = _files(storage.join(plan.path, "trial"))
+    assert set(found) == {"scores.parquet", "metrics.json", "gate.json", "gate.html"}
+    assert (json.loads(found["gate.json"])["mode"], verdict["verdict"]) == (mode, "declined")
+    after = client.get_run(plan.mlflow_run_id).data
+    assert (after.tags, after.metrics) == (run.tags, run.metrics)
+    kept = {file.path for file in client.list_artifacts(plan.mlflow_run_id, "trial")}
+    assert kept == {"trial/metrics.json", "trial/gate.json", "trial/gate.html"}
+    assert (told["decision"], told["version"]) == ("promoted", promotion["version"])
+    assert told["reason"].startswith(f"gate.mode = {mode} leaves what was decided at {promotion['finished_at']} (")
+    assert verdict["reason"] in told["reason"]
+
+    assert promote(shop.settings, plan) == promotion, "the decision stands when the gate is enabled again"
+
+
+def test_a_day_that_a_dry_run_judged_first_is_decided_later(shop, days):
+    plan = days["second"]
+    _finish(plan)
+    storage.delete_file(storage.join(plan.path, "promotion.json"))
+    dry = dataclasses.replace(shop.settings, gate=dataclasses.replace(shop.settings.gate, mode="dry_run"))
+    run_gate(dry, plan)
+    assert promote(dry, plan)["decision"] == "declined"
+    run_gate(dry, plan)
+    assert json.loads(_files(plan.path)["gate.json"])["mode"] == "dry_run", "there is no record to keep"
+    run_gate(shop.settings, plan)
+    assert promote(shop.settings, plan)["decision"] == "promoted"
 
 
 def test_a_champion_of_a_smaller_schema_reads_the_features_it_knows(shop, days):
@@ -242,7 +289,7 @@ def test_a_candidate_worse_than_the_champion_it_met_at_the_swap_is_refused(shop,
             table = table.set_column(
                 table.column_names.index(f"onetrans_{task}"), f"onetrans_{task}", pa.array(blurred)
             )
-        write_scores(plan, with_champion(table, current_champion(settings, plan).record))
+        write_scores(plan.path, with_champion(table, current_champion(settings, plan).record))
 
     monkeypatch.setattr("onetrans.evaluate.compare_again", knows_all)
     promotion = _promote(shop, days["second"])

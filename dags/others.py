@@ -86,7 +86,7 @@ def look_at(others: Sequence[Mapping[str, Any]]) -> Seen:
         if state == "failed" and other["if_failed"] != "go on":
             kind = "stop" if other["if_failed"] == "stop" else "unless_ready"
             seen[kind] = seen[kind] or (
-                f"{name} has failed. {other['why']} Clear that run when its cause is mended (or mark it as success, if "
+                f"{_failed(other)}. {other['why']} Clear that run when its cause is mended (or mark it as success, if "
                 "the day is to be left out), then clear this task."
             )
         elif state in ("stuck", "queued", "running"):
@@ -94,6 +94,17 @@ def look_at(others: Sequence[Mapping[str, Any]]) -> Seen:
             kind = "waiting" if state == "running" or other.get("if_queued", "wait") == "wait" else "queued"
             seen[kind] = seen[kind] or f"{name} is {words}. {other['why']}"
     return Seen(**seen, states=states)
+
+
+def _failed(other: Mapping[str, Any]) -> str:
+    """Say what has failed of another run: the task that matters, or what kept it from running."""
+    name, failed = name_of(other), failed_tasks(other["dag_id"], other["day"])
+    tasks = " and ".join([", ".join(failed[:-1]), failed[-1]] if failed[1:] else failed)
+    if other["task_id"] in failed:
+        return f"{name} has failed"
+    if not other["task_id"]:
+        return f"{name} has failed{f' at {tasks}' if tasks else ''}"
+    return f"{name} was not run: {tasks or 'its run'} has failed"
 
 
 def name_of(other: Mapping[str, Any]) -> str:
@@ -138,6 +149,13 @@ def state_of(dag_id: str, task_id: str, day: str, run_ids: Sequence[str] = ()) -
     if runs("running"):
         return "running"
     return "failed" if runs("failed") else "done"
+
+
+def failed_tasks(dag_id: str, day: str) -> list[str]:
+    """Return the tasks that failed in the run of a day, not those that were not run for it; blocks meanwhile."""
+    midnight = datetime.combine(date.fromisoformat(day), datetime.min.time(), tzinfo=UTC)
+    runs = _airflow().get_task_states(dag_id=dag_id, logical_dates=[midnight])
+    return sorted({task for tasks in runs.values() for task, state in tasks.items() if state == "failed"})
 
 
 def by_hand(dag_id: str, day: str) -> list[str]:

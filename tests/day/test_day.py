@@ -129,7 +129,8 @@ def test_bad_data_stops_the_day_at_once_and_leaves_what_is_published(deployment:
     waited = deployment.task(*model, "wait_for_day")
     assert (ended.state, waited.state, waited.tries) == ("failed", "failed", 1)
     text = "\n".join(deployment.airflow.api.log(waited))
-    assert f"feature_tables's task training_requests.publish of {BAD} has failed" in text
+    words = f"feature_tables's task training_requests.publish of {BAD} was not run: impressions.build has failed."
+    assert words in text
     assert "Published data" not in text
     assert "Published tables and the champion are as they were." in text
 
@@ -145,7 +146,7 @@ def test_days_that_are_backfilled_at_once_run_in_order(deployment: Deployment) -
     stopped = deployment.task(*runs[2], "wait")
     assert (stopped.state, stopped.tries) == ("failed", 1)
     text = "\n".join(deployment.airflow.api.log(stopped))
-    assert f"ordered of {TODAY} has failed. Each day is built on the one before. Clear that run" in text
+    assert f"ordered of {TODAY} has failed at step. Each day is built on the one before. Clear that run" in text
 
     # A person decides to go on without the second day, and clears the third.
     skipped, cleared = (run_id for _, run_id in runs[1:])
@@ -187,7 +188,7 @@ def test_a_backfill_that_ends_yesterday_does_not_hold_tonights_run(deployment: D
         (ended,) = deployment.wait(tonight, seconds=120)
         assert ended.state == ("success" if there else "failed")
     stopped = "\n".join(deployment.airflow.api.log(deployment.task(*tonight, "wait")))
-    assert f"night of {yesterday} has failed. Each day is built on the one before." in stopped
+    assert f"night of {yesterday} has failed at step. Each day is built on the one before." in stopped
 
 
 def test_a_run_from_the_form_is_waited_for_by_its_day(deployment: Deployment) -> None:

@@ -785,6 +785,7 @@ def stands(monkeypatch):
     """Return a list of the states other runs are found in, look by look; the last one stays."""
     states = []
     monkeypatch.setattr(others, "state_of", lambda *_: states.pop(0) if states[1:] else states[0])
+    monkeypatch.setattr(others, "failed_tasks", lambda *_: ["impressions.audit", "publish"])
     monkeypatch.setattr(steps, "by_hand", lambda *_: [])
     return states
 
@@ -794,7 +795,13 @@ def stands(monkeypatch):
     [
         (DAY_BEFORE, "none", 0, "done"),
         (DAY_BEFORE, "done", 0, "done"),
-        (DAY_BEFORE, "failed", 0, "feature_tables of 2022-05-03 has failed. Tails are built on it. Clear that run"),
+        (
+            DAY_BEFORE,
+            "failed",
+            0,
+            "feature_tables of 2022-05-03 has failed at impressions.audit and publish. Tails are built on it. Clear "
+            "that run",
+        ),
         (DAY_BEFORE, "running", 0, "deferred"),
         (DAY_BEFORE, "queued", 0, "deferred"),
         (TABLES_FAIL, "running", 0, "deferred"),
@@ -802,7 +809,7 @@ def stands(monkeypatch):
         (TABLES_FAIL, "failed", 75, "feature_tables's task publish of 2022-05-04 has failed. It makes the rows."),
         (Other("ranking_model", days_back=1, if_failed="go on"), "failed", 0, "done"),
         (TONIGHT, "failed", 0, "done"),
-        (TONIGHT, "failed", 75, "feature_tables of 2022-05-03 has failed. Tails are built on it. Clear that run"),
+        (TONIGHT, "failed", 75, "feature_tables of 2022-05-03 has failed at impressions.audit and publish. Tails"),
         (TONIGHT, "queued", 0, "done"),
         (TONIGHT, "queued", 75, "deferred"),
         (TONIGHT, "stuck", 0, "done"),
@@ -823,6 +830,20 @@ def test_how_another_run_stands_decides_whether_a_step_begins(script, stands, ot
     if outcome != "deferred":
         assert outcome in str(raised.value)
         assert "Published data is as it was." in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("failed", "words"),
+    [
+        (["publish"], "feature_tables's task publish of 2022-05-04 has failed. It makes the rows."),
+        (["build"], "feature_tables's task publish of 2022-05-04 was not run: build has failed. It makes the rows."),
+        ([], "feature_tables's task publish of 2022-05-04 was not run: its run has failed. It makes the rows."),
+    ],
+)
+def test_a_task_that_was_not_run_is_not_told_as_one_that_failed(stands, monkeypatch, failed, words):
+    stands.append("failed")
+    monkeypatch.setattr(others, "failed_tasks", lambda *_: failed)
+    assert others.look_at([TABLES_FAIL.of("2022-05-04")]).unless_ready.startswith(words)
 
 
 def test_an_airflow_that_does_not_say_how_other_runs_stand_is_asked_again(script, monkeypatch):

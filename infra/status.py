@@ -1,4 +1,4 @@
-"""``onetrans status``: the last days of every table, the trainings, the champion and why, and what runs now.
+"""``onetrans status``: the last days of every table, the trainings, the champion and why, what failed, what runs now.
 
 Trainings of no day, on plain files or next-batch, are listed after those of the days.
 
@@ -70,13 +70,15 @@ def status(settings: Settings, days: int) -> dict[str, Any]:
         settings: the deployment.
         days: how many of the latest days, and of the latest trainings of no day, are told.
     """
+    tables = _part(lambda: _tables(settings, days))
+    first = min(tables.get("days") or [""])
     return {
-        "tables": _part(lambda: _tables(settings, days)),
+        "tables": tables,
         "models": _part(lambda: _models(settings, days)),
         "others": _part(lambda: _others(settings, days)),
         "champion": _part(lambda: _champion(settings)),
         "running": _part(lambda: _running(settings)),
-        "airflow": _part(_airflow),
+        "airflow": _part(lambda: _airflow(first)),
     }
 
 
@@ -181,7 +183,7 @@ def _champion(settings: Settings) -> dict[str, Any] | None:
         if asked.state == "FAIL":
             raise NotReadyError(f"MLflow at {asked.found}; {asked.mend}")
     from onetrans.commands.registry import describe
-    from onetrans.registry import CHAMPION, TAG_BY_HAND, TAG_FORCED, TAG_PROMOTED, Registry
+    from onetrans.registry import CHAMPION, Registry, came_to_serve
     from onetrans.tracking import TAG_DAY, TAG_PLAN, answering
 
     registry = Registry(settings.mlflow)
@@ -191,15 +193,15 @@ def _champion(settings: Settings) -> dict[str, Any] | None:
             return None
         card = describe(registry, version)
     tags = card["tags"]
-    by_hand = tags.get(TAG_BY_HAND) or tags.get(TAG_FORCED)
+    since, person = came_to_serve(tags)
     verdict = [line for line in (card["description"] or "").splitlines() if line.startswith("Gate: ")]
     return {
         "model": registry.name,
         "version": card["version"],
         "day": tags.get(TAG_DAY),
         "plan_id": tags.get(TAG_PLAN),
-        "since": tags.get(TAG_PROMOTED),
-        "why": f"a person: {by_hand}" if by_hand else " ".join(verdict).replace("**", "") or "set in MLflow by hand",
+        "since": since,
+        "why": f"a person: {person}" if person else " ".join(verdict).replace("**", "") or "set in MLflow by hand",
     }
 
 
@@ -267,12 +269,19 @@ def _held_locks(settings: Settings) -> list[dict[str, Any]]:
     return entries
 
 
-def _airflow() -> dict[str, Any] | None:
+def _airflow(first: str) -> dict[str, Any] | None:
+    """Return where Airflow is, how it is, what it runs, and what failed in the runs of ``first`` and later days."""
     where = reach.address()
     if where is None:
         return None
     try:
-        return {"address": where, "health": reach.health(where), "running": reach.running(where)}
+        health = reach.health(where)
+        return {
+            "address": where,
+            "health": health,
+            "running": reach.running(where),
+            "troubled": reach.troubled(where, first),
+        }
     except (OSError, AirflowApiError) as error:
         return {"address": where, "error": f"does not answer ({error})"}
 
@@ -286,6 +295,7 @@ def screen(found: Mapping[str, Any]) -> str:
         "Tables": _tables_text(found["tables"]),
         "Models": "\n".join([_models_text(found["models"]), *_others_lines(found["others"])]),
         "Champion": _champion_text(found["champion"]),
+        **_troubled_part(found["airflow"]),
         "Running": _running_text(found["running"], found["airflow"]),
     }
     return "\n\n".join(f"{title}\n{_indented(text)}" for title, text in parts.items())
@@ -362,6 +372,19 @@ def _champion_text(champion: Mapping[str, Any] | None) -> str:
         return str(champion["error"])
     since = f", since {champion['since']}" if champion["since"] else ""
     return f"{champion['model']} version {champion['version']}, of {champion['day']}{since}\n{champion['why']}"
+
+
+def _troubled_part(airflow: Mapping[str, Any] | None) -> dict[str, str]:
+    """Return the part that tells of failed tasks; none where there is none, or nobody says."""
+    lines: list[str] = []
+    for task in (airflow or {}).get("troubled") or ():
+        outcome = "FAILED" if task["state"] == "failed" else "waits for its next try"
+        at = f", {task['ended'][:16]}Z" if task["ended"] else ""
+        lines.append(
+            f"{task['dag_id']} {task['run_id']}: {task['task_id']} {outcome} (try {task['try']} of {task['tries']}{at})"
+        )
+        lines.append(f"  {task['link']}")
+    return {"Failed": "\n".join(lines)} if lines else {}
 
 
 def _running_text(running: Any, airflow: Mapping[str, Any] | None) -> str:

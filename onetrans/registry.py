@@ -79,6 +79,7 @@ TAG_REPLACED = "replaced"
 TAG_ROLLED_BACK = "rolled_back"
 TAG_PROMOTED = "promoted_at"
 TAG_BY_HAND = "promoted_by_hand"
+TAG_RETURNED = "returned_by_rollback"
 TAG_PARENT = "parent_version"
 
 MOST_COMPARISONS = 3
@@ -255,6 +256,7 @@ class Registry:
             self.check_files(returning)
             earlier = self._before(returning, leaving)
             self._tag(leaving, TAG_ROLLED_BACK, f"{_now()}: {reason}")
+            self._tag(returning, TAG_RETURNED, f"{_now()}: version {leaving.version} was rolled back: {reason}")
             if earlier is not None:
                 self.client.set_registered_model_alias(self.name, PREVIOUS, earlier.version)
             elif PREVIOUS in self.aliases():
@@ -311,6 +313,21 @@ class Registry:
 
     def _tag(self, version: ModelVersion, tag: str, value: str) -> None:
         self.client.set_model_version_tag(self.name, version.version, tag, value)
+
+
+def came_to_serve(tags: Mapping[str, str]) -> tuple[str | None, str | None]:
+    """Return since when a champion serves, and the words of the person who put it there; None: nobody, the gate did.
+
+    Args:
+        tags: of its version.
+    """
+    promoted = tags.get(TAG_PROMOTED)
+    # Each is "time: words", and written after the time of a promotion that it explains.
+    by_person = max((tags[tag] for tag in (TAG_BY_HAND, TAG_FORCED, TAG_RETURNED) if tag in tags), default="")
+    when, _, words = by_person.partition(": ")
+    if by_person and when >= (promoted or ""):
+        return when, words
+    return promoted, None
 
 
 # The step

@@ -16,7 +16,7 @@ from typing import Any
 from onetrans import storage
 from onetrans.days import day_range, parse_day
 from onetrans.errors import NotReadyError
-from onetrans.plan import GATE_FILE, METRICS_FILE, PLAN_FILE, PROMOTION_FILE, TRUTH
+from onetrans.plan import FINISHED_FILE, GATE_FILE, METRICS_FILE, PLAN_FILE, PROMOTION_FILE, TRUTH
 from onetrans.process import add_json, print_json
 from onetrans.scores import BASELINE, CANDIDATE, CHAMPION, POPULARITY
 from onetrans.settings import Settings, load_settings
@@ -63,7 +63,13 @@ def _day(runs: str, ds: date) -> dict[str, Any]:
         "ds": str(ds),
         "plan_id": plan["plan_id"],
         "path": path,
-        "state": "promotion done" if promotion else "judged" if gate else "evaluated" if metrics else "planned",
+        "state": "promotion done"
+        if promotion
+        else "judged"
+        if gate
+        else "evaluated"
+        if metrics
+        else _trained(plan, path),
         "preset": plan["preset"],
         "train_days": len(plan["train_days"]),
         "warm_start_ds": plan["warm_start_ds"],
@@ -81,6 +87,16 @@ def _day(runs: str, ds: date) -> dict[str, Any]:
         "decision": promotion["decision"] if promotion else None,
         "champion": promotion["champion_after"] if promotion else None,
     }
+
+
+def _trained(plan: Mapping[str, Any], path: str) -> str:
+    """Return how far the trainings of a plan came that was not evaluated."""
+    finished = [name for name in plan["models"] if storage.exists(storage.join(path, name, FINISHED_FILE))]
+    if len(finished) == len(plan["models"]):
+        return "trained"
+    if any(storage.list_files(storage.join(path, name)) for name in plan["models"]):
+        return f"training begun{f', {finished[0]} trained' if finished else ''}"
+    return "planned"
 
 
 def _plan_files(folder: str) -> list[str]:

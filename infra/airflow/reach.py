@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import configparser
 import os
+import urllib.parse
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from infra.local.airflow_api import AirflowApi, AirflowApiError
 from infra.local.homes import airflow_home, chosen_config
@@ -15,6 +17,9 @@ SERVERS = ("metadatabase", "scheduler", "dag_processor", "triggerer")
 
 TOKEN = "AIRFLOW_CLI_TOKEN"
 """Variable with the bearer token of a user who may read runs, where Airflow has real logins."""
+
+MOST_TROUBLED = 10
+"""Tasks that failed, or wait for their next try, that are told."""
 
 _PATIENCE_S = 5.0
 
@@ -58,7 +63,7 @@ def running(where: str, environ: Mapping[str, str] = os.environ) -> list[str] | 
     Raises:
         OSError: if the address does not answer.
     """
-    api = AirflowApi(where, _PATIENCE_S, environ.get(TOKEN, ""))
+    api = _api(where, environ)
     try:
         runs = api.call("GET", "/dags/~/dagRuns?state=running&limit=100")["dag_runs"]
         tasks = api.call("GET", "/dags/~/dagRuns/~/taskInstances?state=running&limit=100")["task_instances"]
@@ -68,3 +73,41 @@ def running(where: str, environ: Mapping[str, str] = os.environ) -> list[str] | 
     for task in tasks:
         busy.setdefault((task["dag_id"], task["dag_run_id"]), []).append(task["task_id"])
     return [f"{dag_id} {run_id}: {', '.join(ids) or 'waits'}" for (dag_id, run_id), ids in busy.items()]
+
+
+def troubled(where: str, since: str, environ: Mapping[str, str] = os.environ) -> list[dict[str, Any]] | None:
+    """Return the tasks that have failed or wait for their next try, newest first; None if only logins see them.
+
+    Args:
+        where: Airflow's address.
+        since: earliest day of the runs that are looked at; empty: any.
+        environ: where the token of :func:`running` is.
+
+    Raises:
+        OSError: if the address does not answer.
+    """
+    asked = [("state", "failed"), ("state", "up_for_retry"), ("order_by", "-start_date"), ("limit", str(MOST_TROUBLED))]
+    asked += [("logical_date_gte", f"{since}T00:00:00Z")] if since else []
+    api = _api(where, environ)
+    try:
+        tasks = api.call("GET", f"/dags/~/dagRuns/~/taskInstances?{urllib.parse.urlencode(asked)}")["task_instances"]
+    except AirflowApiError:
+        return None
+    return [
+        {
+            "dag_id": task["dag_id"],
+            "run_id": task["dag_run_id"],
+            "task_id": task["task_id"],
+            "state": task["state"],
+            "try": task["try_number"],
+            "tries": task["max_tries"] + 1,
+            "ended": task["end_date"],
+            "link": f"{where}/dags/{task['dag_id']}/runs/{urllib.parse.quote(task['dag_run_id'], safe='')}"
+            f"/tasks/{urllib.parse.quote(task['task_id'], safe='')}",
+        }
+        for task in tasks
+    ]
+
+
+def _api(where: str, environ: Mapping[str, str]) -> AirflowApi:
+    return AirflowApi(where, _PATIENCE_S, environ.get(TOKEN, ""))

@@ -20,7 +20,7 @@ from onetrans import cli, storage
 from onetrans.commands.registry import describe, verify, versions_table
 from onetrans.errors import EXIT_BAD_DATA, BadConfigError, BadDataError, NotReadyError
 from onetrans.gate import run_gate
-from onetrans.registry import CHALLENGER, CHAMPION, PREVIOUS, TAG_ROLLED_BACK, Registry, promote
+from onetrans.registry import CHALLENGER, CHAMPION, PREVIOUS, TAG_ROLLED_BACK, Registry, came_to_serve, promote
 from onetrans.report import report, table
 from onetrans.settings import as_environment
 from onetrans.tracking import TAG_FORCED, TAG_MODEL_DIGEST, TAG_MODEL_ID, fetch_folder, one_at_a_time, see_run
@@ -196,6 +196,9 @@ def test_rolling_back_walks_back_and_the_pipeline_does_not_undo_it(shop, registr
     left, now = registry.roll_back("conversions fell")
     assert (str(left.version), str(now.version)) == ("3", "2")
     assert left.tags[TAG_ROLLED_BACK].endswith(": conversions fell")
+    since, person = came_to_serve(now.tags)
+    assert since >= left.tags["promoted_at"] > now.tags["promoted_at"] or since == left.tags["promoted_at"]
+    assert person == "version 3 was rolled back: conversions fell"
     assert registry.aliases() == {CHAMPION: "2", CHALLENGER: "3", PREVIOUS: "1"}
 
     settings = dataclasses.replace(shop.settings, mlflow=registry.settings)
@@ -211,6 +214,7 @@ def test_rolling_back_walks_back_and_the_pipeline_does_not_undo_it(shop, registr
 
     registry.promote_by_hand("3", "it was the campaign")
     assert TAG_ROLLED_BACK not in registry.by_alias(CHAMPION).tags
+    assert came_to_serve(registry.by_alias(CHAMPION).tags)[1] == "it was the campaign"
     assert _promote(shop, registry, better[4])["decision"] == "promoted"
     registry.roll_back("it was not")
     registry.client.set_registered_model_alias(registry.name, PREVIOUS, "1")

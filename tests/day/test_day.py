@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import urllib.parse
 from collections.abc import Callable
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
@@ -17,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from expectations.site import site_path
+from infra.airflow import reach
 from infra.local import pages
 from infra.local.airflow import REPOSITORY
 from infra.local.airflow_api import AirflowApiError
@@ -115,6 +117,14 @@ def test_bad_data_stops_the_day_at_once_and_leaves_what_is_published(deployment:
     assert message.lower().count("published data is as it was") == 1
     assert deployment.lake.published("impressions") == before["impressions"]
     assert deployment.lake.published("training_requests") == before["training_requests"]
+
+    # A person who asks for the status is led to it.
+    where = deployment.airflow.address
+    told = {(task["dag_id"], task["run_id"], task["task_id"]): task for task in reach.troubled(where, str(BAD)) or ()}
+    task = told[dag_id, run_id, "impressions.build"]
+    assert (task["state"], task["try"], task["tries"]) == ("failed", 1, 4)
+    assert f"/runs/{urllib.parse.quote(run_id, safe='')}/tasks/impressions.build" in task["link"]
+    assert reach.troubled(where, str(BAD + timedelta(days=3650))) == []
 
     # People were told, though the receiver named first is down.
     (message,) = _told(deployment, dag_id, run_id, "impressions.build")

@@ -28,7 +28,11 @@ class _LoggedIn(BaseHTTPRequestHandler):
         elif path == "/auth/token" or self.headers.get("Authorization") != "Bearer good":
             self._answer(401, {"detail": "Invalid credentials"})
         elif path.endswith("/taskInstances"):
-            task = {"dag_id": "ranking_model", "dag_run_id": "night", "task_id": "train"}
+            task: dict[str, object] = {"dag_id": "ranking_model", "dag_run_id": "night", "task_id": "train"}
+            if "state=failed&state=up_for_retry" in self.path:
+                assert "logical_date_gte=2022-05-04T00%3A00%3A00Z" in self.path
+                ended = {"try_number": 4, "max_tries": 3, "end_date": "2022-05-05T03:12:09.5Z", "state": "failed"}
+                task |= {"dag_run_id": "backfill__2022-05-04T00:00:00+00:00", "task_id": "gate", **ended}
             self._answer(200, {"task_instances": [task]})
         else:
             self._answer(200, {"dag_runs": [{"dag_id": "ranking_model", "dag_run_id": "night"}]})
@@ -80,8 +84,19 @@ def test_status_shows_the_runs_to_a_token_only(address: str, monkeypatch: pytest
     monkeypatch.setenv("AIRFLOW__CORE__EXECUTION_API_SERVER_URL", f"{address}/execution/")
     for given in ("", "bad"):
         monkeypatch.setenv(reach.TOKEN, given)
-        told = status._running_text([], status._airflow())
+        told = status._running_text([], status._airflow("2022-05-04"))
         assert told == f"Airflow at {address}: healthy\nits runs are shown to who logs in: AIRFLOW_CLI_TOKEN"
     monkeypatch.setenv(reach.TOKEN, "good")
-    told = status._running_text([], status._airflow())
+    told = status._running_text([], status._airflow("2022-05-04"))
     assert told == f"Airflow at {address}: healthy\nranking_model night: train"
+
+
+def test_status_leads_to_the_tasks_that_failed(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AIRFLOW__CORE__EXECUTION_API_SERVER_URL", f"{address}/execution/")
+    assert status._troubled_part(status._airflow("2022-05-04")) == {}, "those who log in see them"
+    monkeypatch.setenv(reach.TOKEN, "good")
+    run = "backfill__2022-05-04T00:00:00+00:00"
+    link = f"{address}/dags/ranking_model/runs/backfill__2022-05-04T00%3A00%3A00%2B00%3A00/tasks/gate"
+    assert status._troubled_part(status._airflow("2022-05-04")) == {
+        "Failed": f"ranking_model {run}: gate FAILED (try 4 of 4, 2022-05-05T03:12Z)\n  {link}"
+    }

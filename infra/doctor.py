@@ -33,7 +33,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 from infra.airflow import reach
-from infra.local.homes import REPOSITORY
+from infra.local.homes import REPOSITORY, airflow_home, chosen_config
 from onetrans import storage
 from onetrans.errors import EXIT_BAD_CONFIG, EXIT_NOT_READY, EXIT_OK, BadConfigError, PipelineError
 from onetrans.lake import CATALOG, Lake
@@ -41,7 +41,7 @@ from onetrans.object_store import problem_with
 from onetrans.plan import configured_models
 from onetrans.process import add_json, print_json
 from onetrans.schema import load_schema
-from onetrans.settings import LakeSettings, Settings, config_file, load_settings
+from onetrans.settings import NOT_SETTINGS, LakeSettings, Settings, config_file, load_settings
 
 EXAMPLES = """examples:
   onetrans doctor
@@ -66,9 +66,18 @@ _AGAIN = "rm .venv/.ready && make env"
 _AGAIN_WITH_PYTHON = "rm -rf .venv && PYTHON=/path/to/python3.11 make env"
 
 _JAVA_HINT = (
-    "Debian/Ubuntu: sudo apt-get install openjdk-17-jre-headless; macOS: brew install openjdk@17; then set JAVA_HOME "
-    "if another Java stands before it on PATH"
+    "Debian/Ubuntu: sudo apt-get install openjdk-17-jre-headless (openjdk-21-jre-headless where there is no 17); "
+    "macOS: brew install openjdk@17; then set JAVA_HOME if another Java stands before it on PATH"
 )
+"""As infra/setup.sh says it, which runs before there is a Python to ask; a test holds the two together."""
+
+_ILL = {
+    "metadatabase": "without its database Airflow starts nothing",
+    "scheduler": "no task starts",
+    "dag_processor": "changed DAGs are not read",
+    "triggerer": "nobody notices when a log arrives, a pod ends or a day that is waited for is there",
+}
+"""Server of Airflow -> what stands still without it."""
 
 
 @dataclass(frozen=True)
@@ -363,13 +372,11 @@ def _settings(settings: Settings) -> Check:
     try:
         configured_models(settings.training)
     except BadConfigError as error:
-        return Check(
-            "settings", "FAIL", str(error), "correct the file or the variable; `onetrans config` shows what is read"
-        )
+        return Check("settings", "FAIL", str(error), _CORRECT_SETTINGS)
     path = config_file()
-    variables = sum(name.startswith("ONETRANS_") for name in os.environ)
-    where = path.resolve() if path else "no file, defaults"
-    return Check("settings", "ok", f"{where}; {variables} variables ONETRANS_..." if variables else str(where))
+    variables = len([name for name in os.environ if name.startswith("ONETRANS_") and name not in NOT_SETTINGS])
+    where = str(path.resolve()) if path else "no file, defaults"
+    return Check("settings", "ok", f"{where}; {_counted(variables, 'variable')} ONETRANS_..." if variables else where)
 
 
 def _log(settings: Settings) -> list[Check]:
@@ -386,7 +393,7 @@ def _log(settings: Settings) -> list[Check]:
     except PipelineError as error:
         mend = "onetrans schema check FILE explains every mistake with its line"
         return [Check("log", "FAIL", str(error), mend)]
-    return [Check("log", "ok", f"{path}, schema {schema.name!r} with {len(schema.features)} features")]
+    return [Check("log", "ok", f"{path}, schema {schema.name!r} with {_counted(len(schema.features), 'feature')}")]
 
 
 def _is_set(section: str, name: str) -> bool:
@@ -405,7 +412,7 @@ def _catalog(settings: Settings) -> Check:
     if isinstance(tables, str):
         mend = f"is the {lake.catalog_type} catalog up, lake.catalog_uri its address, and the password in PGPASSWORD?"
         return Check("catalog", "FAIL", f"{where}: {tables}", mend, EXIT_NOT_READY)
-    return Check("catalog", "ok", f"{where}: {len(tables)} tables in {lake.namespace!r}")
+    return Check("catalog", "ok", f"{where}: {_counted(len(tables), 'table')} in {lake.namespace!r}")
 
 
 def _tables(lake: LakeSettings) -> list[Any]:
@@ -507,9 +514,23 @@ def _airflow(_: Settings) -> Check:
     found = _in_time(lambda: reach.health(where))
     if isinstance(found, str):
         return Check("airflow", "warn", f"{where}: {found}", "if it should run: make ui, or start your own")
-    ill = [f"{part} is {state}" for part, state in found.items() if state != "healthy"]
-    mend = "see the logs of that server; nothing is scheduled, parsed or waited for meanwhile"
-    return Check("airflow", "warn" if ill else "ok", f"{where}: {', '.join(ill) or 'all servers are healthy'}", mend)
+    ill = {part: state for part, state in found.items() if state != "healthy"}
+    if not ill:
+        return Check("airflow", "ok", f"{where}: all servers are healthy")
+    told = ", ".join(f"{part} is {state} ({_ILL[part]})" for part, state in ill.items())
+    return Check("airflow", "warn", f"{where}: {told}", _mend_airflow(where, list(ill)))
+
+
+def _mend_airflow(where: str, ill: list[str]) -> str:
+    """Return what to do about servers of Airflow that are not healthy."""
+    if "metadatabase" in ill:
+        return "is the database up that [database] sql_alchemy_conn names? The others are ill without it"
+    names = [part.replace("_", "-") for part in ill]
+    if reach.address({name: value for name, value in os.environ.items() if not name.startswith("AIRFLOW")}) == where:
+        home = airflow_home(chosen_config(None))
+        logs = ", ".join(str(home / "logs" / f"{name}.log") for name in names)
+        return f"read {logs}; then stop `make ui` and start it again"
+    return f"where it runs, read the log of {', '.join(f'`airflow {name}`' for name in names)} and start it again"
 
 
 def _in_time(ask: Callable[[], Any]) -> Any:
@@ -551,6 +572,11 @@ def _login(uri: str, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     if not user:
         return {}
     return {"Authorization": f"Basic {base64.b64encode(f'{user}:{password}'.encode()).decode()}"}
+
+
+def _counted(number: int, what: str) -> str:
+    """Return how many there are, in words: ``1 table``, ``2 tables``."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _shown(address: str) -> str:

@@ -165,7 +165,7 @@ def test_an_unknown_table_is_refused(lake: Lake) -> None:
 def test_doctor_counts_the_tables_that_are_there(lake: Lake) -> None:
     publish(lake, rows(D1, 3), D1)
     check = doctor._catalog(Settings(lake=lake.settings))
-    assert check.found.endswith("1 tables in 'ranking'")
+    assert check.found.endswith(": 1 table in 'ranking'")
 
 
 def test_missing_days_are_named(lake: Lake) -> None:

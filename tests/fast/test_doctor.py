@@ -212,6 +212,66 @@ def test_a_model_s_field_that_is_refused_is_told_before_the_night_and_ends_no_ot
     assert "there is no field 'slidng_window'" in printed.err
 
 
+def test_how_java_is_had_is_said_alike_before_and_after_there_is_a_python() -> None:
+    (hint,) = re.findall(r"^java_hint='(.*)'$", (doctor.REPOSITORY / "infra" / "setup.sh").read_text("utf-8"), re.M)
+    assert hint == doctor._JAVA_HINT
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        ((), "no file, defaults"),
+        (("SPARK_MASTER",), "; 1 variable ONETRANS_..."),
+        (("SPARK_MASTER", "LAKE_NAMESPACE"), "; 2 variables ONETRANS_..."),
+    ],
+)
+def test_settings_by_variables_are_counted_and_what_is_no_setting_is_not(
+    names: tuple[str, ...], told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in [name for name in doctor.os.environ if name.startswith("ONETRANS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("ONETRANS_TRACEBACK", "")
+    for name in names:
+        monkeypatch.setenv(f"ONETRANS_{name}", "local[1]")
+    assert looked(capsys, "settings")[1][0]["found"].endswith(told)
+
+
+@pytest.mark.parametrize("local", [False, True], ids=["of_ones_own", "make_ui"])
+def test_a_server_of_airflow_that_is_ill_is_mended(
+    local: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    health = {part: {"status": "healthy"} for part in ("metadatabase", "scheduler", "dag_processor")}
+
+    class Server(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps({**health, "triggerer": {"status": "unhealthy"}}).encode())
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    config = tmp_path / "onetrans.toml"
+    config.write_text("")
+    monkeypatch.setenv("ONETRANS_CONFIG", str(config))
+    for name in [name for name in doctor.os.environ if name.startswith("AIRFLOW")]:
+        monkeypatch.delenv(name)
+    home = doctor.airflow_home(config)
+    home.mkdir(parents=True)
+    with HTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        if local:
+            (home / "airflow.cfg").write_text(f"[api]\nbase_url = {address}\n")
+        else:
+            monkeypatch.setenv("AIRFLOW__API__BASE_URL", address)
+        code, (check,) = looked(capsys, "airflow")
+        server.shutdown()
+    assert (code, check["state"]) == (0, "warn")
+    assert "triggerer is unhealthy (nobody notices when a log arrives" in check["found"]
+    assert (f"read {home}/logs/triggerer.log" if local else "the log of `airflow triggerer`") in check["mend"]
+
+
 def test_a_check_that_is_none_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor", "--only", "jaba"]) == EXIT_BAD_CONFIG
     assert "there is no check 'jaba'; there are python, java" in capsys.readouterr().err

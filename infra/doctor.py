@@ -35,7 +35,7 @@ from packaging.utils import canonicalize_name
 from infra.airflow import reach
 from infra.local.homes import REPOSITORY, airflow_home, chosen_config
 from onetrans import storage
-from onetrans.errors import EXIT_BAD_CONFIG, EXIT_NOT_READY, EXIT_OK, BadConfigError, PipelineError
+from onetrans.errors import EXIT_BAD_CONFIG, EXIT_NOT_READY, EXIT_OK, BadConfigError, PipelineError, without_login
 from onetrans.lake import CATALOG, Lake
 from onetrans.object_store import problem_with
 from onetrans.plan import configured_models
@@ -407,7 +407,7 @@ def _catalog(settings: Settings) -> Check:
     lake = settings.lake
     if not Lake(lake).exists():
         return Check("catalog", "ok", f"none yet; {Lake(lake).catalog_file} is made with the first day")
-    where = _shown(lake.catalog_uri) if lake.catalog_uri else str(Lake(lake).catalog_file)
+    where = without_login(lake.catalog_uri) if lake.catalog_uri else str(Lake(lake).catalog_file)
     tables = _in_time(lambda: _tables(lake))
     if isinstance(tables, str):
         mend = f"is the {lake.catalog_type} catalog up, lake.catalog_uri its address, and the password in PGPASSWORD?"
@@ -478,19 +478,19 @@ def look_at_mlflow(settings: Settings) -> Check:
             return Check(
                 "mlflow",
                 "FAIL",
-                f"{_shown(uri)}: {known}",
+                f"{without_login(uri)}: {known}",
                 "is the database up, and the address right?",
                 EXIT_NOT_READY,
             )
-        return Check("mlflow", "ok", f"{_shown(uri)} answers")
+        return Check("mlflow", "ok", f"{without_login(uri)} answers")
     answer = _in_time(lambda: (_get(f"{uri.rstrip('/')}/version", _login(uri)),))
     if isinstance(answer, str):
         mend = "start it (mlflow server), or correct mlflow.tracking_uri; a password goes into MLFLOW_TRACKING_PASSWORD"
-        return Check("mlflow", "FAIL", f"{_shown(uri)}: {answer}", mend, EXIT_NOT_READY)
+        return Check("mlflow", "FAIL", f"{without_login(uri)}: {answer}", mend, EXIT_NOT_READY)
     ours, theirs = _installed("mlflow") or "", answer[0].strip()
     same = ours.split(".")[:1] == theirs.split(".")[:1]
     mend = f"use the same major version on both sides: pip install mlflow=={theirs}"
-    return Check("mlflow", "ok" if same else "warn", f"{_shown(uri)} is MLflow {theirs}, here is {ours}", mend)
+    return Check("mlflow", "ok" if same else "warn", f"{without_login(uri)} is MLflow {theirs}, here is {ours}", mend)
 
 
 def _sqlite_revision(file: Path) -> tuple[str]:
@@ -545,7 +545,7 @@ def _in_time(ask: Callable[[], Any]) -> Any:
             answer.append(ask())
         except Exception as error:  # whatever the library raises is what there is to say
             text = str(error).strip().splitlines() or [""]
-            answer.append(f"{type(error).__name__}: {_shown(text[0])[:300]}")
+            answer.append(f"{type(error).__name__}: {without_login(text[0])[:300]}")
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
@@ -557,7 +557,7 @@ def _get(address: str, headers: Mapping[str, str]) -> str:
     """Return what an address answers; its user's name and password belong into the headers."""
     local = "127.0.0.1" in address or "localhost" in address
     opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if local else []))
-    question = urllib.request.Request(_shown(address), headers=dict(headers))
+    question = urllib.request.Request(without_login(address), headers=dict(headers))
     with opener.open(question, timeout=_ANSWERS_WITHIN_S / 2) as answer:
         return str(answer.read(1000).decode(errors="replace"))
 
@@ -577,11 +577,6 @@ def _login(uri: str, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
 def _counted(number: int, what: str) -> str:
     """Return how many there are, in words: ``1 table``, ``2 tables``."""
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
-
-
-def _shown(address: str) -> str:
-    """Return an address without a user's name and password."""
-    return re.sub("(?<=://)[^/@]*@", "", address)
 
 
 def _reach_hint(path: str) -> str:

@@ -8,6 +8,8 @@ this table.
 
 from __future__ import annotations
 
+import re
+
 EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_BAD_DATA = 65
@@ -40,3 +42,8 @@ class BadConfigError(PipelineError):
     """A setting, a schema file or an argument is wrong; a person has to change it."""
 
     exit_code = EXIT_BAD_CONFIG
+
+
+def without_login(text: str) -> str:
+    """Return a text whose addresses have no user's name and password any more, to be shown or logged."""
+    return re.sub(r"(?<=://)[^/@\s]+@", "", text)

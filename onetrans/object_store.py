@@ -31,7 +31,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 from pyarrow import fs
 
-from onetrans.errors import BadConfigError
+from onetrans.errors import BadConfigError, without_login
 from onetrans.settings import load_settings
 
 ATTEMPTS = 8
@@ -398,7 +398,7 @@ def reason(error: BaseException) -> str:
 def _without_secrets(text: str) -> str:
     text = re.sub(r"(?i)(X-Amz-(?:Signature|Credential|Security-Token)=)[^&\s]+", r"\1...", text)
     text = re.sub(r"\b((?:AKIA|ASIA)[A-Z0-9]{4})[A-Z0-9]{8,}", r"\1...", text)
-    return re.sub(r"(?<=://)[^/@\s]+@", "", text)
+    return without_login(text)
 
 
 def _advice(error: BaseException) -> str:

@@ -18,7 +18,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import tempfile
 import threading
 import time
@@ -30,7 +29,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from onetrans import __version__, storage
 from onetrans.audit_summary import audit_summary
-from onetrans.errors import BadConfigError, BadDataError, NotReadyError, PipelineError
+from onetrans.errors import BadConfigError, BadDataError, NotReadyError, PipelineError, without_login
 from onetrans.lake import AUDIT_FILE, Lake
 from onetrans.object_store import export_for_boto
 from onetrans.plan import GATE_FILE, METRICS_FILE, PAGE_FILE, PLAN_FILE, PROMOTION_FILE, Plan
@@ -74,6 +73,10 @@ SCORE_TOLERANCE = 1e-4
 
 SYSTEM_METRICS_S = 10.0
 """Seconds between two looks at the machine's load while a run is open."""
+
+_ANSWERS_WITHIN_S = 10
+_ONCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": str(_ANSWERS_WITHIN_S)}
+"""Variables by which MLflow's client asks a server once; it reads them with each question."""
 
 _METRICS_PER_CALL = 500
 _SECONDS_BETWEEN_CALLS = 10.0
@@ -188,7 +191,51 @@ def answering(settings: MlflowSettings, *, look: bool = False) -> Iterator[None]
             raise
         unharmed = "" if look else "; nothing was promoted"
         raise NotReadyError(
-            f"MLflow at {settings.tracking_uri} does not answer ({_first_line(error)[:300]}){unharmed}"
+            f"MLflow at {without_login(settings.tracking_uri)} does not answer ({_cause(error)}){unharmed}"
+        ) from error
+
+
+def _cause(error: BaseException) -> str:
+    """Return what the system said of a connection, which MLflow's error names behind a long address, or that error."""
+    deepest = error
+    while (deeper := deepest.__cause__ or deepest.__context__) is not None:
+        deepest = deeper
+    return _first_line(deepest if isinstance(deepest, OSError) else error)[:300]
+
+
+def require_answer(settings: MlflowSettings) -> None:
+    """Return if MLflow answers: asked once, for seconds, where its own client would ask again for minutes.
+
+    For a person who waits; a step of the night goes on asking (:func:`_again`).
+
+    Raises:
+        NotReadyError: if it does not answer.
+    """
+    uri = settings.tracking_uri
+    with answering(settings, look=True):
+        if uri.startswith("postgresql"):
+            _require_database(uri)
+        before = {name: os.environ.get(name) for name in _ONCE}
+        os.environ.update(_ONCE)
+        try:
+            connect(settings)
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
+
+
+def _require_database(uri: str) -> None:
+    from sqlalchemy import create_engine
+    from sqlalchemy.exc import OperationalError
+
+    try:
+        create_engine(uri, connect_args={"connect_timeout": _ANSWERS_WITHIN_S}).connect().close()
+    except OperationalError as error:
+        raise NotReadyError(
+            f"MLflow's database {without_login(uri)} does not answer ({_first_line(error)[:300]})"
         ) from error
 
 
@@ -280,9 +327,7 @@ def _snapshots_read(settings: Settings, plan: Plan) -> dict[str, str]:
 def see_run(settings: MlflowSettings, run_id: str) -> None:
     """Tell where a person sees a run."""
     server = settings.tracking_uri if settings.tracking_uri.startswith("http") else ""
-    address = re.sub("(?<=://)[^/@]*@", "", settings.address or server).rstrip(
-        "/"
-    )  # without a user's name and password
+    address = without_login(settings.address or server).rstrip("/")
     if address:
         see(f"{address}/#/experiments/{experiment_id(settings)}/runs/{run_id}")
     else:
@@ -817,4 +862,5 @@ def _is_number(value: Any) -> bool:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0]
+    """Return the first line of an error; MLflow's name the whole address, with a password that stands in it."""
+    return without_login((str(error).splitlines() or [""])[0])

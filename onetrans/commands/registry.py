@@ -23,6 +23,7 @@ from onetrans.tracking import (
     TAG_DECISION,
     TAG_PLAN,
     answering,
+    require_answer,
     require_store,
     store_is_there,
 )
@@ -75,6 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
         print_json([]) if arguments.json else print(versions_table([]))
         return 0
     require_store(settings)
+    require_answer(settings)
     with answering(settings, look=arguments.action not in ("promote", "rollback")):
         return _do(Registry(settings), arguments)
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import time
 from datetime import date, timedelta
 from pathlib import Path
 
@@ -10,7 +13,7 @@ import pytest
 
 from jobs import raw
 from jobs.sources.simulated import write
-from onetrans import cli, progress
+from onetrans import cli, progress, tracking
 from onetrans.errors import EXIT_NOT_READY, EXIT_OK, NotReadyError
 from onetrans.serving.source import resolve
 from onetrans.settings import load_settings
@@ -36,6 +39,44 @@ def test_all_else_says_that_there_is_none(folder: Path, capsys: pytest.CaptureFi
     assert cli.main(["registry", *action]) == EXIT_NOT_READY
     assert "there is no registry yet: MLflow's store sqlite:///" in capsys.readouterr().err
     assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("listens", [False, True], ids=["refused", "silent"])
+@pytest.mark.parametrize("action", [["list"], ["verify", "--version", "1"]], ids=["list", "verify"])
+def test_a_server_that_does_not_answer_keeps_nobody_waiting(
+    listens: bool, action: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(tracking._ONCE, "MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        if listens:
+            server.listen()
+        monkeypatch.setenv("ONETRANS_MLFLOW_TRACKING_URI", f"http://ann:secret@127.0.0.1:{server.getsockname()[1]}")
+        began = time.monotonic()
+        assert cli.main(["registry", *action]) == EXIT_NOT_READY
+        took = time.monotonic() - began
+    told = capsys.readouterr().err
+    assert "NotReadyError: MLflow at http://127.0.0.1:" in told
+    assert ("timed out" if listens else "refused") in told
+    assert "secret" not in told
+    assert "MLFLOW_HTTP_REQUEST_MAX_RETRIES" not in os.environ  # a step of the night has its patience back
+    assert took < 30  # MLflow's own client asks again for five minutes
+
+
+def test_a_database_of_mlflow_that_is_down_keeps_nobody_waiting(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # bound and not listening: refused at once
+        place = f"ann:secret@127.0.0.1:{nobody.getsockname()[1]}/mlflow"
+        monkeypatch.setenv("ONETRANS_MLFLOW_TRACKING_URI", f"postgresql+psycopg://{place}")
+        began = time.monotonic()
+        assert cli.main(["registry", "show"]) == EXIT_NOT_READY
+        took = time.monotonic() - began
+    told = capsys.readouterr().err
+    assert "MLflow's database postgresql+psycopg://127.0.0.1:" in told
+    assert "secret" not in told
+    assert took < 30  # MLflow itself tries for a hundred seconds
 
 
 @pytest.mark.parametrize(

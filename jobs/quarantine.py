@@ -59,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     show.add_argument("--limit", type=int, default=20, metavar="N", help="print at most N rows (default: %(default)s)")
     show.add_argument("--out", type=Path, metavar="FILE", help="write all of them to FILE, to be repaired there")
     replay.add_argument("--rows", type=Path, required=True, metavar="FILE", help="what `show --out` wrote, repaired")
+    add_json(replay)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -71,7 +72,8 @@ def run(arguments: argparse.Namespace) -> int:
     elif arguments.action == "show":
         _show(lake, arguments)
     else:
-        _replay(lake, arguments.table, parse_day(arguments.ds), arguments.rows)
+        told = _replay(lake, arguments.table, parse_day(arguments.ds), arguments.rows)
+        print_json(told) if arguments.json else print(_replayed(told))
     return EXIT_OK
 
 
@@ -190,7 +192,8 @@ def _lines(path: Path) -> Iterator[tuple[int, Any]]:
                 raise BadConfigError(f"{path}, line {number} is not JSON: {error}") from error
 
 
-def _replay(lake: Lake, table: str, ds: date, path: Path) -> None:
+def _replay(lake: Lake, table: str, ds: date, path: Path) -> dict[str, Any]:
+    """Build a day again with the repairs of a file and publish it; return how many rows that concerned."""
     where = f"{table} {ds}"
     repairs = read_repairs(path, _refused_of(lake, table, ds, path), where)
     before = _count(lake, table, ds)
@@ -211,11 +214,21 @@ def _replay(lake: Lake, table: str, ds: date, path: Path) -> None:
         build_day(work, table, importlib.import_module(f"jobs.{table}").build, ds)
         audit_and_publish(work, table, ds)
         tell_stale(work, date.min)
-    left = _count(lake, table, ds)
     dropped = sum(repair.repaired is None for repair in repairs)
-    print(
-        f"{where}: published with {len(repairs) - dropped:,} repaired rows, {dropped:,} left out; {left:,} of "
-        f"{before:,} are still refused"
+    return {
+        "table": table,
+        "ds": ds,
+        "repaired": len(repairs) - dropped,
+        "left_out": dropped,
+        "refused_before": before,
+        "refused": _count(lake, table, ds),
+    }
+
+
+def _replayed(told: dict[str, Any]) -> str:
+    return (
+        f"{told['table']} {told['ds']}: published with {told['repaired']:,} repaired rows, "
+        f"{told['left_out']:,} left out; {told['refused']:,} of {told['refused_before']:,} are still refused"
     )
 
 

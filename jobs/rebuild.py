@@ -20,7 +20,7 @@ import importlib
 import logging
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, date, datetime
 
 from jobs.runner import Opened, audit_and_publish, build_day, guarded
@@ -31,7 +31,7 @@ from onetrans.errors import BadConfigError
 from onetrans.lake import Lake
 from onetrans.lineage import in_order, stale_days
 from onetrans.outdated import matured_days
-from onetrans.process import EXIT_CODES, Parser
+from onetrans.process import EXIT_CODES, Parser, add_json, print_json
 from onetrans.schema import FeatureSchema, load_schema
 from onetrans.settings import load_settings
 
@@ -119,13 +119,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(
         prog="python -m jobs.rebuild",
         description=__doc__,
-        epilog="examples:\n  python -m jobs.rebuild --dry-run\n"
+        epilog="examples:\n  python -m jobs.rebuild --dry-run\n  python -m jobs.rebuild --dry-run --json\n"
         f"  python -m jobs.rebuild --from 2026-01-01\n\n{EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--from", dest="first", metavar="DAY", help="leave earlier days as they are")
     parser.add_argument("--to", dest="last", metavar="DAY", help="last day that is late or matured, included")
     parser.add_argument("--dry-run", action="store_true", help="only say what is out of date")
+    add_json(parser)
 
     def run() -> None:
         arguments = parser.parse_args(argv)
@@ -137,7 +138,10 @@ def main(argv: list[str] | None = None) -> int:
         schema = load_schema(settings.source)
         source = open_source(settings.source, schema)
         due = outdated(Lake(settings.lake), schema, source, datetime.now(UTC), first, last)
-        print(describe(due) or "every published day is up to date", flush=True)
+        if arguments.json:
+            print_json([asdict(one) for one in due])
+        else:
+            print(describe(due) or "every published day is up to date", flush=True)
         if due and not arguments.dry_run:
             with Opened() as work:
                 rebuild(work, due, audit_and_publish)

@@ -48,6 +48,7 @@ from onetrans.plan import (
     configured_recipe,
     plan_of_no_day,
 )
+from onetrans.process import print_json
 from onetrans.schema import FeatureSchema, load_schema
 from onetrans.settings import Settings
 from onetrans.time_order import DayStream
@@ -339,6 +340,10 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
         plan = replace(plan, mlflow_run_id=NEXT_BATCH_FOLDER)
     with stop_on_sigterm() as stop:
         record = train_next_batch(plan, arguments.model, settings, stop)
+    path = plan.model_path(arguments.model)
+    if arguments.json:
+        print_json({"path": path, **record})
+        return 0
     print(figures_table(record))
-    print(plan.model_path(arguments.model))
+    print(path)
     return 0

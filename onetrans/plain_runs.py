@@ -88,10 +88,14 @@ def train_on_files(
     record = train(plan, arguments.model, settings, stop, validate, ranks)
     if not ranks.leads:
         return 0
+    path = storage.join(plan.model_path(arguments.model), MODEL_FOLDER)
+    if arguments.json:
+        print_json({"path": path, **record})
+        return 0
     for number, figures in enumerate(record.get("passes", ()), 1):
         kept = "  <- kept" if number == record["best_pass"] else ""
         print(f"pass {number}: val {_told(figures)}{kept}")
-    print(storage.join(plan.model_path(arguments.model), MODEL_FOLDER))
+    print(path)
     return 0
 
 

@@ -55,6 +55,7 @@ from onetrans.models.compute import Compute, Precision
 from onetrans.models.config import CONFIGS
 from onetrans.optim import GradientNorms, Optimizers, build_optimizers
 from onetrans.plan import FINISHED_FILE, Plan, Recipe, add_day_arguments, plan_of
+from onetrans.process import add_json, print_json
 from onetrans.progress import Progress
 from onetrans.recent_auc import RecentAuc
 from onetrans.scores import CANDIDATE
@@ -788,6 +789,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from onetrans.next_batch import add_arguments as add_next_batch_arguments
 
     add_next_batch_arguments(parser)
+    add_json(parser)
     from onetrans.commands.config import settings_help
 
     parser.epilog = EXAMPLES.replace("{settings}", settings_help(TrainingSettings))
@@ -840,7 +842,8 @@ def _run(arguments: argparse.Namespace, settings: Settings, ranks: Ranks, stop: 
         record["final_loss"],
         record["peak_memory_bytes"] >> 20,
     )
-    print(plan.model_path(arguments.model))
+    path = plan.model_path(arguments.model)
+    print_json({"path": path, **record}) if arguments.json else print(path)
     return 0
 
 

@@ -1,5 +1,6 @@
 """Next-batch evaluation against a plain loop; its resume, what it must not see, and what it refuses."""
 
+import json
 import os
 import shutil
 import signal
@@ -288,6 +289,9 @@ def test_the_command_prints_a_table_and_records_each_day_in_mlflow(lake, tmp_pat
     assert [line.split()[0] for line in lines[1:4]] == [str(days[0]), str(days[1]), "mean"]
     figures = storage.read_json(storage.join(lines[4], "next_batch.json"))
     assert float(lines[3].split()[1]) == pytest.approx(figures["mean"]["ctr_auc"], abs=1e-4)
+    assert cli([*command, "--to", str(days[1]), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["path"], told["mean"]) == (lines[4], figures["mean"])
     client = connect(settings.mlflow)
     (run,) = client.search_runs([experiment_id(settings.mlflow)])
     assert run.info.status == "FINISHED"

@@ -239,7 +239,9 @@ def test_both_models_train_on_it_and_are_judged(
     settings = load_settings()
     plan = make_plan(settings, DAYS[-1], load_schema(settings.source), track=False)
     for model in ("onetrans", "dcnv2_din"):
-        assert cli.main(["train", "--plan", plan.path, "--model", model, "--no-mlflow"]) == 0
+        assert cli.main(["train", "--plan", plan.path, "--model", model, "--no-mlflow", "--json"]) == 0
+        told = json.loads(capsys.readouterr().out)
+        assert (told["path"], told["model"], told["plan_id"]) == (plan.model_path(model), model, plan.plan_id)
     assert cli.main(["evaluate", "--plan", plan.path]) == 0
     assert cli.main(["gate", "--plan", plan.path]) == 0
     capsys.readouterr()

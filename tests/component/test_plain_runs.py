@@ -54,6 +54,9 @@ def test_the_best_pass_on_held_out_rows_is_kept_and_evaluated(folder, capsys):
     # The same command finds its work; other files are another run.
     assert cli(command(folder, "--epochs", "4")) == EXIT_OK
     assert capsys.readouterr().out.strip().splitlines() == [*passes, path]
+    assert cli(command(folder, "--epochs", "4", "--json")) == EXIT_OK
+    told = json.loads(capsys.readouterr().out)
+    assert (told["path"], told["best_pass"], told["passes"]) == (path, kept[0], figures)
     write(folder / "train.csv", rows(401, 1, "train"))
     assert cli(command(folder, "--epochs", "1")) == EXIT_OK
     assert capsys.readouterr().out.strip().splitlines()[-1] != path

@@ -184,7 +184,11 @@ def test_the_whole_way_of_a_refused_row(
     assert (again["file"], json.loads(again["raw"])["campaign"]) == (REPAIRED, 1003)
     assert cli(["quarantine", "show", "impressions", "--ds", str(DS), "--out", str(file)]) == EXIT_OK
     edit(file, r3={"click": 1})
-    assert cli(replay) == EXIT_OK, "a repaired row that was refused can be repaired again"
+    capsys.readouterr()
+    assert cli([*replay, "--json"]) == EXIT_OK, "a repaired row that was refused can be repaired again"
+    assert json.loads(capsys.readouterr().out) == {
+        "table": "impressions", "ds": str(DS), "repaired": 1, "left_out": 0, "refused_before": 1, "refused": 0,
+    }  # fmt: skip
     assert deployed.lake.repairs("impressions", DS)[3].repaired.count('"click":1') == 1
     assert {row["request_id"] for row in deployed.lake.read("impressions", [DS]).to_pylist()} == published.keys() | {
         "r3"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -297,5 +298,7 @@ def test_the_command_says_what_it_would_build_again(
     assert capsys.readouterr().out == f"impressions {DS}: {MATURED}\nimpressions {NEXT}: {LATE}\n"
     assert rebuild_main(["--dry-run", "--from", str(NEXT)]) == EXIT_OK
     assert capsys.readouterr().out == f"impressions {NEXT}: {LATE}\n"
+    assert rebuild_main(["--dry-run", "--from", str(NEXT), "--json"]) == EXIT_OK
+    assert json.loads(capsys.readouterr().out) == [{"ds": str(NEXT), "table": "impressions", "reason": LATE}]
     assert rebuild_main(["--dry-run", "--from", str(NEXT), "--to", str(DS)]) == EXIT_BAD_CONFIG
     assert lake.snapshot_id("impressions") == before

@@ -41,8 +41,6 @@ COMMANDS = dict(cli_page.commands())
 WITHOUT_JSON = {
     "simulate": "writes files",
     "quarantine show": "prints rows, or writes them as JSON lines with --out",
-    "quarantine replay": "builds, audits and publishes",
-    "train": "runs for hours, and is told of by onetrans report",
     "serve": "answers over HTTP",
 }
 """Commands whose stdout no script would read."""

@@ -13,7 +13,7 @@ from jobs import runner
 from onetrans import cli
 from onetrans.errors import EXIT_BAD_CONFIG, EXIT_BAD_DATA, EXIT_FAILED, EXIT_NOT_READY, EXIT_OK
 from onetrans.lake import TABLES
-from onetrans.process import EXIT_INTERRUPTED, TRACEBACK
+from onetrans.process import EXIT_CODES, EXIT_INTERRUPTED, TRACEBACK, Parser, exit_code_of
 
 _WIDTH = "100"
 
@@ -47,6 +47,8 @@ JOBS = {
     "jobs.score_candidates": "main",
     "expectations.audit": "main",
     "infra.local": "infra.local.__main__",
+    "infra.airflow.pools": "main",
+    "infra.production.prepare": "main",
 }
 """Programs besides ``onetrans``; of the jobs of tables, which have the same options, one."""
 
@@ -97,5 +99,22 @@ def _help(show: Callable[[], object]) -> str:
     return "\n".join(line.rstrip() for line in text.getvalue().strip().splitlines())
 
 
+def main(argv: list[str] | None = None) -> int:
+    """Print the page."""
+    parser = Parser(
+        prog="python -m infra.cli_page",
+        description="Print the page docs/cli.md: every command with its help.",
+        epilog=f"examples:\n  python -m infra.cli_page > docs/cli.md\n\n{EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+    def run() -> int:
+        parser.parse_args(argv)
+        print(page(), end="")
+        return EXIT_OK
+
+    return exit_code_of(run)
+
+
 if __name__ == "__main__":
-    print(page(), end="")
+    raise SystemExit(main())

@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(
         prog="python -m infra.notices",
         description=__doc__,
-        epilog=EXIT_CODES,
+        epilog=f"examples:\n  python -m infra.notices > THIRD_PARTY.md\n\n{EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 

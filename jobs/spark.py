@@ -10,6 +10,7 @@ parallel collector are left on.
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -22,7 +23,9 @@ from pyspark import SparkContext
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
+from onetrans.errors import EXIT_OK
 from onetrans.object_store import access
+from onetrans.process import EXIT_CODES, Parser, exit_code_of
 from onetrans.settings import SparkSettings, load_settings
 
 _LOCAL_JVM = (
@@ -195,5 +198,23 @@ def _typical_work(spark: SparkSession, folder: str) -> None:
     joined.sortWithinPartitions("first").write.parquet(f"{folder}/out")
 
 
+def main(argv: list[str] | None = None) -> int:
+    """Write the archive, and say where; return the exit code."""
+    parser = Parser(
+        prog="python -m jobs.spark",
+        description="Write the archive of classes that lets Spark start in half the time: once per environment; "
+        "`make env` and the image of Airflow do.",
+        epilog=f"examples:\n  python -m jobs.spark\n\n{EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+    def run() -> int:
+        parser.parse_args(argv)
+        print(f"wrote {write_archive()}")
+        return EXIT_OK
+
+    return exit_code_of(run)
+
+
 if __name__ == "__main__":
-    print(f"wrote {write_archive()}")
+    raise SystemExit(main())

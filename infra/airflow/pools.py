@@ -9,11 +9,12 @@ started, so a new Airflow gets its pools before its DAGs.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from typing import Any
 
 from onetrans.errors import EXIT_OK
-from onetrans.process import exit_code_of, print_json
+from onetrans.process import EXIT_CODES, Parser, exit_code_of, print_json
 from onetrans.settings import AirflowSettings, load_settings
 
 
@@ -39,10 +40,18 @@ def pools(settings: AirflowSettings) -> dict[str, dict[str, Any]]:
     }
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Print the pools as JSON."""
+    parser = Parser(
+        prog="python -m infra.airflow.pools",
+        description="Print Airflow's pools, with the slots of the settings, as `airflow pools import` reads them.",
+        epilog="examples:\n  python -m infra.airflow.pools > pools.json && airflow pools import pools.json\n\n"
+        f"{EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
     def run() -> int:
+        parser.parse_args(argv)
         print_json(pools(load_settings().airflow))
         return EXIT_OK
 

@@ -26,7 +26,7 @@ from infra.airflow.pools import pools
 from onetrans import storage
 from onetrans.errors import EXIT_OK, PipelineError
 from onetrans.object_store import access, export_for_boto, problem_with
-from onetrans.process import exit_code_of
+from onetrans.process import EXIT_CODES, Parser, exit_code_of
 from onetrans.settings import Settings, load_settings
 from onetrans.upgrade import upgrade
 
@@ -82,12 +82,18 @@ def make_pools(settings: Settings) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Prepare, and say what was done; return the exit code (``onetrans/errors.py``)."""
-    argparse.ArgumentParser(
-        prog="python -m infra.production.prepare", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    ).parse_args(argv)
+    parser = Parser(
+        prog="python -m infra.production.prepare",
+        description=__doc__,
+        epilog="examples:\n  python -m infra.production.prepare\n"
+        "  docker compose --file infra/compose.yaml run --rm prepare        # as at every start of the others\n\n"
+        f"{EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
 
     def run() -> int:
+        parser.parse_args(argv)
         settings = load_settings()
         make_bucket(settings)
         for part in upgrade(settings, ""):

@@ -3,6 +3,7 @@
 import argparse
 import ast
 import functools
+import importlib
 import subprocess
 import sys
 from collections.abc import Callable
@@ -192,6 +193,23 @@ def test_help_says_what_a_job_does_and_what_comes_next(
     assert stop.value.code == 0
     printed = capsys.readouterr().out
     assert [text for text in told if text not in printed] == []
+
+
+PROGRAMS = ("infra.airflow.pools", "infra.cli_page", "infra.notices", "infra.production.prepare", "jobs.spark")
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_program_that_takes_no_option_does_nothing_for_its_help(
+    program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ONETRANS_CONFIG", str(tmp_path / "none.toml"))  # whoever reads its settings fails
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(program).main(["--help"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"usage: python -m {program} [-h]")
+    assert f"examples:\n  python -m {program}" in printed
+    assert "exit codes: 0" in printed
 
 
 def test_the_configuration_in_force_is_named(

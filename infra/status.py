@@ -24,7 +24,7 @@ from infra.local.airflow_api import AirflowApiError
 from onetrans import storage
 from onetrans.errors import EXIT_OK, BadConfigError, NotReadyError, PipelineError
 from onetrans.lake import SCORES, TABLES, Lake
-from onetrans.plan import FINISHED_FILE, NEXT_BATCH_FOLDER, PLAIN_FOLDER, PLAN_FILE
+from onetrans.plan import FINISHED_FILE, LOCK_FILE, NEXT_BATCH_FOLDER, PLAIN_FOLDER, PLAN_FILE
 from onetrans.process import add_json, print_json
 from onetrans.report import report
 from onetrans.settings import OWN_FILE, Settings, load_settings
@@ -259,7 +259,7 @@ def _held_locks(settings: Settings) -> list[dict[str, Any]]:
     if not storage.is_local(settings.training.runs):
         return []
     entries = []
-    for file in sorted(storage.local_path(settings.training.runs).glob("*/*/*/.lock")):
+    for file in sorted(storage.local_path(settings.training.runs).glob(f"*/*/*/{LOCK_FILE}")):
         with file.open("rb") as lock:
             try:
                 # Shared and for an instant: a training that wants it just then looks again half a second later.

@@ -16,7 +16,7 @@ from typing import Any
 from onetrans import storage
 from onetrans.days import day_range, parse_day
 from onetrans.errors import NotReadyError
-from onetrans.plan import FINISHED_FILE, GATE_FILE, METRICS_FILE, PLAN_FILE, PROMOTION_FILE, TRUTH
+from onetrans.plan import FINISHED_FILE, GATE_FILE, LOCK_FILE, METRICS_FILE, PLAN_FILE, PROMOTION_FILE, TRUTH
 from onetrans.process import add_json, print_json
 from onetrans.scores import BASELINE, CANDIDATE, CHAMPION, POPULARITY
 from onetrans.settings import Settings, load_settings
@@ -94,7 +94,8 @@ def _trained(plan: Mapping[str, Any], path: str) -> str:
     finished = [name for name in plan["models"] if storage.exists(storage.join(path, name, FINISHED_FILE))]
     if len(finished) == len(plan["models"]):
         return "trained"
-    if any(storage.list_files(storage.join(path, name)) for name in plan["models"]):
+    folders = [storage.join(path, name) for name in plan["models"]]
+    if any(storage.exists(storage.join(folder, LOCK_FILE)) or storage.list_files(folder) for folder in folders):
         return f"training begun{f', {finished[0]} trained' if finished else ''}"
     return "planned"
 

@@ -54,7 +54,7 @@ from onetrans.models.batch_norm import share_batches
 from onetrans.models.compute import Compute, Precision
 from onetrans.models.config import CONFIGS
 from onetrans.optim import GradientNorms, Optimizers, build_optimizers
-from onetrans.plan import FINISHED_FILE, Plan, Recipe, add_day_arguments, plan_of
+from onetrans.plan import FINISHED_FILE, LOCK_FILE, Plan, Recipe, add_day_arguments, plan_of
 from onetrans.process import add_json, print_json
 from onetrans.progress import Progress
 from onetrans.recent_auc import RecentAuc
@@ -673,7 +673,7 @@ def alone(folder: str, what: str, stop: threading.Event) -> Iterator[None]:
     if not storage.is_local(folder):
         yield
         return
-    lock = storage.local_path(folder) / ".lock"
+    lock = storage.local_path(folder) / LOCK_FILE
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("a") as file:
         told = False

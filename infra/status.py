@@ -21,13 +21,14 @@ import psutil
 from infra.airflow import reach
 from infra.doctor import look_at_mlflow
 from infra.local.airflow_api import AirflowApiError
+from infra.local.homes import DEMO_CONFIG, REPOSITORY
 from onetrans import storage
 from onetrans.errors import EXIT_OK, BadConfigError, NotReadyError, PipelineError
 from onetrans.lake import SCORES, TABLES, Lake
 from onetrans.plan import FINISHED_FILE, LOCK_FILE, NEXT_BATCH_FOLDER, PLAIN_FOLDER, PLAN_FILE
 from onetrans.process import add_json, print_json
 from onetrans.report import report
-from onetrans.settings import OWN_FILE, Settings, load_settings
+from onetrans.settings import OWN_FILE, Settings, config_file, load_settings
 
 EXAMPLES = """examples:
   onetrans status
@@ -70,9 +71,11 @@ def status(settings: Settings, days: int) -> dict[str, Any]:
         settings: the deployment.
         days: how many of the latest days, and of the latest trainings of no day, are told.
     """
+    own = config_file()
     tables = _part(lambda: _tables(settings, days))
     first = min(tables.get("days") or [""])
     return {
+        "configuration": str(own.resolve()) if own else None,
         "tables": tables,
         "models": _part(lambda: _models(settings, days)),
         "others": _part(lambda: _others(settings, days)),
@@ -298,7 +301,16 @@ def screen(found: Mapping[str, Any]) -> str:
         **_troubled_part(found["airflow"]),
         "Running": _running_text(found["running"], found["airflow"]),
     }
-    return "\n\n".join(f"{title}\n{_indented(text)}" for title, text in parts.items())
+    return "\n\n".join([_by_what(found["configuration"]), *(f"{t}\n{_indented(text)}" for t, text in parts.items())])
+
+
+def _by_what(configuration: str | None) -> str:
+    """Return which settings all of it goes by: another shell may have others in force."""
+    if configuration:
+        return f"by {configuration}"
+    demo = REPOSITORY / DEMO_CONFIG
+    other = f"\nfor the demo's: export ONETRANS_CONFIG={demo}" if demo.is_file() else ""
+    return f"by default settings: there is no {OWN_FILE} here, and ONETRANS_CONFIG is not set{other}"
 
 
 def _indented(text: str) -> str:

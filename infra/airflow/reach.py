@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from infra.local.airflow_api import AirflowApi, AirflowApiError
-from infra.local.homes import airflow_home, chosen_config
+from infra.local.homes import airflow_home
+from onetrans.settings import config_file
 
 SERVERS = ("metadatabase", "scheduler", "dag_processor", "triggerer")
 """Parts of Airflow whose health it reports."""
@@ -30,10 +31,14 @@ def address(environ: Mapping[str, str] = os.environ) -> str | None:
     That is ``[api] base_url``, else where tasks reach the server (``[core] execution_api_server_url``, all that a
     deployment of several machines must set): each by its variable (``AIRFLOW__API__BASE_URL``,
     ``AIRFLOW__CORE__EXECUTION_API_SERVER_URL``), else by the ``airflow.cfg`` in ``AIRFLOW_HOME``, else by that of the
-    local Airflow (``make ui``) of this configuration.
+    local Airflow (``make ui``) of this configuration: never that of the demo where its configuration is not in force.
+
+    Raises:
+        BadConfigError: if ``ONETRANS_CONFIG`` names no file.
     """
     home = environ.get("AIRFLOW_HOME", "")
-    file = (Path(home) if home else airflow_home(chosen_config(None, environ))) / "airflow.cfg"
+    own = config_file(environ)
+    file = (Path(home) if home else airflow_home(own and own.resolve())) / "airflow.cfg"
     written = configparser.ConfigParser(interpolation=None, strict=False)
     written.read(file, encoding="utf-8")
     for section, option in (("api", "base_url"), ("core", "execution_api_server_url")):

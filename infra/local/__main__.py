@@ -5,7 +5,8 @@
 
 The settings are those of ``--config``; default: ``$ONETRANS_CONFIG``, else
 ``onetrans.toml`` in the checkout's folder, else the demo's
-(``var/demo/onetrans.toml``) if there was one, else the defaults.
+(``var/demo/onetrans.toml``) if there was one, else the defaults.  Other commands go by
+the first two alone; what to export for them is printed.
 Airflow's home is ``airflow`` beside the demo's configuration file, else ``var/airflow``
 beside the file.  Everything runs in the
 checkout's folder, so relative paths in the settings are relative to it.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import signal
 import sys
 import time
@@ -25,10 +27,11 @@ from typing import NoReturn
 from infra.local import pages
 from infra.local.airflow import REPOSITORY, LocalAirflow
 from infra.local.homes import airflow_home, chosen_config
+from infra.local.newest_day import comparison, newest_judged, verdict_page
 from infra.local.processes import stop
-from onetrans.errors import EXIT_OK
+from onetrans.errors import EXIT_OK, PipelineError
 from onetrans.process import EXIT_CODES, Parser, exit_code_of
-from onetrans.settings import Settings, load_settings
+from onetrans.settings import OWN_FILE, Settings, load_settings
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -64,6 +67,8 @@ def run(what: str, config: Path | None, home: Path | None) -> None:
     path, home = chosen_config(config), home and home.resolve()
     os.chdir(REPOSITORY)
     print(f"configuration: {path or 'none, so every setting has its default'}", flush=True)
+    if path and path != REPOSITORY / OWN_FILE:
+        print(f"  for commands in another shell: export ONETRANS_CONFIG={shlex.quote(str(path))}", flush=True)
     environment = {"ONETRANS_CONFIG": str(path)} if path else {}
     settings = load_settings({**os.environ, **environment})
     airflow = LocalAirflow(
@@ -84,6 +89,8 @@ def run(what: str, config: Path | None, home: Path | None) -> None:
             pages.wait_for(page)
         for title, address in [("Airflow", airflow.address), *((page.title, page.address) for page in others)]:
             print(f"  {title:<10} {address}")
+        if what == "ui":
+            print("\n".join(_newest_day(settings, others)))
         print("Ctrl-C stops them.", flush=True)
         while True:
             time.sleep(1)
@@ -94,6 +101,17 @@ def run(what: str, config: Path | None, home: Path | None) -> None:
     finally:
         airflow.stop()
         stop(servers)
+
+
+def _newest_day(settings: Settings, others: Sequence[pages.Page]) -> list[str]:
+    """Return where to look at the newest day that has a verdict; nothing where there is none, or MLflow is away."""
+    mlflow = settings.mlflow.address or next(page.address for page in others if page.title == "MLflow")
+    try:
+        plan = newest_judged(settings)
+        found = [("Models", comparison(settings, plan, mlflow)), ("Verdict", verdict_page(plan))]
+    except (PipelineError, OSError):
+        return []
+    return [f"{plan.ds}, the newest day with a verdict:", *(f"  {title:<10} {address}" for title, address in found)]
 
 
 def _other_pages(settings: Settings, logs: Path) -> list[pages.Page]:

@@ -165,17 +165,25 @@ def free_port(preferred: int = 0) -> int:
     raise ServerError("no free port on 127.0.0.1")
 
 
+_TOLD_EVERY_S = 15.0
+
+
 def wait_until(ready: Callable[[], bool], servers: Sequence[Server], what: str, seconds: float) -> None:
-    """Wait until ``ready()``, looking every 0.2 s.
+    """Wait until ``ready()``, looking every 0.2 s; a line now and then says for what, and how long by now.
 
     Raises:
         ServerError: if a server ends meanwhile, or after ``seconds``.
     """
-    deadline = time.monotonic() + seconds
+    begun = told = time.monotonic()
+    deadline = begun + seconds
     while not ready():
         for server in servers:
             server.check()
-        if time.monotonic() > deadline:
+        now = time.monotonic()
+        if now - told >= _TOLD_EVERY_S:
+            told = now
+            print(f"  waiting for {what}, {now - begun:.0f} s (at most {seconds:.0f} s)", flush=True)
+        if now > deadline:
             logs = "\n".join(f"--- {server.log}\n{tail(server.log, 15)}" for server in servers)
             raise ServerError(f"{what} is not ready after {seconds:.0f} s; the logs end with:\n{logs}")
         time.sleep(0.2)

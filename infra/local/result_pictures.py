@@ -21,13 +21,11 @@ from expectations.site import site_path
 from infra.local import pages
 from infra.local.airflow_page import chromium
 from infra.local.homes import REPOSITORY, chosen_config
+from infra.local.newest_day import comparison, newest_judged, verdict_page
 from onetrans import storage
 from onetrans.errors import EXIT_OK, BadConfigError, NotReadyError
-from onetrans.plan import GATE_FILE, PAGE_FILE, Plan
 from onetrans.process import EXIT_CODES, Parser, exit_code_of
-from onetrans.scores import BASELINE, CANDIDATE
 from onetrans.settings import Settings, load_settings
-from onetrans.tracking import experiment_id, find_model_run
 
 IMAGES = REPOSITORY / "docs" / "images"
 _SIZE = {"width": 1440, "height": 800}
@@ -78,34 +76,13 @@ def take(settings: Settings, out: Path) -> list[Path]:
         if docs is None:
             raise BadConfigError(f"the Data Docs are in {site}; name where a browser finds them in audit.address")
         shown = [pages.mlflow_page(settings, Path(logs)), docs]
-        verdict = storage.local_path(storage.join(plan.path, PAGE_FILE)).as_uri()
         wanted = {
-            "mlflow.png": (_comparison(settings, plan, shown[0].address), re.compile("Comparing", re.I)),
-            "verdict.png": (verdict, re.compile(str(plan.ds))),
+            "mlflow.png": (comparison(settings, plan, shown[0].address), re.compile("Comparing", re.I)),
+            "verdict.png": (verdict_page(plan), re.compile(str(plan.ds))),
             "data_docs.png": (shown[1].address, re.compile("Data Docs|audit", re.I)),
         }
         with pages.served(shown), _browser() as browser:
             return [_picture(browser, address, text, out / name) for name, (address, text) in wanted.items()]
-
-
-def newest_judged(settings: Settings) -> Plan:
-    """Return the plan of the newest day that has a verdict.
-
-    Raises:
-        NotReadyError: if there is none.
-    """
-    judged = storage.list_files(storage.resolve(settings.training.runs), GATE_FILE)
-    if not judged:
-        raise NotReadyError(f"no day of {settings.training.runs} has a verdict; run make demo, or a day of your own")
-    return max((Plan.load(path.rsplit("/", 1)[0]) for path in judged), key=lambda plan: plan.ds)
-
-
-def _comparison(settings: Settings, plan: Plan, address: str) -> str:
-    """Return the address of MLflow's comparison of the day's two models."""
-    runs = [find_model_run(settings, plan, name) for name in (CANDIDATE, BASELINE)]
-    ids = ",".join(f'"{run.info.run_id}"' for run in runs if run is not None)
-    experiment = experiment_id(settings.mlflow)
-    return f'{address}/#/compare-runs?runs=[{ids}]&experiments=["{experiment}"]'
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from tracked_days import Shop
 from expectations.site import Record, add_page, site_path
 from infra.local import result_pictures
 from infra.local.airflow_page import chromium
+from infra.local.newest_day import newest_judged
 from onetrans.errors import NotReadyError
 
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(900)]
@@ -20,9 +21,9 @@ def test_three_pictures(tmp_path: Path) -> None:
         pytest.skip("there is no Chromium here")
     shop = Shop.open(tmp_path / "shop")
     with pytest.raises(NotReadyError, match="has a verdict"):
-        result_pictures.newest_judged(shop.settings)
+        newest_judged(shop.settings)
     plan = shop.candidate(shop.days[-1])
-    assert result_pictures.newest_judged(shop.settings).plan_id == plan.plan_id
+    assert newest_judged(shop.settings).plan_id == plan.plan_id
     with pytest.raises(NotReadyError, match="no day has been audited"):
         result_pictures.take(shop.settings, tmp_path / "out")
     # The shop's tables are written without jobs and audits, so the site gets what an audit would have left.

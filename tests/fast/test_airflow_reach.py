@@ -14,6 +14,7 @@ import yaml
 
 from infra import status
 from infra.airflow import reach
+from infra.local import homes
 
 ROOT = Path(__file__).parents[2]
 
@@ -78,6 +79,18 @@ def test_it_is_found_by_the_file_that_the_chart_mounts(tmp_path: Path) -> None:
 
 def test_nothing_set_up_is_nothing_found(tmp_path: Path) -> None:
     assert reach.address({"AIRFLOW_HOME": str(tmp_path)}) is None
+
+
+def test_the_demos_is_found_by_its_configuration_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else its runs would stand beside the tables of other settings."""
+    monkeypatch.setattr(homes, "REPOSITORY", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    demo = tmp_path / homes.DEMO_CONFIG
+    (demo.parent / "airflow").mkdir(parents=True)
+    demo.touch()
+    (demo.parent / "airflow" / "airflow.cfg").write_text("[api]\nbase_url = http://127.0.0.1:8080\n")
+    assert reach.address({}) is None
+    assert reach.address({"ONETRANS_CONFIG": str(demo)}) == "http://127.0.0.1:8080"
 
 
 def test_status_shows_the_runs_to_a_token_only(address: str, monkeypatch: pytest.MonkeyPatch) -> None:

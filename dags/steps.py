@@ -408,6 +408,9 @@ def raise_for(title: str, ended: Ended, unharmed: str = UNHARMED, this_try: int 
     if ended.code == EXIT_OK:
         return
     error = ended.error.rstrip()
+    if ended.code < 0 and error and not _ERROR_LINE.match(error):
+        # Nobody who is killed says why: what is there is how far it was.
+        error = f"It had last said: {error.splitlines()[-1]}"
     error = error if not error or error[-1] in ".!?" else f"{error}."
     hints = [hint for pattern, hint in _HINTS if pattern.search(error)]
     found = " ".join(filter(None, [error, *hints, "" if unharmed in error else unharmed]))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -38,6 +39,8 @@ HOME = Path(os.environ.get("ONETRANS_DEMO_HOME") or REPOSITORY / "var" / "demo")
 DAGS = ("feature_tables", "ranking_model")
 _LOOK_EVERY_S = 1.5
 _LOG_LINES = 30
+_FEW_LINES = 3
+_ENDED_WITH = re.compile(r"^Airflow\w*(?:Exception|Timeout): ", re.MULTILINE)
 _TUNED_ON_KUAIRAND: dict[str, Any] = {"batch_size": 512, "dense_lr": 0.001}
 """Tuned on 3 May, the day before those shown (benchmarks/results/accuracy.md)."""
 
@@ -339,9 +342,16 @@ def _show(airflow: LocalAirflow, run: Run, task: Task, elapsed: float) -> None:
     elif task.state == "deferred":
         say(f"{line} waits for the day")
     elif task.state == "up_for_retry":
-        say(f"{line} failed, will be tried again:\n{_log_end(airflow, task)}")
+        say(f"{line} failed, will be tried again:\n{_why(airflow, task)}")
     elif task.state == "failed":
         raise DemoError(f"{task.dag_id} {task.task_id} of {run.logical_date} failed:\n{_log_end(airflow, task)}")
+
+
+def _why(airflow: LocalAirflow, task: Task) -> str:
+    """Return the paragraph that the step ended with; the end of its log where a kill left none."""
+    texts = airflow.api.log(task)
+    named = [text[found.start() :] for text in texts if (found := _ENDED_WITH.search(text))]
+    return "\n".join(f"      {line}" for text in named[-1:] or texts[-_FEW_LINES:] for line in text.splitlines())
 
 
 def _log_end(airflow: LocalAirflow, task: Task) -> str:

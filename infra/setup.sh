@@ -70,7 +70,7 @@ install() { # pip, with a line now and then instead of its hundreds
     sleep 1
     (((SECONDS - started) % 20 == 0)) || continue
     if grep -q '^Installing collected' "$log"; then
-      echo "setup: $((SECONDS - started)) s, writing $(grep '^Installing collected' "$log" | tail -1 | tr -cd ',' | wc -c) packages"
+      echo "setup: $((SECONDS - started)) s, $(find .venv -maxdepth 4 -name '*.dist-info' | wc -l) of $(grep '^Installing collected' "$log" | tail -1 | tr -cd ',' | wc -c) packages written"
     else
       echo "setup: $((SECONDS - started)) s, $(grep -c '^Collecting' "$log" || true) of about $(grep -c '==' constraints.txt) packages found"
     fi

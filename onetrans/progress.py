@@ -26,6 +26,7 @@ class Progress:
     Use as a context manager and call :meth:`advance`.  On a terminal this is a
     bar; elsewhere a log line at most every ``log_every`` seconds, and one at the
     end.  One that is not ``shown`` never draws a bar: several processes share a terminal.
+    What was done ``before``, by a process that was killed, counts as done and not as speed.
     Work that is done within ``after`` seconds says nothing.
     """
 
@@ -38,15 +39,18 @@ class Progress:
         *,
         shown: bool = True,
         after: float = 0.0,
+        before: int = 0,
     ) -> None:
         self.total = total
         self.unit = unit
         self.label = label
         self.log_every = log_every
-        self.done = 0
+        self.done = self.before = before
         bar = shown and sys.stderr.isatty()
         self.after = after
-        self._bar = tqdm(total=total, unit=unit, unit_scale=True, desc=label, delay=after) if bar else None
+        self._bar = (
+            tqdm(total=total, unit=unit, unit_scale=True, desc=label, delay=after, initial=before) if bar else None
+        )
         self._start = self._last = time.monotonic()
         self._notes = ""
         self._said = False
@@ -79,7 +83,7 @@ class Progress:
     @property
     def rate(self) -> float:
         """Units per second since the start."""
-        return self.done / max(time.monotonic() - self._start, 1e-9)
+        return (self.done - self.before) / max(time.monotonic() - self._start, 1e-9)
 
     def _log(self, *, ended: bool = False) -> None:
         self._said = True

@@ -326,7 +326,10 @@ class Training:
         self.step, self.cursor = checkpoint.step, checkpoint.cursor
         self._take_progress(checkpoint.progress)
         self.losses = [row for row in self._read_losses() if row.step <= self.step]
-        logger.info("%s: goes on after step %d (%s samples)", self.model_name, self.step, f"{self.samples:,}")
+        logger.info(
+            "%s: goes on from its own checkpoint, after step %d (%s of %s samples)",
+            *(self.model_name, self.step, f"{self.samples:,}", f"{self.total_samples:,}"),
+        )
         return True
 
     def _take_progress(self, progress: Mapping[str, Any]) -> None:
@@ -392,9 +395,10 @@ class Training:
                 shuffle_seed=self.shuffle_seed, start=self.cursor, epochs=self.passes, share=self.ranks.share
             )
         )
-        left = self.total_samples - self.samples
         notes: dict[str, float] = {}
-        with Progress(left, "samples", self.model_name, shown=self.ranks.leads) as progress:
+        with Progress(
+            self.total_samples, "samples", self.model_name, shown=self.ranks.leads, before=self.samples
+        ) as progress:
             for loaded in self.profile.steps_of(batches):
                 due = self.ranks.leads and time.monotonic() - saved >= self.settings.training.checkpoint_seconds
                 # Whatever depends on a clock or a signal is agreed on, in one exchange with the counts of the batch.
@@ -646,7 +650,7 @@ def train(
             torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // ranks.local_count))
         with open_tracker(settings, plan, model_name) if ranks.leads else nullcontext(SilentTracker()) as tracker:
             if ranks.leads:
-                logger.info("%s: %s", named, plan.decision)
+                logger.info("%s: the plan: %s", named, plan.decision)
             training = Training(plan, model_name, settings, validate, ranks)
             if not training.finished:
                 training.run(tracker, stop)

@@ -144,7 +144,7 @@ def test_a_trainer_killed_in_mid_epoch_is_recorded_once(
     _kill(begun)
     assert not storage.exists(storage.join(plan.model_path(MODEL), "finished.json"))
     told = _end(_begin(shop.settings, "onetrans.train", "--plan", plan.path, "--model", MODEL))
-    assert "goes on after step" in told
+    assert "goes on from its own checkpoint, after step" in told
     _recorded_once(shop, plan)
 
     unbroken = tmp_path / "unbroken"
@@ -207,7 +207,7 @@ def test_mlflow_that_is_away_for_long_costs_tries_and_nothing_else(
     assert f"MLflow at {server.name} does not answer" in told
     _end(_begin(settings, *training, environment=IMPATIENT), EXIT_NOT_READY)
     mlflow_server.start(server)
-    assert "goes on after step" in _end(_begin(settings, *training))
+    assert "goes on from its own checkpoint, after step" in _end(_begin(settings, *training))
     _recorded_once(here, plan)
 
     judged = here.candidate(shop.days[3])

@@ -218,7 +218,7 @@ def test_a_training_whose_pod_is_lost_comes_to_the_same_weights(cluster, monkeyp
         run(training(), meanwhile=lose_the_node)
     assert not storage.exists(storage.join(plan.model_path("onetrans"), "finished.json")), "it was lost too late"
     run(training(), this_try=2)
-    assert "goes on after step" in capsys.readouterr().out
+    assert "goes on from its own checkpoint, after step" in capsys.readouterr().out
     resumed, reference = (
         load_model(storage.join(made.model_path("onetrans"), "model"))[0].state_dict()
         for made in (plan, Plan.load(str(unbroken)))

@@ -598,6 +598,18 @@ def test_a_step_ends_with_its_worker_when_that_is_killed(script, tmp_path):
     assert not left_behind
 
 
+def test_progress_is_not_told_as_the_error_of_a_step_that_was_killed():
+    said = "onetrans: 100 of 900 (11 %) samples\nonetrans: 200 of 900 (22 %) samples\n"
+    with pytest.raises(AirflowException) as raised:
+        steps.raise_for("train of 2022-05-04", steps.ended_by(137, said), this_try=1, tries=4)
+    assert str(raised.value) == (
+        "train of 2022-05-04: ended by SIGKILL. The system does this when memory runs out. It had last said: onetrans: "
+        "200 of 900 (22 %) samples. Published data is as it was. Airflow tries it again: this was try 1 of 4."
+    )
+    with pytest.raises(AirflowException, match=r"runs out\. MemoryError: no room\. Published data"):
+        steps.raise_for("train of 2022-05-04", steps.ended_by(137, f"{said}MemoryError: no room\n"))
+
+
 def test_killing_a_task_kills_its_process_group(script, tmp_path):
     step = script(
         f"""

@@ -43,6 +43,14 @@ def test_the_conversion_of_plain_files_says_how_far_it_is(
     assert last.startswith("train: files to requests: 3 of 3 (100 %) steps")
 
 
+def test_what_was_done_before_counts_as_done_and_not_as_speed(caplog: pytest.LogCaptureFixture) -> None:
+    """A training that goes on from its checkpoint is not at 0 % again."""
+    with caplog.at_level(logging.INFO), progress.Progress(1000, "samples", "model", before=900) as shown:
+        shown._start -= 10.0
+        shown.advance(50)
+    assert said(caplog)[-1] == "model: 950 of 1,000 (95 %) samples, 5 samples/s, 10 s left"
+
+
 def test_what_is_done_in_a_moment_says_nothing(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     (folder / "train.csv").unlink()
     write(folder / "train.csv", rows(5))

@@ -21,8 +21,9 @@ from collections.abc import Callable
 from datetime import date, timedelta
 from pathlib import Path
 
-from benchmarks.common import ProcessorWatch, Report, parser
+from benchmarks.common import Report, parser
 from expectations.audit import audit_staged
+from infra.local.watch import ProcessorWatch
 from jobs.sources.simulated.world import WorldConfig
 from jobs.sources.simulated.write import write_days
 from jobs.workspace import Workspace

@@ -22,12 +22,9 @@ import platform
 import re
 import shutil
 import subprocess
-import threading
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import psutil
@@ -212,48 +209,3 @@ def _gpus() -> list[str]:
         ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"], capture_output=True, text=True
     )
     return [line.strip() for line in listed.stdout.splitlines() if line.strip()] if not listed.returncode else []
-
-
-class ProcessorWatch:
-    """Adds up the processor time of a process tree while something runs; use as a context manager.
-
-    With Spark the tree is the JVM and its Python workers.  The system forgets what these used once they have ended, so
-    they are looked at now and then.
-    """
-
-    def __init__(self, pid: int | None = None, every: float = 0.25) -> None:
-        self._root = psutil.Process(pid)
-        self._every = every
-        self._before: dict[tuple[int, float], float] = {}
-        self._used: dict[tuple[int, float], float] = {}
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="processor-watch", daemon=True)
-
-    @property
-    def seconds(self) -> float:
-        """Processor time since the beginning, to within a sample for a process that has ended."""
-        return sum(used - self._before.get(process, 0.0) for process, used in self._used.items())
-
-    def _sample(self) -> None:
-        with suppress(psutil.NoSuchProcess):
-            for process in (self._root, *self._root.children(recursive=True)):
-                with suppress(psutil.NoSuchProcess):
-                    times = process.cpu_times()
-                    self._used[process.pid, process.create_time()] = times.user + times.system
-
-    def _run(self) -> None:
-        while not self._stop.wait(self._every):
-            self._sample()
-
-    def __enter__(self) -> ProcessorWatch:
-        self._sample()
-        self._before = dict(self._used)
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stop.set()
-        self._thread.join()
-        self._sample()

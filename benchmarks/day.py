@@ -20,15 +20,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date, timedelta
 from pathlib import Path
 from statistics import median
 
-from benchmarks.common import ProcessorWatch, Report, parser
+from benchmarks.common import Report, parser
 from infra.local.airflow import REPOSITORY, LocalAirflow
-from infra.local.memory import tree_memory
+from infra.local.watch import MemoryWatch, ProcessorWatch, tree_memory
 
 _SAMPLE_S = 0.2
 _IDLE_TASKS = 10
@@ -53,21 +52,17 @@ class Measured:
 def measure(command: Sequence[str], environment: Mapping[str, str]) -> Measured:
     """Run a process and measure it; leave the benchmark if it fails."""
     begun = time.monotonic()
-    peak = 0
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
         with subprocess.Popen(command, env=dict(environment), cwd=REPOSITORY, stdout=output, stderr=errors) as process:
-            with ProcessorWatch(process.pid) as processor:
-                while process.poll() is None:
-                    peak = max(peak, sum(tree_memory(process.pid).values()))
-                    with suppress(subprocess.TimeoutExpired):
-                        process.wait(_SAMPLE_S)
+            with ProcessorWatch(process.pid) as processor, MemoryWatch(process.pid, every=_SAMPLE_S) as memory:
+                process.wait()
         seconds = time.monotonic() - begun
         output.seek(0)
         errors.seek(0)
         printed = output.read().strip().splitlines()
         if process.returncode:
             sys.exit(f"{' '.join(command)} ended with exit code {process.returncode}:\n{errors.read()[-3000:]}")
-    return Measured(seconds, processor.seconds, peak, printed[-1] if printed else "")
+    return Measured(seconds, processor.seconds, memory.peak, printed[-1] if printed else "")
 
 
 @dataclass(frozen=True)

@@ -42,8 +42,8 @@ from pathlib import Path
 from pyspark.sql import Column, DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
-from benchmarks.common import ProcessorWatch, Report, commit, parser
-from infra.local.memory import MemoryWatch
+from benchmarks.common import Report, commit, parser
+from infra.local.watch import MemoryWatch, ProcessorWatch
 from jobs.arrow_files import write_partitions
 from jobs.encoding import stored_all
 from jobs.past_events import DECIDING

@@ -27,8 +27,8 @@ from typing import Any, NoReturn
 
 from infra.local.airflow import REPOSITORY, LocalAirflow
 from infra.local.airflow_api import Run, Task
-from infra.local.memory import MemoryWatch
 from infra.local.processes import stop_processes, stop_remembered
+from infra.local.watch import MemoryWatch
 from onetrans.days import day_range
 from onetrans.errors import EXIT_OK, BadConfigError, PipelineError
 from onetrans.process import EXIT_CODES, Parser, exit_code_of

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.common import ProcessorWatch, Report, meets, parser
+from benchmarks.common import Report, meets, parser
+from infra.local.watch import ProcessorWatch
 
 
 @pytest.mark.parametrize(

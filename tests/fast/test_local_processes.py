@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from infra.local.memory import MemoryWatch
 from infra.local.processes import Server, ServerError, free_port, listens, remember, stop, stop_remembered, wait_until
+from infra.local.watch import MemoryWatch
 
 STUBBORN = """
 import signal, subprocess, sys, time

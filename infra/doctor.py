@@ -33,7 +33,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 from infra.airflow import reach
-from infra.local.homes import REPOSITORY, airflow_home, chosen_config
+from infra.local.homes import REPOSITORY, airflow_home
 from onetrans import storage
 from onetrans.errors import EXIT_BAD_CONFIG, EXIT_NOT_READY, EXIT_OK, BadConfigError, PipelineError, without_login
 from onetrans.lake import CATALOG, Lake
@@ -527,7 +527,8 @@ def _mend_airflow(where: str, ill: list[str]) -> str:
         return "is the database up that [database] sql_alchemy_conn names? The others are ill without it"
     names = [part.replace("_", "-") for part in ill]
     if reach.address({name: value for name, value in os.environ.items() if not name.startswith("AIRFLOW")}) == where:
-        home = airflow_home(chosen_config(None))
+        own = config_file()
+        home = airflow_home(own and own.resolve())
         logs = ", ".join(str(home / "logs" / f"{name}.log") for name in names)
         return f"read {logs}; then stop `make ui` and start it again"
     return f"where it runs, read the log of {', '.join(f'`airflow {name}`' for name in names)} and start it again"
@@ -598,6 +599,6 @@ LOOKS: dict[str, tuple[Look, bool]] = {
     "catalog": (_catalog, True),
     "store": (_store, True),
     "mlflow": (look_at_mlflow, True),
-    "airflow": (_airflow, False),
+    "airflow": (_airflow, True),
 }
 """Name of a check -> the look, and whether it needs settings that were accepted."""

@@ -196,6 +196,11 @@ def test_settings_that_are_refused_are_one_line_and_the_rest_is_looked_at(
     assert code == EXIT_BAD_CONFIG
     assert [check["state"] for check in checks] == ["ok", "FAIL", "skip"]
     assert "spark.shuffle_partitions = 0" in checks[1]["found"]
+    monkeypatch.setenv("ONETRANS_CONFIG", "none.toml")
+    code, checks = looked(capsys, "settings,mlflow,airflow")
+    assert code == EXIT_BAD_CONFIG
+    assert [check["state"] for check in checks] == ["FAIL", "skip", "skip"]
+    assert "none.toml, which is not a file" in checks[0]["found"]
 
 
 def test_a_model_s_field_that_is_refused_is_told_before_the_night_and_ends_no_other_look(

@@ -88,12 +88,16 @@ def table_asset(table: str) -> Asset:
 BEFORE_IN_A_BACKFILL = Other(
     "feature_tables",
     days_back=1,
+    if_none="stop unless ready",
     why="The tables of a day are built on those of the day before: tails of sequences, counts and rates.",
     # Where runs are made one at a time, a run that was cleared cannot begin before this one ends; a queued one that
     # is part of a long backfill can.
     patience_s={"stuck": 15 * 60, "queued": 6 * 3600},
 )
-"""The run of the day before has to end first; if it failed, this one would be built on what it was to replace."""
+"""The run of the day before has to end first; if it failed, this one would be built on what it was to replace.
+
+Where it has none (built by ``jobs.backfill``, or the log begins today, or Airflow stood still), its tables decide.
+"""
 
 DAY_BEFORE = replace(BEFORE_IN_A_BACKFILL, if_failed="stop unless ready", if_queued="wait unless ready")
 """The same by the clock or by hand, but tables that are published are enough.
@@ -130,8 +134,9 @@ with DAG(
         task_id="wait_for_day_before",
         at_most=WAIT_AT_MOST,
         module="onetrans.cli",
-        arguments=["published", *NEEDS, "--ds", PREVIOUS_DAY],
+        arguments=["published", *NEEDS, "--ds", PREVIOUS_DAY, "--or-absent"],
         in_doubt_only=True,
+        where_none=["--or-first"],
         others=[DAY_BEFORE],
         others_of_a_backfill=[BEFORE_IN_A_BACKFILL],
         execution_timeout=timedelta(minutes=10),

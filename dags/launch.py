@@ -12,7 +12,9 @@ was cut off left a checkpoint in ``training.runs``; the next goes on from there,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,6 +27,14 @@ PLACES = ("worker", "kubernetes")
 TEMPLATE = Path(__file__).resolve().parents[1] / "infra" / "kubernetes" / "training_pod.yaml"
 _SHARED = (("training", "runs"), ("lake", "warehouse"))
 """Settings that name what workers and pods both read and write."""
+
+
+_NOT_AS_ASKED = (400, 401, 403, 404, 422)
+"""Answers to a pod's creation that no next try changes: rights, a namespace, what the template says."""
+
+
+class ClusterAwayError(AirflowException):
+    """The cluster does not answer, or not now; its text is the paragraph that the log ends with."""
 
 
 class LaunchStep(Step):
@@ -49,7 +59,8 @@ class LaunchStep(Step):
         if place == "worker":
             return super().execute(context)
         self._pod = self._make_pod(context)
-        self._pod.start(context)
+        with self._cluster_tells(context, refused=_NOT_AS_ASKED):
+            self._pod.start(context)
         return None
 
     def trigger_reentry(self, context: Any, event: Mapping[str, Any]) -> None:
@@ -58,17 +69,42 @@ class LaunchStep(Step):
         from dags.pods import PodEndedError
 
         try:
-            self._pod.trigger_reentry(context, dict(event))
+            with self._cluster_tells(context):
+                self._pod.trigger_reentry(context, dict(event))
         except PodEndedError as error:
             if event["status"] == "timeout":
                 raise AirflowException(self._late(context, str(event["message"]))) from error
             self._raise_for(context, error.ended)
-        except AirflowFailException:
+        except (AirflowFailException, ClusterAwayError):
             raise
         except AirflowException as error:
             # Deleted, evicted, or its node is gone.
             why = f"{str(error).rstrip('.')}. What it did since its last checkpoint is lost, and nothing else."
             raise AirflowException(self._paragraph(context, "POD LOST", why)) from error
+
+    @contextmanager
+    def _cluster_tells(self, context: Any, refused: tuple[int, ...] = ()) -> Iterator[None]:
+        """Tell what the cluster refuses, or that it does not answer, in the words of any other failure.
+
+        Args:
+            context: of the task.
+            refused: answers that no next try changes; any other is a matter of the next.
+        """
+        from kubernetes.client.exceptions import ApiException
+        from urllib3.exceptions import HTTPError
+
+        try:
+            yield
+        except ApiException as error:
+            said = f"Kubernetes answered {error.status} {error.reason}: {_message(error.body)}"
+            if error.status in refused and "quota" not in said:
+                self._bad(context, said)
+            self._away(context, said, error)
+        except HTTPError as error:
+            self._away(context, f"Kubernetes does not answer: {error}", error)
+
+    def _away(self, context: Any, why: str, error: Exception) -> NoReturn:
+        raise ClusterAwayError(self._paragraph(context, "NOT READY", f"{why.rstrip('.')}.")) from error
 
     def _late(self, context: Any, message: str) -> str:
         """Return what the log ends with where time was up: that of the step, or that of a pod to get a node and begin.
@@ -100,7 +136,10 @@ class LaunchStep(Step):
         template = Path(configured("launch", "pod_template", "") or TEMPLATE)
         if not template.is_file():
             self._bad(context, f"launch.pod_template = {str(template)!r} is not a file")
-        wanted = gpus(yaml.safe_load(template.read_text(encoding="utf-8")))
+        try:
+            wanted = gpus(yaml.safe_load(template.read_text(encoding="utf-8")))
+        except (yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError) as error:
+            self._bad(context, f"launch.pod_template = {str(template)!r} describes no pod ({error!r})")
         return StepPod(
             task_id=self.task_id,
             template=str(template),
@@ -142,6 +181,14 @@ class LaunchStep(Step):
     def _bad(self, context: Any, why: str) -> NoReturn:
         self._raise_for(context, Ended(EXIT_BAD_CONFIG, None, why))
         raise AssertionError("unreachable: the exit code says that it failed")
+
+
+def _message(body: str | bytes | None) -> str:
+    """Return what Kubernetes says in an answer that refuses."""
+    try:
+        return str(json.loads(body or "{}")["message"])
+    except (ValueError, KeyError, TypeError):
+        return str(body or "no reason given")[:200]
 
 
 _OWN = ("ONETRANS_AIRFLOW_", "ONETRANS_LAUNCH_", "ONETRANS_SERVING_")

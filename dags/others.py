@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 Failed = Literal["stop", "stop unless ready", "go on"]
 Queued = Literal["wait", "wait unless ready"]
+IfNone = Literal["go on", "stop unless ready"]
 State = Literal["none", "stuck", "queued", "running", "done", "failed"]
 
 
@@ -39,6 +40,8 @@ class Other:
     """What its failure means: stop, stop unless what is waited for is there all the same, or go on."""
     if_queued: Queued = "wait"
     """What it means that it has not begun: wait, or wait unless what is waited for is there all the same."""
+    if_none: IfNone = "go on"
+    """What it means that there is no such run: nothing, or stop unless what is waited for is there all the same."""
     why: str = ""
     """Why it matters, a sentence for the person who reads that it failed."""
     patience_s: Mapping[State, float] | None = None
@@ -89,8 +92,13 @@ def look_at(others: Sequence[Mapping[str, Any]]) -> Seen:
                 f"{_failed(other)}. {other['why']} Clear that run when its cause is mended (or mark it as success, if "
                 "the day is to be left out), then clear this task."
             )
+        elif state == "none" and other.get("if_none", "go on") != "go on":
+            seen["unless_ready"] = seen["unless_ready"] or (
+                f"{name} was never run. {other['why']} Airflow makes no run of a day that went by while it stood "
+                "still: backfill from there on (Missing Runs), then clear this task."
+            )
         elif state in ("stuck", "queued", "running"):
-            words = "queued, and nothing of that DAG runs but this" if state == "stuck" else state
+            words = "queued, and cannot begin" if state == "stuck" else state
             kind = "waiting" if state == "running" or other.get("if_queued", "wait") == "wait" else "queued"
             seen[kind] = seen[kind] or f"{name} is {words}. {other['why']}"
     return Seen(**seen, states=states)

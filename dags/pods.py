@@ -101,9 +101,8 @@ def how_it_ended(pod: Any, container: str) -> Ended:
         reason = f"{pod.status.reason or pod.status.phase}: {pod.status.message or 'its process did not begin'}"
         return Ended(1, None, f"Pod {pod.metadata.name} ended before its process did ({reason})")
     text = ended.message or f"Pod {pod.metadata.name}: {ended.reason or 'no reason given'}"
-    if ended.reason == "OOMKilled":
-        text = f"{text.rstrip()}\nThe container passed its memory limit (OOMKilled): raise it in the pod's template"
-    return ended_by(int(ended.exit_code), text)
+    oom = "The container passed its memory limit (OOMKilled): raise it in the pod's template."
+    return ended_by(int(ended.exit_code), text, oom if ended.reason == "OOMKilled" else "")
 
 
 def gpus(template: Mapping[str, Any], container: str = "base") -> int:

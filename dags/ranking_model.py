@@ -277,7 +277,7 @@ with DAG(
         outlets=[
             Asset(name="ranking.candidate_scores", uri="iceberg://ranking/candidate_scores", group="ranking_model")
         ],
-        unharmed="The champion is promoted, and scores published before stay as they are.",
+        unharmed="Models and aliases are as `promote` left them, and scores published before stay as they are.",
         doc_md="The champion scores each user's candidates; skipped if `scoring.candidates` is not set. "
         "By hand: `python -m jobs.score_candidates --ds DAY --publish`",
     )

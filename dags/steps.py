@@ -40,18 +40,15 @@ from airflow.sdk.exceptions import (
     AirflowRuntimeError,
     AirflowSkipException,
     AirflowTaskTimeout,
+    TaskDeferralError,
+    TaskDeferralTimeout,
 )
 
 from dags.days import is_backfill, run_day
+from dags.exit_codes import EXIT_BAD_CONFIG, EXIT_BAD_DATA, EXIT_NOT_READY, EXIT_OK, FINAL
 from dags.notify import task_failed
 from dags.others import Other, by_hand, look_at
 from dags.triggers import NOTHING_AHEAD, StepTrigger
-
-EXIT_OK = 0
-EXIT_BAD_DATA = 65
-EXIT_NOT_READY = 75
-EXIT_BAD_CONFIG = 78
-NEVER_RETRIED = (EXIT_BAD_DATA, EXIT_BAD_CONFIG)
 
 DAY = "{{ day }}"
 """Placeholder for the run's day in the arguments of a step."""
@@ -168,6 +165,14 @@ class Step(BaseOperator):
         self._tell_assets(context, ended.result)
         return ended.result
 
+    def resume_execution(self, next_method: str, next_kwargs: dict[str, Any] | None, context: Any) -> Any:
+        """Take over from the triggerer; a wait that broke there is told of in the words of any other failure."""
+        try:
+            return super().resume_execution(next_method, next_kwargs, context)
+        except (TaskDeferralError, TaskDeferralTimeout) as error:
+            why = f"The wait in the triggerer broke off: {str(error).rstrip('.')}; its traceback is above."
+            raise AirflowException(self._paragraph(context, "WAIT BROKE OFF", why)) from error
+
     def _ended(self, context: Any) -> Ended:
         """Run the process; one that takes too long is told of in the words of any other failure."""
         try:
@@ -262,8 +267,8 @@ class WaitStep(Step):
     ``--wait``; a look that fails otherwise counts as "not yet".  Other runs may
     have to end first, and one that has failed may leave nothing to wait for.
     A wait without a module is for other runs alone; one with ``in_doubt_only``
-    asks its process only where another run that failed or has not begun leaves it
-    open whether there is anything to wait for.
+    asks its process only where another run that failed, has not begun or is not there
+    leaves it open whether there is anything to wait for.
     """
 
     def __init__(
@@ -274,6 +279,7 @@ class WaitStep(Step):
         others: Sequence[Other] = (),
         others_of_a_backfill: Sequence[Other] | None = None,
         in_doubt_only: bool = False,
+        where_none: Sequence[str] = (),
         refuse: Callable[[Mapping[str, Any]], str] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -285,6 +291,7 @@ class WaitStep(Step):
             others: other runs that matter.
             others_of_a_backfill: those that matter to a run of a backfill; None: the same.
             in_doubt_only: whether the process is asked only where another run leaves it open.
+            where_none: arguments that the process gets besides where there is no other run, and that matters.
             refuse: returns why a run as it was asked for cannot be; empty: it can. Asked before anything is waited for.
             **kwargs: those of :class:`Step`.
         """
@@ -293,6 +300,7 @@ class WaitStep(Step):
         self.others = list(others)
         self.others_of_a_backfill = list(others if others_of_a_backfill is None else others_of_a_backfill)
         self.in_doubt_only = in_doubt_only
+        self.where_none = list(where_none)
         self.refuse = refuse
 
     def execute(self, context: Any) -> str | None:
@@ -315,10 +323,13 @@ class WaitStep(Step):
             raise
         if seen.stop:
             self._stop(context, seen.stop)
+        if "none" in seen.states:
+            self.arguments += self.where_none
         if not seen.waiting:
             asked = self.module and (seen.in_doubt or not self.in_doubt_only)
             ended = self._ended(context) if asked else Ended(EXIT_OK, NOTHING_AHEAD, "")
-            if ended.code in self._final_codes:
+            if ended.code in FINAL or (seen.unless_ready and ended.code != EXIT_NOT_READY):
+                # With nothing to wait for, a catalog that is away is a matter of the next try.
                 self._raise_for(context, ended)
                 return ended.result
             if seen.unless_ready:
@@ -330,17 +341,11 @@ class WaitStep(Step):
                 command=self.command if self.module else [],
                 variables=self.variables,
                 until=(datetime.now(UTC) + self.at_most).isoformat(),
-                final_codes=self._final_codes,
                 others=others,
                 in_doubt_only=self.in_doubt_only,
             ),
             method_name="resume",
         )
-
-    @property
-    def _final_codes(self) -> list[int]:
-        """Exit codes that end the wait; where another run may end it too, only that all is there."""
-        return [EXIT_OK] if self.in_doubt_only else [EXIT_OK, *NEVER_RETRIED]
 
     def resume(self, context: Any, event: Mapping[str, Any]) -> str | None:
         """Take over from the triggerer once it is ready, too late, or there is nothing to wait for."""
@@ -374,19 +379,22 @@ class Ended:
     """The error at the end of stderr, or its last lines."""
     see: str = ""
     """Where the process said that a person sees more."""
+    why: str = ""
+    """What whoever ended it says of that, a sentence."""
 
 
-def ended_by(code: int, text: str) -> Ended:
+def ended_by(code: int, text: str, why: str = "") -> Ended:
     """Return how a process ended that ran elsewhere.
 
     Args:
         code: its exit code; 128 and more mean a signal, as a shell and a container tell it.
         text: the end of its output.
+        why: what whoever ended it says of that, a sentence.
     """
     error = _ErrorText()
     for line in text.splitlines():
         error.add(line)
-    return Ended(128 - code if 128 < code < 128 + signal.NSIG else code, None, error.text, error.see)
+    return Ended(128 - code if 128 < code < 128 + signal.NSIG else code, None, error.text, error.see, why)
 
 
 def raise_for(title: str, ended: Ended, unharmed: str = UNHARMED, this_try: int = 0, tries: int = 0) -> None:
@@ -408,12 +416,12 @@ def raise_for(title: str, ended: Ended, unharmed: str = UNHARMED, this_try: int 
     if ended.code == EXIT_OK:
         return
     error = ended.error.rstrip()
+    hints = [hint for pattern, hint in _HINTS if pattern.search(error)]
     if ended.code < 0 and error and not _ERROR_LINE.match(error):
         # Nobody who is killed says why: what is there is how far it was.
         error = f"It had last said: {error.splitlines()[-1]}"
     error = error if not error or error[-1] in ".!?" else f"{error}."
-    hints = [hint for pattern, hint in _HINTS if pattern.search(error)]
-    found = " ".join(filter(None, [error, *hints, "" if unharmed in error else unharmed]))
+    found = " ".join(filter(None, [ended.why, error, *hints, "" if unharmed in error else unharmed]))
     see = f" See {ended.see}" if ended.see else ""
     if ended.code == EXIT_BAD_DATA:
         raise AirflowFailException(
@@ -428,7 +436,7 @@ def raise_for(title: str, ended: Ended, unharmed: str = UNHARMED, this_try: int 
         raise AirflowException(f"{title}: NOT READY. {found} {then}")
     if ended.code < 0:
         name = signal.Signals(-ended.code).name
-        hint = " The system does this when memory runs out." if ended.code == -signal.SIGKILL else ""
+        hint = " The system does this when memory runs out." if ended.code == -signal.SIGKILL and not ended.why else ""
         raise AirflowException(f"{title}: ended by {name}.{hint} {found} {then}")
     raise AirflowException(f"{title}: FAILED with exit code {ended.code}. {found} {then}")
 

@@ -13,6 +13,7 @@ from typing import Any
 from airflow.sdk.exceptions import AirflowRuntimeError
 from airflow.triggers.base import BaseTrigger, TriggerEvent
 
+from dags.exit_codes import EXIT_NOT_READY, FINAL
 from dags.others import Seen, State, look_at, name_of
 
 NOTHING_AHEAD = "no other run has to end first"
@@ -20,7 +21,7 @@ NOTHING_AHEAD = "no other run has to end first"
 
 
 class StepTrigger(BaseTrigger):
-    """Runs a waiting command until its exit code is final, or it is too late.
+    """Runs a waiting command until its exit code is final (:data:`dags.exit_codes.FINAL`), or it is too late.
 
     The command gets ``--wait SECONDS`` with the time that is left.  If it ends
     with any other code (a catalog that does not answer), it is started again
@@ -38,7 +39,6 @@ class StepTrigger(BaseTrigger):
         command: Sequence[str],
         variables: Mapping[str, str],
         until: str,
-        final_codes: Sequence[int],
         others: Sequence[Mapping[str, Any]] = (),
         pause_s: float = 30.0,
         look_s: float = 5.0,
@@ -50,7 +50,6 @@ class StepTrigger(BaseTrigger):
             command: program and arguments, without ``--wait``; empty: there is only the other runs to look at.
             variables: environment variables on top of the triggerer's.
             until: instant (ISO 8601) after which to give up; an instant, so that a restarted triggerer keeps it.
-            final_codes: exit codes that end the wait.
             others: other runs to look at (:meth:`dags.others.Other.of`).
             pause_s: seconds before the command is started again.
             look_s: seconds between two looks at other runs.
@@ -60,7 +59,6 @@ class StepTrigger(BaseTrigger):
         self.command = list(command)
         self.variables = dict(variables)
         self.until = until
-        self.final_codes = list(final_codes)
         self.others = [dict(other) for other in others]
         self.pause_s = pause_s
         self.look_s = look_s
@@ -76,7 +74,6 @@ class StepTrigger(BaseTrigger):
                 "command": self.command,
                 "variables": self.variables,
                 "until": self.until,
-                "final_codes": self.final_codes,
                 "others": self.others,
                 "pause_s": self.pause_s,
                 "look_s": self.look_s,
@@ -95,8 +92,8 @@ class StepTrigger(BaseTrigger):
                 if answer is None:
                     continue
                 (code, result, error), pause = answer, self.pause_s
-            stop = seen.stop or (seen.unless_ready if code not in self.final_codes else "")
-            final = code in self.final_codes
+            stop = seen.stop or (seen.unless_ready if code == EXIT_NOT_READY else "")
+            final = code in FINAL
             if stop or final or self._left() <= 0:
                 late = not (stop or final)
                 yield TriggerEvent({"code": code, "result": result, "error": error, "late": late, "stop": stop})

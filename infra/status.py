@@ -27,7 +27,7 @@ from onetrans.errors import EXIT_OK, BadConfigError, NotReadyError, PipelineErro
 from onetrans.lake import SCORES, TABLES, Lake
 from onetrans.plan import FINISHED_FILE, LOCK_FILE, NEXT_BATCH_FOLDER, PLAIN_FOLDER, PLAN_FILE
 from onetrans.process import add_json, print_json
-from onetrans.report import report
+from onetrans.report import planned_days, report
 from onetrans.settings import OWN_FILE, Settings, config_file, load_settings
 
 EXAMPLES = """examples:
@@ -144,10 +144,7 @@ def _outcome(verdict: Mapping[str, Any] | None) -> str | None:
 
 
 def _models(settings: Settings, days: int) -> list[dict[str, Any]]:
-    runs = storage.resolve(settings.training.runs)
-    named = {path.removeprefix(runs).lstrip("/").split("/")[0] for path in storage.list_files(runs, PLAN_FILE)}
-    planned = sorted(date.fromisoformat(name.removeprefix("ds=")) for name in named if name.startswith("ds="))
-    return [report(settings, ds, ds)[0] for ds in planned[-days:]]
+    return [report(settings, ds, ds)[0] for ds in planned_days(settings)[-days:]]
 
 
 def _others(settings: Settings, most: int) -> list[dict[str, Any]]:

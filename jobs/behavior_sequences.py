@@ -45,11 +45,17 @@ def merged(tails: DataFrame | None, today: DataFrame, schema: FeatureSchema) -> 
     tails = as_today(tails, {s.column: lists[s.column] for s in schema.sequences})
     old = tails.select("user_id", *(F.col(s.column).alias(f"old_{s.column}") for s in schema.sequences))
 
+    def both(column: str) -> tuple[SparkColumn, SparkColumn]:
+        return _or_empty(f"old_{column}", lists[column]), _or_empty(column, lists[column])
+
     def whole(column: str) -> SparkColumn:
-        return _appended(_or_empty(f"old_{column}", lists[column]), _or_empty(column, lists[column])).alias(column)
+        return _appended(*both(column), F.col(f"again_{column}")).alias(column)
 
     # A full outer join would move every tail; most users have no event today, and today's events are few.
-    known = old.join(today, "user_id", "left").select("user_id", *(whole(s.column) for s in schema.sequences))
+    known = old.join(today, "user_id", "left")
+    # A step of its own, because Spark evaluates anew whatever a lambda mentions for every element of the list.
+    known = known.withColumns({f"again_{s.column}": _again(*both(s.column)) for s in schema.sequences})
+    known = known.select("user_id", *(whole(s.column) for s in schema.sequences))
     new = today.join(tails.select("user_id"), "user_id", "left_anti")
     return known.unionByName(new.select("user_id", *(F.sort_array(s.column).alias(s.column) for s in schema.sequences)))
 
@@ -98,10 +104,15 @@ def _fields(kind: T.DataType) -> dict[str, T.DataType]:
     return {field.name: field.dataType for field in kind.elementType}
 
 
-def _appended(old: SparkColumn, new: SparkColumn) -> SparkColumn:
-    # Whether any event came before is found by hashing; only then is each held against those of the tail.
-    fresh = F.filter(new, lambda event: ~F.array_contains(old["event_id"], event["event_id"]))
-    fresh = F.when(F.arrays_overlap(old["event_id"], new["event_id"]), fresh).otherwise(new)
+def _again(old: SparkColumn, new: SparkColumn) -> SparkColumn:
+    """Return the ids of events that came before, found by hashing; null where nothing is new."""
+    return F.when(F.size(new) > 0, F.array_intersect(old["event_id"], new["event_id"]))
+
+
+def _appended(old: SparkColumn, new: SparkColumn, again: SparkColumn) -> SparkColumn:
+    # Few if any come twice, so each event is held against few.
+    fresh = F.filter(new, lambda event: ~F.array_contains(again, event["event_id"]))
+    fresh = F.when(F.size(again) > 0, fresh).otherwise(new)
     return F.when(F.size(new) == 0, old).otherwise(F.sort_array(F.concat(old, fresh)))
 
 

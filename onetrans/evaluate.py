@@ -62,7 +62,7 @@ from onetrans.scores import (
 from onetrans.settings import Settings, load_settings
 from onetrans.tracking import log_evaluation
 from onetrans.train import MODEL_FOLDER, choose_compute, choose_device
-from onetrans.trial import is_trial, log_trial, results_folder, step_of_day
+from onetrans.trial import forget_trials, is_trial, log_trial, results_folder, step_of_day
 
 logger = logging.getLogger(__name__)
 
@@ -119,10 +119,12 @@ def _keep(scores: pa.Table, plan: Plan, settings: Settings, seconds: float | Non
         "champion_version": champion.version,
         **{name: figures.to_dict() for name, figures in compute_metrics(scores, scorers).items()},
     }
-    folder = results_folder(settings, plan)
+    folder, trial = results_folder(settings, plan), is_trial(settings, plan)
+    if not trial:
+        forget_trials(plan)
     write_scores(folder, scores)
     storage.write_json(storage.join(folder, METRICS_FILE), metrics)
-    if is_trial(settings, plan):
+    if trial:
         log_trial(settings, plan, {METRICS_FILE: metrics})
     elif plan.mlflow_run_id:
         log_evaluation(settings, plan, metrics)

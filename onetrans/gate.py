@@ -47,7 +47,7 @@ from onetrans.errors import BadDataError, NotReadyError
 from onetrans.forced import add_force_argument, forced_reason
 from onetrans.history import earlier_plans
 from onetrans.metrics import Metrics, cross_entropies, user_auc
-from onetrans.plan import GATE_FILE, METRICS_FILE, PAGE_FILE, PROMOTION_FILE, Plan
+from onetrans.plan import GATE_FILE, METRICS_FILE, PAGE_FILE, PROMOTION_FILE, SCORES_FILE, Plan
 from onetrans.process import add_json, print_json
 from onetrans.scores import (
     BASELINE,
@@ -586,7 +586,9 @@ def run_gate(settings: Settings, plan: Plan, force: str = "") -> dict[str, Any]:
     with step_of_day(settings, plan, "gate"):
         if storage.exists(gate_path):
             storage.delete_file(gate_path)
-        table, digest = read_scores(plan, folder)
+        # A trial that nothing was scored for judges the scores of the decision.
+        scored = storage.exists(storage.join(folder, SCORES_FILE))
+        table, digest = read_scores(plan, folder if scored else plan.path)
         scores = Scores.from_table(table, f"scores of {plan.ds}", str(plan.ds))
         if POPULARITY not in scores.scorers:
             raise BadDataError(

@@ -500,6 +500,16 @@ class _Finished:
     folder: str
 
 
+def decides(promotion: Mapping[str, Any]) -> bool:
+    """Tell whether the content of a ``promotion.json`` is a decision: not what a dry run came to."""
+    return bool(promotion.get("mode", "enabled") == "enabled")
+
+
+def _is_decided(folder: str) -> bool:
+    path = storage.join(folder, PROMOTION_FILE)
+    return storage.exists(path) and decides(storage.read_json(path))
+
+
 def _newest_finished(
     settings: Settings, window: list[date], schema: FeatureSchema, models: Mapping[str, ModelPlan]
 ) -> tuple[_Finished | None, str]:
@@ -513,13 +523,14 @@ def _newest_finished(
             run, model_name, _ = file.rsplit("/", 2)
             if model_name in models:
                 records.setdefault(run, {})[model_name] = storage.read_json(file)
-        # Several plans of one day may be finished: take the one finished last.
+        # Several plans of one day may be finished: one that the day was decided by goes first, not a trial's; of
+        # several the one finished last.
         whole = sorted(
-            (max(str(r["finished_at"]) for r in run.values()), path)
+            (_is_decided(path), max(str(r["finished_at"]) for r in run.values()), path)
             for path, run in records.items()
             if set(run) == set(models)
         )
-        for _, path in reversed(whole):
+        for *_, path in reversed(whole):
             if not all(storage.exists(storage.join(path, name, CHECKPOINT_FOLDER, CHECKPOINT_FILE)) for name in models):
                 continue  # Retention has removed it: there is nothing to go on from.
             grown, difference = _schema_difference(path, records[path], schema)

@@ -60,7 +60,7 @@ from onetrans.tracking import (
     one_at_a_time,
     see_run,
 )
-from onetrans.trial import is_trial, results_folder
+from onetrans.trial import decided, results_folder
 from onetrans.verdict_outcome import with_outcome
 
 if TYPE_CHECKING:
@@ -354,8 +354,8 @@ def promote(settings: Settings, plan: Plan, force: str = "") -> dict[str, Any]:
         raise BadConfigError(f"plan {plan.plan_id} of {plan.ds} was made without MLflow; there is nothing to register")
     with answering(settings.mlflow):
         see_run(settings.mlflow, plan.mlflow_run_id)
-        if is_trial(settings, plan):
-            return _left_as_it_is(settings, plan)
+        if settings.gate.mode != "enabled" and (done := decided(plan)) is not None:
+            return _left_as_it_is(settings, plan, done)
         for _ in range(MOST_COMPARISONS):
             promotion = _promote_once(settings, plan, force.strip())
             if promotion is not None:
@@ -367,12 +367,13 @@ def promote(settings: Settings, plan: Plan, force: str = "") -> dict[str, Any]:
     )
 
 
-def _left_as_it_is(settings: Settings, plan: Plan) -> dict[str, Any]:
+def _left_as_it_is(settings: Settings, plan: Plan, decision: dict[str, Any]) -> dict[str, Any]:
     """Return what was decided before, and say that a trial leaves it."""
-    done = _as_of_now(Registry(settings.mlflow), storage.read_json(storage.join(plan.path, PROMOTION_FILE)))
+    done = _as_of_now(Registry(settings.mlflow), decision)
     trial = storage.join(results_folder(settings, plan), GATE_FILE)
     told = f" Its verdict: {storage.read_json(trial)['reason']}" if storage.exists(trial) else ""
-    left = f"what was decided at {done['finished_at']} ({done['reason']})"
+    by = "" if done["plan_id"] == plan.plan_id else f" by plan {done['plan_id']}"
+    left = f"what was decided at {done['finished_at']}{by} ({done['reason']})"
     return done | {"reason": f"gate.mode = {settings.gate.mode} leaves {left} as it is.{told}"}
 
 

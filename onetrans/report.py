@@ -1,9 +1,9 @@
 """``onetrans report``: what each day of a range brought, read from the run folders.
 
-A day shows its newest plan: the figures of both models on that day, of the champion
-they were compared with, of a ranker by popularity, and of the true probabilities
-where the log is simulated (the best any model can do); the lift with its interval,
-the verdict and the champion after it.
+A day shows its newest plan, of those it was decided by if there is one: the figures of
+both models on that day, of the champion they were compared with, of a ranker by
+popularity, and of the true probabilities where the log is simulated (the best any
+model can do); the lift with its interval, the verdict and the champion after it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from onetrans import storage
 from onetrans.days import day_range, parse_day
 from onetrans.errors import NotReadyError
-from onetrans.plan import FINISHED_FILE, GATE_FILE, LOCK_FILE, METRICS_FILE, PLAN_FILE, PROMOTION_FILE, TRUTH
+from onetrans.plan import FINISHED_FILE, GATE_FILE, LOCK_FILE, METRICS_FILE, PLAN_FILE, PROMOTION_FILE, TRUTH, decides
 from onetrans.process import add_json, print_json
 from onetrans.scores import BASELINE, CANDIDATE, CHAMPION, POPULARITY
 from onetrans.settings import Settings, load_settings
@@ -44,12 +44,17 @@ def last_day(settings: Settings) -> date:
     Raises:
         NotReadyError: if no day has one.
     """
-    runs = storage.resolve(settings.training.runs)
-    named = {path.removeprefix(runs).lstrip("/").split("/")[0] for path in storage.list_files(runs, PLAN_FILE)}
-    days = [name.removeprefix("ds=") for name in named if name.startswith("ds=")]
+    days = planned_days(settings)
     if not days:
         raise NotReadyError(f"there is no run of any day in {settings.training.runs}; run: onetrans plan --ds DAY")
-    return parse_day(max(days))
+    return days[-1]
+
+
+def planned_days(settings: Settings) -> list[date]:
+    """Return the days that have a run, oldest first."""
+    runs = storage.resolve(settings.training.runs)
+    named = {path.removeprefix(runs).lstrip("/").split("/")[0] for path in storage.list_files(runs, PLAN_FILE)}
+    return sorted(parse_day(name.removeprefix("ds=")) for name in named if name.startswith("ds="))
 
 
 def _day(runs: str, ds: date) -> dict[str, Any]:
@@ -57,7 +62,8 @@ def _day(runs: str, ds: date) -> dict[str, Any]:
     plans = [(storage.read_json(path), path.rsplit("/", 1)[0]) for path in _plan_files(folder)]
     if not plans:
         return {"ds": str(ds), "state": "no run"}
-    plan, path = max(plans, key=lambda found: str(found[0]["created_at"]))
+    # What was decided stands for the day; a trial beside it, or a run that is under way, does not.
+    plan, path = max(plans, key=lambda found: (_decided(found[1]), str(found[0]["created_at"])))
     metrics, gate, promotion = (_read(path, name) for name in (METRICS_FILE, GATE_FILE, PROMOTION_FILE))
     return {
         "ds": str(ds),
@@ -87,6 +93,11 @@ def _day(runs: str, ds: date) -> dict[str, Any]:
         "decision": promotion["decision"] if promotion else None,
         "champion": promotion["champion_after"] if promotion else None,
     }
+
+
+def _decided(path: str) -> bool:
+    promotion = _read(path, PROMOTION_FILE)
+    return promotion is not None and decides(promotion)
 
 
 def _trained(plan: Mapping[str, Any], path: str) -> str:

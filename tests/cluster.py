@@ -38,6 +38,8 @@ class Cluster:
         """Names of all pods that were ever created."""
         self.full = False
         """Whether no node takes another pod: those created now stay pending."""
+        self.refuses: tuple[int, str] | None = None
+        """Code and reason with which every call is answered, if any."""
         cluster = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -148,7 +150,10 @@ class Cluster:
         parts = url.path.strip("/").split("/")[4:]  # after api/v1/namespaces/NAME
         length = int(call.headers.get("Content-Length") or 0)
         body = json.loads(call.rfile.read(length)) if length else None
-        code, answer = self._do(method, parts, parse_qs(url.query), body)
+        if self.refuses:
+            code, answer = self.refuses[0], {"kind": "Status", "code": self.refuses[0], "message": self.refuses[1]}
+        else:
+            code, answer = self._do(method, parts, parse_qs(url.query), body)
         raw = answer.encode() if isinstance(answer, str) else json.dumps(answer).encode()
         call.send_response(code)
         call.send_header("Content-Type", "text/plain" if isinstance(answer, str) else "application/json")

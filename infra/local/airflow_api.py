@@ -96,6 +96,8 @@ class AirflowApi:
             except urllib.error.HTTPError as error:
                 text = error.read().decode(errors="replace")
                 raise AirflowApiError(f"Airflow answered {error.code} to {method} {path}: {text}") from error
+        except ValueError as error:  # a page: a login before it, or another server where Airflow was
+            raise AirflowApiError(f"what answers {method} {path} at {self.address} is no API of Airflow's") from error
         except http.client.HTTPException as error:  # no OSError, though it is what a server leaves that was killed
             raise ConnectionError(f"Airflow's answer to {method} {path} broke off: {error!r}") from error
 

@@ -6,11 +6,11 @@ import urllib.parse
 
 from onetrans import storage
 from onetrans.errors import NotReadyError
-from onetrans.plan import GATE_FILE, PAGE_FILE, Plan
+from onetrans.plan import PAGE_FILE, Plan
+from onetrans.report import planned_days, report
 from onetrans.scores import BASELINE, CANDIDATE
 from onetrans.settings import Settings
-from onetrans.tracking import experiment_id, find_model_run
-from onetrans.trial import TRIAL_FOLDER
+from onetrans.tracking import answering, experiment_id, find_model_run, require_answer
 
 
 def newest_judged(settings: Settings) -> Plan:
@@ -19,12 +19,11 @@ def newest_judged(settings: Settings) -> Plan:
     Raises:
         NotReadyError: if there is none.
     """
-    judged = storage.list_files(storage.resolve(settings.training.runs), GATE_FILE)
-    folders = [path.rsplit("/", 1)[0] for path in judged]
-    plans = [Plan.load(folder) for folder in folders if not folder.endswith(f"/{TRIAL_FOLDER}")]
-    if not plans:
-        raise NotReadyError(f"no day of {settings.training.runs} has a verdict; run make demo, or a day of your own")
-    return max(plans, key=lambda plan: plan.ds)
+    for ds in reversed(planned_days(settings)):
+        (day,) = report(settings, ds, ds)
+        if day["verdict"] is not None:
+            return Plan.load(day["path"])
+    raise NotReadyError(f"no day of {settings.training.runs} has a verdict; run make demo, or a day of your own")
 
 
 def verdict_page(plan: Plan) -> str:
@@ -44,6 +43,12 @@ def comparison(settings: Settings, plan: Plan, mlflow: str) -> str:
     Raises:
         NotReadyError: if MLflow does not answer.
     """
+    require_answer(settings.mlflow)
+    with answering(settings.mlflow, look=True):
+        return _comparison(settings, plan, mlflow)
+
+
+def _comparison(settings: Settings, plan: Plan, mlflow: str) -> str:
     runs = [find_model_run(settings, plan, name) for name in (CANDIDATE, BASELINE)]
     ids = ",".join(f'"{run.info.run_id}"' for run in runs if run is not None)
     asked = {"runs": f"[{ids}]", "experiments": f'["{experiment_id(settings.mlflow)}"]'}

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import argparse
 import time
+from datetime import date
 
 from onetrans.days import describe_days, parse_day
 from onetrans.errors import EXIT_OK, BadConfigError, NotReadyError
 from onetrans.lake import SCORES, TABLES, Lake, PublishedDay
 from onetrans.process import add_json, print_json
 from onetrans.progress import long_steps
-from onetrans.settings import load_settings
+from onetrans.settings import Settings, load_settings
 
 EXAMPLES = """examples:
   onetrans published training_requests --ds 2022-05-04 && echo ready
   onetrans published training_requests --ds 2022-05-04 --wait 3600
-  onetrans published user_features item_features --ds 2022-05-04"""
+  onetrans published user_features item_features --ds 2022-05-04
+  onetrans published impressions --ds 2022-05-04 --or-absent --or-first    is there nothing to wait for?"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "tables", nargs="+", choices=(*TABLES, SCORES), metavar="TABLE", help=f"one of {', '.join((*TABLES, SCORES))}"
     )
     parser.add_argument("--ds", required=True, metavar="DAY", help="day, YYYY-MM-DD")
+    parser.add_argument("--or-absent", action="store_true", help="exit 0 also for a day that source.absent_days names")
+    parser.add_argument("--or-first", action="store_true", help="exit 0 also where no day before it is published")
     parser.add_argument("--wait", type=float, default=0.0, metavar="SECONDS", help="longest wait (default: 0)")
     parser.add_argument("--every", type=float, default=5.0, metavar="SECONDS", help="between two looks (default: 5)")
     add_json(parser)
@@ -47,6 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     lake = Lake(settings.lake)
     deadline = time.monotonic() + arguments.wait
     found: dict[str, PublishedDay] = {}
+    nothing_lost = _nothing_lost(lake, settings, ds, arguments)
     with long_steps(None, f"waiting for {', '.join(arguments.tables)} of {ds}"):
         for table in arguments.tables:
             while table not in found:
@@ -55,6 +60,8 @@ def run(arguments: argparse.Namespace) -> int:
                 left = deadline - time.monotonic()
                 if day is not None:
                     found[table] = day
+                elif nothing_lost:
+                    break
                 elif ds in settings.source.absent_days:
                     raise BadConfigError(
                         f"{table} {ds} is not published, and source.absent_days says that the log lost this day"
@@ -66,8 +73,21 @@ def run(arguments: argparse.Namespace) -> int:
                     time.sleep(min(arguments.every, left))
     if arguments.json:
         shown = [{"table": table, **vars(day)} for table, day in found.items()]
-        print_json(shown if len(arguments.tables) > 1 else vars(found[arguments.tables[0]]))
+        print_json(shown if len(arguments.tables) > 1 else next((vars(day) for day in found.values()), None))
     else:
+        if len(found) < len(arguments.tables):
+            print(f"{ds}: {nothing_lost}")
         for table, day in found.items():
             print(f"{table} {ds}: published, {day.rows:,} rows in {day.files} files")
     return EXIT_OK
+
+
+def _nothing_lost(lake: Lake, settings: Settings, ds: date, arguments: argparse.Namespace) -> str:
+    """Return why a day that is not published is as good as one that is, where that was asked; else nothing."""
+    if arguments.or_absent and ds in settings.source.absent_days:
+        return "source.absent_days says that the log lost this day"
+    if arguments.or_first:
+        published = [day.ds for table in arguments.tables for day in (lake.published(table) if lake.exists() else [])]
+        if all(day > ds for day in published):
+            return "no day up to this one is published, so the tables begin after it"
+    return ""

@@ -19,6 +19,7 @@ from onetrans.gate import run_gate
 from onetrans.models import build_model
 from onetrans.plan import FINISHED_FILE
 from onetrans.registry import CHAMPION, Registry, promote
+from onetrans.report import report
 from onetrans.schema import Feature
 from onetrans.scores import champion_of, read_scores
 from onetrans.tracking import TAG_FORCED, TAG_MODEL_ID, fetch_folder, start_model
@@ -123,18 +124,45 @@ def test_a_trial_of_a_decided_day_leaves_its_record(shop, days, mode):
     told = promote(trial, plan)
 
     assert _files(plan.path) == record
-    found = _files(storage.join(plan.path, "trial"))
+    found = _files(storage.join(plan.path, "trial", mode))
     assert set(found) == {"scores.parquet", "metrics.json", "gate.json", "gate.html"}
     assert (json.loads(found["gate.json"])["mode"], verdict["verdict"]) == (mode, "declined")
     after = client.get_run(plan.mlflow_run_id).data
     assert (after.tags, after.metrics) == (run.tags, run.metrics)
-    kept = {file.path for file in client.list_artifacts(plan.mlflow_run_id, "trial")}
-    assert kept == {"trial/metrics.json", "trial/gate.json", "trial/gate.html"}
+    kept = {file.path for file in client.list_artifacts(plan.mlflow_run_id, f"trial/{mode}")}
+    assert kept == {f"trial/{mode}/{name}" for name in ("metrics.json", "gate.json", "gate.html")}
     assert (told["decision"], told["version"]) == ("promoted", promotion["version"])
     assert told["reason"].startswith(f"gate.mode = {mode} leaves what was decided at {promotion['finished_at']} (")
     assert verdict["reason"] in told["reason"]
 
     assert promote(shop.settings, plan) == promotion, "the decision stands when the gate is enabled again"
+
+    storage.delete_tree(storage.join(plan.path, "trial"))
+    assert run_gate(trial, plan)["rows"] == verdict["rows"], "without scores of its own, it judges the decision's"
+    assert _files(plan.path) == record
+    evaluate(plan, shop.settings)
+    assert not Path(storage.local_path(storage.join(plan.path, "trial"))).exists(), "they were of other scores"
+
+
+def test_a_trial_with_another_plan_leaves_the_day_to_the_one_that_decided_it(shop, days):
+    """Another preset, fresh weights or tables that were built again make another plan."""
+    decided, other = days["second"], days["other"]
+    storage.delete_file(storage.join(other.path, "promotion.json"))
+    _promote(shop, decided)
+    _finish(other)
+    dry = dataclasses.replace(shop.settings, gate=dataclasses.replace(shop.settings.gate, mode="dry_run"))
+    record = _files(other.path)
+    evaluate(other, dry)
+    run_gate(dry, other)
+    told = promote(dry, other)
+    assert _files(other.path) == record
+    assert (told["decision"], told["plan_id"], told["version"]) == ("promoted", decided.plan_id, "1")
+    assert f"by plan {decided.plan_id} (" in told["reason"]
+    registry = Registry(shop.settings.mlflow)
+    assert [str(version.version) for version in registry.versions()] == ["1"]
+    assert registry.aliases()["challenger"] == "1"
+    (day,) = report(shop.settings, decided.ds, decided.ds)
+    assert (day["plan_id"], day["decision"]) == (decided.plan_id, "promoted")
 
 
 def test_a_day_that_a_dry_run_judged_first_is_decided_later(shop, days):

@@ -166,6 +166,52 @@ def test_a_pod_that_no_node_takes_is_not_told_of_as_slow(cluster, step, monkeypa
     assert cluster.pods == {}
 
 
+FORBIDDEN = "pods is forbidden: User airflow cannot create resource pods in the namespace ranking"
+QUOTA = "pods train is forbidden: exceeded quota: gpus, requested: 1, used: 4, limited: 4"
+
+
+@pytest.mark.parametrize(
+    ("refuses", "kind", "words"),
+    [
+        ((403, FORBIDDEN), AirflowFailException, f"BAD CONFIGURATION. Kubernetes answered 403 Forbidden: {FORBIDDEN}."),
+        ((403, QUOTA), AirflowException, f"NOT READY. Kubernetes answered 403 Forbidden: {QUOTA}."),
+        ((422, "no such field"), AirflowFailException, "422 Unprocessable Entity: no such field."),
+        ((500, "etcd is away"), AirflowException, "NOT READY. Kubernetes answered 500"),
+    ],
+)
+def test_what_a_cluster_refuses_is_told_in_a_paragraph(cluster, step, monkeypatch, refuses, kind, words):
+    monkeypatch.setattr("tenacity.nap.time.sleep", lambda _: None)  # the provider's own tries
+    cluster.refuses = refuses
+    with pytest.raises(AirflowException) as raised:
+        step("fine").execute(context())
+    assert isinstance(raised.value, AirflowFailException) is (kind is AirflowFailException)
+    assert words in str(raised.value)
+    assert str(raised.value).startswith("train_onetrans of 2022-05-04: ")
+
+
+def test_a_cluster_that_does_not_answer_is_asked_by_the_next_try(cluster, step, monkeypatch):
+    monkeypatch.setattr("tenacity.nap.time.sleep", lambda _: None)
+    monkeypatch.setattr("urllib3.util.retry.Retry.sleep", lambda *_: None)
+    cluster.server.shutdown()
+    cluster.server.server_close()
+    with pytest.raises(AirflowException, match=r"NOT READY. Kubernetes does not answer: .*was try 1 of 4") as raised:
+        step("fine").execute(context())
+    assert not isinstance(raised.value, AirflowFailException)
+
+
+def test_a_wait_that_breaks_off_in_the_triggerer_ends_with_a_paragraph(step):
+    with pytest.raises(AirflowException, match=r"train_onetrans of 2022-05-04: WAIT BROKE OFF\. .*was try 1 of 4"):
+        step("fine").resume_execution("__fail__", {"error": "Trigger failure"}, context())
+
+
+@pytest.mark.parametrize("text", ["a: [", "kind: Pod", "- 1"])
+def test_a_template_that_describes_no_pod_is_bad_configuration(cluster, step, monkeypatch, tmp_path, text):
+    (tmp_path / "pod.yaml").write_text(text)
+    monkeypatch.setenv("ONETRANS_LAUNCH_POD_TEMPLATE", str(tmp_path / "pod.yaml"))
+    with pytest.raises(AirflowFailException, match=r"BAD CONFIGURATION\. launch.pod_template = .* describes no pod"):
+        step("fine").execute(context())
+
+
 def test_a_worker_that_was_lost_finds_the_pod_it_had_started(cluster, step, tmp_path):
     with pytest.raises(TaskDeferred):
         step("killed").execute(context())

@@ -663,7 +663,6 @@ def test_a_wait_is_handed_to_the_triggerer(script):
     path, arguments = deferred.value.trigger.serialize()
     assert path == "dags.triggers.StepTrigger"
     assert StepTrigger(**arguments).serialize() == (path, arguments)
-    assert arguments["final_codes"] == [0, 65, 78]
     left = datetime.fromisoformat(arguments["until"]) - datetime.now(UTC)
     assert timedelta(hours=1, minutes=59) < left <= timedelta(hours=2)
 
@@ -761,7 +760,7 @@ def test_the_triggerer_looks_until_the_answer_is_final(tmp_path):
     )
     until = (datetime.now(UTC) + timedelta(minutes=5)).isoformat()
     command = [sys.executable, "-c", program, str(tmp_path / "seen")]
-    payload = look(StepTrigger(command, {}, until, [0, 65, 78], pause_s=0.1))
+    payload = look(StepTrigger(command, {}, until, pause_s=0.1))
     waited = int(payload["result"].split("'")[-2])
     assert 280 < waited <= 300
     answer = f"published ['--wait', '{waited}']"
@@ -770,7 +769,7 @@ def test_the_triggerer_looks_until_the_answer_is_final(tmp_path):
 
 def test_the_triggerer_gives_up_at_the_deadline():
     command = [sys.executable, "-c", "import sys; print('not there', file=sys.stderr); sys.exit(75)"]
-    payload = look(StepTrigger(command, {}, datetime.now(UTC).isoformat(), [0, 65, 78]))
+    payload = look(StepTrigger(command, {}, datetime.now(UTC).isoformat()))
     assert payload == {"code": 75, "result": None, "error": "not there", "late": True, "stop": ""}
     step = WaitStep(task_id="wait", module="x", at_most=timedelta(seconds=1))
     with pytest.raises(AirflowFailException, match="still not ready"):
@@ -899,7 +898,7 @@ def test_a_wait_for_other_runs_alone_starts_no_process(stands):
 def waiting(program, other, **kwargs):
     until = (datetime.now(UTC) + timedelta(minutes=5)).isoformat()
     command = [sys.executable, "-c", program]
-    return StepTrigger(command, {}, until, [0, 65, 78], [other.of("2022-05-04")], look_s=0.1, **kwargs)
+    return StepTrigger(command, {}, until, [other.of("2022-05-04")], look_s=0.1, **kwargs)
 
 
 def test_the_triggerer_lets_another_run_end_first(stands):
@@ -936,6 +935,39 @@ def test_a_day_before_that_leaves_no_doubt_is_not_asked_for_its_tables(script, s
     assert step.execute(context(logical_date=LOGICAL, dag_run=dag_run(run_type))) == NOTHING_AHEAD
 
 
+@pytest.mark.parametrize(
+    ("code", "outcome"),
+    [
+        (0, ""),
+        (75, "NOT STARTED. feature_tables of 2022-05-03 was never run. Tails are built on it."),
+        (1, "FAILED with exit code 1. OperationalError: the catalog is away."),
+        (78, "BAD CONFIGURATION. OperationalError: the catalog is away."),
+    ],
+)
+def test_a_day_before_that_was_never_run_is_asked_for_its_tables(script, stands, code, outcome):
+    """Airflow makes no run of a day that went by while it stood still: this day would be half published."""
+    stands.append("none")
+    step = script(
+        f"""
+        import sys
+        print("OperationalError: the catalog is away", file=sys.stderr)
+        sys.exit({code} if sys.argv[1:] == ["--or-first"] else 99)
+        """,
+        cls=WaitStep,
+        at_most=timedelta(hours=2),
+        others=[replace(TONIGHT, if_none="stop unless ready")],
+        where_none=["--or-first"],
+        in_doubt_only=True,
+    )
+    if not outcome:
+        step.execute(context(logical_date=LOGICAL))
+        return
+    with pytest.raises(AirflowException) as raised:
+        step.execute(context(logical_date=LOGICAL))
+    assert outcome in str(raised.value)
+    assert isinstance(raised.value, AirflowFailException) is (code in (75, 78))
+
+
 @pytest.mark.parametrize("state", ["queued", "stuck", "failed"])
 def test_a_backfill_waits_for_the_day_before_where_tonights_run_takes_what_is_published(script, stands, state):
     """Its days are to be built anew, each on the one before; a backfill beside it must not hold tonight's run."""
@@ -952,7 +984,9 @@ def test_a_backfill_waits_for_the_day_before_where_tonights_run_takes_what_is_pu
 def test_the_real_dags_wait_that_way():
     before = by_id(feature_tables)["wait_for_day_before"]
     assert before.in_doubt_only
-    assert before.arguments == ["published", *NEEDS, "--ds", "{{ previous_day }}"]
+    assert before.arguments == ["published", *NEEDS, "--ds", "{{ previous_day }}", "--or-absent"]
+    assert before.where_none == ["--or-first"]
+    assert {other.if_none for other in (*before.others, *before.others_of_a_backfill)} == {"stop unless ready"}
     ((tonight,), (made_up,)) = before.others, before.others_of_a_backfill
     assert (tonight.if_failed, tonight.if_queued) == ("stop unless ready", "wait unless ready")
     assert (made_up.if_failed, made_up.if_queued) == ("stop", "wait")
@@ -962,7 +996,7 @@ def test_the_real_dags_wait_that_way():
     assert model.others_of_a_backfill[0].patience_s["queued"] > 3600
     ready = before.prepare_for_execution()
     ready.render_template_fields(context(logical_date=datetime(2022, 3, 1, tzinfo=UTC)))
-    assert ready.command[-2:] == ["--ds", "2022-02-28"]
+    assert ready.command[-3:] == ["--ds", "2022-02-28", "--or-absent"]
 
 
 def test_a_day_that_is_published_ends_the_wait_for_a_queued_run(stands, tmp_path):

@@ -186,6 +186,16 @@ def test_of_several_finished_plans_of_a_day_the_last_one_is_continued(settings, 
     assert plan_for(settings, days[4]).models["onetrans"].warm_start == other.model_path("onetrans")
 
 
+def test_of_several_finished_plans_of_a_day_the_one_it_was_decided_by_is_continued(settings, days):
+    """A dry run with other choices trains too, and may be the last."""
+    decided = finish(plan_for(settings, days[3]), at="2024-03-10T08:00:00")
+    trial = plan_for(replace(settings, training=replace(settings.training, seed=5)), days[3])
+    finish(trial, at="2024-03-10T09:00:00")
+    for plan, mode in ((trial, "dry_run"), (decided, "enabled")):
+        storage.write_json(storage.join(plan.path, "promotion.json"), {"mode": mode})
+    assert plan_for(settings, days[4]).models["onetrans"].warm_start == decided.model_path("onetrans")
+
+
 def test_what_one_model_alone_finished_is_not_continued(settings, days):
     finish(plan_for(settings, days[3]), names=["onetrans"])
     plan = plan_for(settings, days[4])

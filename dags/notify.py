@@ -31,7 +31,7 @@ from airflow.sdk.exceptions import AirflowRuntimeError
 
 from dags import others
 from dags.configured import configured
-from dags.days import run_day
+from dags.days import is_backfill, run_day
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,9 @@ def task_failed(context: Mapping[str, Any]) -> None:
             task_id=ti.task_id,
             day=day,
             link=str(getattr(ti, "log_url", "") or ""),
-        )
+        ),
+        # Behind one day of a backfill that fails, every later one is not started; that one is told of.
+        people=not (is_backfill(context) and ": NOT STARTED. " in text),
     )
 
 
@@ -102,7 +104,9 @@ def run_failed(context: Mapping[str, Any]) -> None:
             task_id="",
             day=day,
             link=_run_link(dag_id, run_id),
-        )
+        ),
+        # Its task was told of already, and whoever backfills looks at the grid.
+        people=not (run_id.startswith("backfill__") and context.get("reason") == "task_failure"),
     )
 
 
@@ -149,9 +153,11 @@ async def day_undecided(context: Mapping[str, Any], decided_by: str) -> None:
     )
 
 
-def send(message: Message) -> None:
-    """Log a message and deliver it; whatever goes wrong is logged, and nothing is raised."""
+def send(message: Message, *, people: bool = True) -> None:
+    """Log a message and, if ``people`` are to be told, deliver it; what goes wrong is logged, and nothing is raised."""
     logger.error("%s. %s %s", message.title, message.text, message.link)
+    if not people:
+        return
     try:
         names = [name.strip() for name in configured("airflow", "notify", "").split(",") if name.strip()]
     except (OSError, ValueError) as error:

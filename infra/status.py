@@ -73,7 +73,6 @@ def status(settings: Settings, days: int) -> dict[str, Any]:
     """
     own = config_file()
     tables = _part(lambda: _tables(settings, days))
-    first = min(tables.get("days") or [""])
     return {
         "configuration": str(own.resolve()) if own else None,
         "tables": tables,
@@ -81,7 +80,7 @@ def status(settings: Settings, days: int) -> dict[str, Any]:
         "others": _part(lambda: _others(settings, days)),
         "champion": _part(lambda: _champion(settings)),
         "running": _part(lambda: _running(settings)),
-        "airflow": _part(lambda: _airflow(first)),
+        "airflow": _part(lambda: _airflow(days)),
     }
 
 
@@ -269,8 +268,8 @@ def _held_locks(settings: Settings) -> list[dict[str, Any]]:
     return entries
 
 
-def _airflow(first: str) -> dict[str, Any] | None:
-    """Return where Airflow is, how it is, what it runs, and what failed in the runs of ``first`` and later days."""
+def _airflow(days: int) -> dict[str, Any] | None:
+    """Return where Airflow is, how it is, what it runs, and what of it failed in the last days."""
     where = reach.address()
     if where is None:
         return None
@@ -280,7 +279,7 @@ def _airflow(first: str) -> dict[str, Any] | None:
             "address": where,
             "health": health,
             "running": reach.running(where),
-            "troubled": reach.troubled(where, first),
+            "troubled": reach.troubled(where, days),
         }
     except (OSError, AirflowApiError) as error:
         return {"address": where, "error": f"does not answer ({error})"}
@@ -386,13 +385,15 @@ def _champion_text(champion: Mapping[str, Any] | None) -> str:
 def _troubled_part(airflow: Mapping[str, Any] | None) -> dict[str, str]:
     """Return the part that tells of failed tasks; none where there is none, or nobody says."""
     lines: list[str] = []
-    for task in (airflow or {}).get("troubled") or ():
+    troubled = (airflow or {}).get("troubled") or {"tasks": (), "more": 0}
+    for task in troubled["tasks"]:
         outcome = "FAILED" if task["state"] == "failed" else "waits for its next try"
-        at = f", {task['ended'][:16]}Z" if task["ended"] else ""
-        lines.append(
-            f"{task['dag_id']} {task['run_id']}: {task['task_id']} {outcome} (try {task['try']} of {task['tries']}{at})"
-        )
+        tried = [f"try {task['try']} of {task['tries']}"] if task["task_id"] else []
+        when = ", ".join([*tried, *([f"{task['ended'][:16]}Z"] if task["ended"] else [])])
+        lines.append(f"{task['dag_id']} {task['run_id']}: {task['task_id'] or 'the run'} {outcome} ({when})")
         lines.append(f"  {task['link']}")
+    if troubled["more"]:
+        lines.append(f"and {troubled['more']} more")
     return {"Failed": "\n".join(lines)} if lines else {}
 
 

@@ -6,6 +6,7 @@ import configparser
 import os
 import urllib.parse
 from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,12 @@ SERVERS = ("metadatabase", "scheduler", "dag_processor", "triggerer")
 TOKEN = "AIRFLOW_CLI_TOKEN"
 """Variable with the bearer token of a user who may read runs, where Airflow has real logins."""
 
+OURS = ("feature_tables", "ranking_model", "retention")
+"""The DAGs of this product; others may run beside them."""
+
 MOST_TROUBLED = 10
 """Tasks that failed, or wait for their next try, that are told."""
+_LOOKED_THROUGH = 100
 
 _PATIENCE_S = 5.0
 
@@ -80,38 +85,56 @@ def running(where: str, environ: Mapping[str, str] = os.environ) -> list[str] | 
     return [f"{dag_id} {run_id}: {', '.join(ids) or 'waits'}" for (dag_id, run_id), ids in busy.items()]
 
 
-def troubled(where: str, since: str, environ: Mapping[str, str] = os.environ) -> list[dict[str, Any]] | None:
-    """Return the tasks that have failed or wait for their next try, newest first; None if only logins see them.
+def troubled(where: str, days: int, environ: Mapping[str, str] = os.environ) -> dict[str, Any] | None:
+    """Return what of our DAGs has failed or waits for its next try; None if Airflow shows it only to who logs in.
+
+    First what failed by itself, of the earliest day first, then what was not started for it; of a run that failed
+    without a task that did, as one that took too long, the run.
 
     Args:
         where: Airflow's address.
-        since: earliest day of the runs that are looked at; empty: any.
+        days: how far back what failed had begun.
         environ: where the token of :func:`running` is.
 
     Raises:
         OSError: if the address does not answer.
     """
-    asked = [("state", "failed"), ("state", "up_for_retry"), ("order_by", "-start_date"), ("limit", str(MOST_TROUBLED))]
-    asked += [("logical_date_gte", f"{since}T00:00:00Z")] if since else []
+    since = (datetime.now(UTC) - timedelta(days=days)).isoformat(timespec="seconds")
+    recent = [("start_date_gte", since), ("order_by", "-start_date"), ("limit", str(_LOOKED_THROUGH))]
+    of_tasks = urllib.parse.urlencode([("state", "failed"), ("state", "up_for_retry"), *recent])
+    of_runs = urllib.parse.urlencode([("state", "failed"), *recent])
     api = _api(where, environ)
     try:
-        tasks = api.call("GET", f"/dags/~/dagRuns/~/taskInstances?{urllib.parse.urlencode(asked)}")["task_instances"]
+        tasks = api.call("GET", f"/dags/~/dagRuns/~/taskInstances?{of_tasks}")["task_instances"]
+        runs = api.call("GET", f"/dags/~/dagRuns?{of_runs}")["dag_runs"]
     except AirflowApiError:
         return None
-    return [
-        {
-            "dag_id": task["dag_id"],
-            "run_id": task["dag_run_id"],
-            "task_id": task["task_id"],
-            "state": task["state"],
-            "try": task["try_number"],
-            "tries": task["max_tries"] + 1,
-            "ended": task["end_date"],
-            "link": f"{where}/dags/{task['dag_id']}/runs/{urllib.parse.quote(task['dag_run_id'], safe='')}"
-            f"/tasks/{urllib.parse.quote(task['task_id'], safe='')}",
-        }
-        for task in tasks
-    ]
+    named = {(task["dag_id"], task["dag_run_id"]) for task in tasks}
+    without = [run | {"task_id": ""} for run in runs if (run["dag_id"], run["dag_run_id"]) not in named]
+    found = sorted((entry for entry in [*tasks, *without] if entry["dag_id"] in OURS), key=_weight)
+    return {
+        "tasks": [_entry(where, entry) for entry in found[:MOST_TROUBLED]],
+        "more": max(0, len(found) - MOST_TROUBLED),
+    }
+
+
+def _weight(entry: Mapping[str, Any]) -> tuple[bool, str]:
+    return entry["task_id"].startswith("wait_for_"), str(entry.get("logical_date") or entry.get("start_date"))
+
+
+def _entry(where: str, entry: Mapping[str, Any]) -> dict[str, Any]:
+    run = f"{where}/dags/{entry['dag_id']}/runs/{urllib.parse.quote(entry['dag_run_id'], safe='')}"
+    task = entry["task_id"]
+    return {
+        "dag_id": entry["dag_id"],
+        "run_id": entry["dag_run_id"],
+        "task_id": task or None,
+        "state": entry["state"],
+        "try": entry["try_number"] if task else None,
+        "tries": entry["max_tries"] + 1 if task else None,
+        "ended": entry["end_date"],
+        "link": f"{run}/tasks/{urllib.parse.quote(task, safe='')}" if task else run,
+    }
 
 
 def _api(where: str, environ: Mapping[str, str]) -> AirflowApi:

@@ -19,6 +19,22 @@ from infra.local import homes
 ROOT = Path(__file__).parents[2]
 
 
+_RUN = {
+    "dag_id": "ranking_model",
+    "dag_run_id": "backfill__2022-05-04T00:00:00+00:00",
+    "state": "failed",
+    "logical_date": "2022-05-04T00:00:00Z",
+    "end_date": "2022-05-05T03:12:09.5Z",
+}
+_GATE = {**_RUN, "task_id": "gate", "try_number": 4, "max_tries": 3}
+_CASCADE = [
+    {**_GATE, "dag_run_id": f"backfill__{day}", "logical_date": day, "task_id": "wait_for_day", "try_number": 1}
+    for day in reversed([f"2022-05-{number:02}" for number in range(1, 31)])
+]
+_FAILED = [*_CASCADE, _GATE, {**_GATE, "dag_id": "of_others"}]
+"""As Airflow lists them, the latest first: a month was not started for one day."""
+
+
 class _LoggedIn(BaseHTTPRequestHandler):
     """Airflow's routes as an auth manager with passwords answers them: no token for nothing, 401 without a good one."""
 
@@ -30,11 +46,10 @@ class _LoggedIn(BaseHTTPRequestHandler):
             self._answer(401, {"detail": "Invalid credentials"})
         elif path.endswith("/taskInstances"):
             task: dict[str, object] = {"dag_id": "ranking_model", "dag_run_id": "night", "task_id": "train"}
-            if "state=failed&state=up_for_retry" in self.path:
-                assert "logical_date_gte=2022-05-04T00%3A00%3A00Z" in self.path
-                ended = {"try_number": 4, "max_tries": 3, "end_date": "2022-05-05T03:12:09.5Z", "state": "failed"}
-                task |= {"dag_run_id": "backfill__2022-05-04T00:00:00+00:00", "task_id": "gate", **ended}
-            self._answer(200, {"task_instances": [task]})
+            tasks = _FAILED if "state=failed&state=up_for_retry&start_date_gte=" in self.path else [task]
+            self._answer(200, {"task_instances": tasks})
+        elif "state=failed" in self.path:
+            self._answer(200, {"dag_runs": [_RUN | {"dag_run_id": "late"}, _RUN, _RUN | {"dag_id": "of_others"}]})
         else:
             self._answer(200, {"dag_runs": [{"dag_id": "ranking_model", "dag_run_id": "night"}]})
 
@@ -97,19 +112,48 @@ def test_status_shows_the_runs_to_a_token_only(address: str, monkeypatch: pytest
     monkeypatch.setenv("AIRFLOW__CORE__EXECUTION_API_SERVER_URL", f"{address}/execution/")
     for given in ("", "bad"):
         monkeypatch.setenv(reach.TOKEN, given)
-        told = status._running_text([], status._airflow("2022-05-04"))
+        told = status._running_text([], status._airflow(7))
         assert told == f"Airflow at {address}: healthy\nits runs are shown to who logs in: AIRFLOW_CLI_TOKEN"
     monkeypatch.setenv(reach.TOKEN, "good")
-    told = status._running_text([], status._airflow("2022-05-04"))
+    told = status._running_text([], status._airflow(7))
     assert told == f"Airflow at {address}: healthy\nranking_model night: train"
 
 
 def test_status_leads_to_the_tasks_that_failed(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AIRFLOW__CORE__EXECUTION_API_SERVER_URL", f"{address}/execution/")
-    assert status._troubled_part(status._airflow("2022-05-04")) == {}, "those who log in see them"
+    assert status._troubled_part(status._airflow(7)) == {}, "those who log in see them"
     monkeypatch.setenv(reach.TOKEN, "good")
     run = "backfill__2022-05-04T00:00:00+00:00"
     link = f"{address}/dags/ranking_model/runs/backfill__2022-05-04T00%3A00%3A00%2B00%3A00/tasks/gate"
-    assert status._troubled_part(status._airflow("2022-05-04")) == {
-        "Failed": f"ranking_model {run}: gate FAILED (try 4 of 4, 2022-05-05T03:12Z)\n  {link}"
-    }
+    lines = status._troubled_part(status._airflow(7))["Failed"].splitlines()
+    assert lines[:4] == [
+        f"ranking_model {run}: gate FAILED (try 4 of 4, 2022-05-05T03:12Z)",
+        f"  {link}",
+        "ranking_model late: the run FAILED (2022-05-05T03:12Z)",
+        f"  {address}/dags/ranking_model/runs/late",
+    ]
+    assert lines[4].startswith("ranking_model backfill__2022-05-01: wait_for_day FAILED")
+    assert lines[-1] == "and 22 more"
+    assert "of_others" not in "".join(lines)
+
+
+def test_what_is_no_airflow_is_a_line_of_the_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A login before it, or another server on the port where a local Airflow was."""
+
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"<html>Log in</html>")
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Page) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        where = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setenv("AIRFLOW__API__BASE_URL", where)
+        told = status._running_text([], status._airflow(7))
+        server.shutdown()
+    wrong = f"what answers GET /api/v2/monitor/health at {where} is no API of Airflow's"
+    assert told == f"Airflow at {where}: does not answer ({wrong})"

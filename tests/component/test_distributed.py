@@ -128,6 +128,7 @@ def long(lake):
     return settings, plan
 
 
+@pytest.mark.nightly
 def test_whoever_is_killed_all_end_and_the_next_try_goes_on_with_another_number_of_processes(long, tmp_path):
     settings, plan = long
     again = copied(plan, tmp_path / "again")

@@ -122,6 +122,7 @@ def _recorded_once(shop: Shop, plan: Plan) -> None:
     assert [model.model_id for model in ready] == [run.data.tags[TAG_MODEL_ID]]
 
 
+@pytest.mark.nightly
 def test_two_trainings_of_one_day_at_once_train_once(shop: Shop, undisturbed: dict[str, torch.Tensor]) -> None:
     """A task that Airflow took for dead may still run beside its next try."""
     plan = shop.plan(shop.days[4])

@@ -281,6 +281,7 @@ def test_a_window_that_begins_before_the_log_is_short(work: Workspace) -> None:
     assert work.window("impressions", DAYS[0], 7) == []
 
 
+@pytest.mark.nightly
 def test_a_range_in_one_session_equals_day_by_day(
     work: Workspace, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

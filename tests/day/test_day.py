@@ -81,6 +81,7 @@ def test_a_model_that_is_not_better_is_no_failure(deployment: Deployment, day: A
     assert "none" in result
 
 
+@pytest.mark.nightly
 def test_a_day_run_again_gives_the_same_rows(deployment: Deployment, day: Any) -> None:
     before = {table: _rows(deployment, table, TODAY) for table in TABLES}
     snapshots = {table: deployment.lake.snapshot_id(table) for table in TABLES}
@@ -268,6 +269,7 @@ def test_a_day_without_a_verdict_is_told_of_at_its_deadline(deployment: Deployme
     assert not [told for told in deployment.told if (told["dag_id"], told["run_id"]) == past]
 
 
+@pytest.mark.nightly
 def test_a_day_that_has_its_verdict_is_not_told_of_though_its_run_goes_on(deployment: Deployment) -> None:
     """Airflow's deadline is about the run; candidates are scored for hours after the verdict."""
     seconds = 60.0

@@ -38,7 +38,7 @@ def is_trial(settings: Settings, plan: Plan) -> bool:
 
 def results_folder(settings: Settings, plan: Plan) -> str:
     """Return where evaluation and gate of a plan write: its own folder, or that of the trial."""
-    return storage.join(plan.path, _folder(settings)) if is_trial(settings, plan) else plan.path
+    return storage.join(plan.path, TRIAL_FOLDER, settings.gate.mode) if is_trial(settings, plan) else plan.path
 
 
 def step_of_day(settings: Settings, plan: Plan, step: str) -> AbstractContextManager[None]:
@@ -49,13 +49,9 @@ def step_of_day(settings: Settings, plan: Plan, step: str) -> AbstractContextMan
 def log_trial(settings: Settings, plan: Plan, files: Mapping[str, Mapping[str, Any] | str]) -> None:
     """Keep files of a trial among the artifacts of the plan's MLflow run, if it has one."""
     if plan.mlflow_run_id:
-        log_beside(settings, plan, _folder(settings), files)
+        log_beside(settings, plan, f"{TRIAL_FOLDER}/{settings.gate.mode}", files)
 
 
 def forget_trials(plan: Plan) -> None:
     """Remove what trials of a plan found: they were of scores that are replaced."""
     storage.delete_tree(storage.join(plan.path, TRIAL_FOLDER))
-
-
-def _folder(settings: Settings) -> str:
-    return f"{TRIAL_FOLDER}/{settings.gate.mode}"

@@ -20,7 +20,15 @@ import pytest
 from infra import doctor
 from onetrans import storage
 from onetrans.cli import main as cli
-from onetrans.errors import EXIT_BAD_DATA, EXIT_NOT_READY, EXIT_OK, BadConfigError, BadDataError, NotReadyError
+from onetrans.errors import (
+    EXIT_BAD_CONFIG,
+    EXIT_BAD_DATA,
+    EXIT_NOT_READY,
+    EXIT_OK,
+    BadConfigError,
+    BadDataError,
+    NotReadyError,
+)
 from onetrans.lake import QUARANTINE, Lake, Staged
 from onetrans.settings import LakeSettings, Settings
 
@@ -377,6 +385,26 @@ def test_the_commands_publish_and_tell(deployment: Lake, capsys: pytest.CaptureF
     assert "behaviors 2024-02-28 is not published" in capsys.readouterr().err
     assert cli(["published", TABLE, TABLE, "--ds", str(D1), "--json"]) == EXIT_OK
     assert [(day["table"], day["rows"]) for day in json.loads(capsys.readouterr().out)] == [(TABLE, 1234)]
+
+
+def test_a_day_that_nothing_was_lost_of_is_as_good_as_published(
+    deployment: Lake, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a day's tables are built on: the first day has none before it, and one that the log lost has no tables."""
+    day = ["published", TABLE, "behaviors", "--ds", str(D1)]
+    assert cli([*day, "--or-absent"]) == EXIT_NOT_READY
+    assert cli([*day, "--or-first", "--json"]) == EXIT_OK
+    assert json.loads(capsys.readouterr().out) == []
+    stage(deployment, rows(D1, 10), D1)
+    assert cli(["publish", TABLE, "--ds", str(D1)]) == EXIT_OK
+    assert cli([*day, "--or-first"]) == EXIT_NOT_READY, "half of the day is there"
+    after = [*day[:-1], str(D1 + timedelta(days=1))]
+    assert cli([*after, "--or-first"]) == EXIT_NOT_READY
+    monkeypatch.setenv("ONETRANS_SOURCE_ABSENT_DAYS", str(D1 + timedelta(days=1)))
+    assert cli(after) == EXIT_BAD_CONFIG
+    capsys.readouterr()
+    assert cli([*after, "--or-absent"]) == EXIT_OK
+    assert "2024-02-29: source.absent_days says that the log lost this day" in capsys.readouterr().out
 
 
 def test_publish_passes_on_what_the_audit_found(deployment: Lake, capsys: pytest.CaptureFixture[str]) -> None:

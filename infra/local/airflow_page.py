@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from types import TracebackType
@@ -75,6 +76,34 @@ class AirflowPage:
         expect(dialog.get_by_text("Run Parameters")).to_be_visible()
         return dialog
 
+    def trigger(
+        self, dag_id: str, texts: Mapping[str, str], choices: Mapping[str, str], switched_on: Sequence[str] = ()
+    ) -> str:
+        """Start one run as a person does; return its id.
+
+        Args:
+            dag_id: the DAG.
+            texts: by field of the form, what is typed.
+            choices: by field, what is chosen from its list.
+            switched_on: fields that are switched on.
+
+        Raises:
+            AirflowApiError: if Airflow refuses; the text is its answer.
+        """
+        dialog, page = self.trigger_form(dag_id), self.page
+        for field, text in texts.items():
+            dialog.locator(f"#element_{field}").fill(text)
+        for field, choice in choices.items():
+            dialog.locator(f"#element_{field}").click()
+            page.get_by_role("option", name=choice, exact=True).click()
+        for field in switched_on:
+            dialog.locator(f"#element_{field}").click()
+        with page.expect_response(_creates_a_run) as answer:
+            dialog.get_by_role("button", name="Trigger", exact=True).click()
+        if not answer.value.ok:
+            raise AirflowApiError(f"the page's run of {dag_id} was answered {answer.value.status}")
+        return str(answer.value.json()["dag_run_id"])
+
     def backfill_form(
         self, dag_id: str, first: date, last: date, reprocess: Reprocess, at_once: int | None = None
     ) -> Locator:
@@ -122,6 +151,10 @@ class AirflowPage:
         shown = min(height or self.size[1], self.size[1])
         clip: FloatRect = {"x": 0, "y": 0, "width": self.size[0], "height": shown}
         self.page.screenshot(path=path, animations="disabled", clip=clip)
+
+
+def _creates_a_run(answer: Response) -> bool:
+    return answer.request.method == "POST" and answer.url.endswith("/dagRuns")
 
 
 def _creates_a_backfill(answer: Response) -> bool:

@@ -8,17 +8,22 @@ import os
 import subprocess
 import sys
 import time
+import urllib.parse
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from tracked_days import Shop
 
+from infra.local.__main__ import _newest_day
+from infra.local.newest_day import newest_judged
+from infra.local.pages import Page
 from infra.status import screen, status, step_of
 from onetrans import cli, storage
 from onetrans.lake import Lake
 from onetrans.registry import promote
 from onetrans.settings import as_environment
+from onetrans.tracking import find_model_run
 
 ROOT = Path(__file__).parents[2]
 
@@ -53,6 +58,23 @@ def test_days_models_and_the_champion(shop: Shop) -> None:
     assert f"version 1, of {shop.days[-2]}, since " in text
     assert "2 earlier days" in text
     assert max(map(len, text.splitlines()[2:12])) <= 120
+
+
+def test_make_ui_leads_to_the_newest_verdict(shop: Shop) -> None:
+    plan = newest_judged(shop.settings)
+    assert plan.ds == shop.days[-1]
+    shown = [Page("MLflow", "http://127.0.0.1:5000", None)]
+    title, models, verdict = _newest_day(shop.settings, shown)
+    assert title == f"{plan.ds}, the newest day with a verdict:"
+    assert verdict.split()[1] == (storage.local_path(plan.path) / "gate.html").as_uri()
+    run = find_model_run(shop.settings, plan, "onetrans")
+    assert run is not None
+    asked = urllib.parse.parse_qs(models.split()[1].partition("/#/compare-runs?")[2])
+    assert run.info.run_id in json.loads(asked["runs"][0])
+    began = time.monotonic()
+    gone = replace(shop.settings.mlflow, tracking_uri="http://127.0.0.1:1")
+    assert _newest_day(replace(shop.settings, mlflow=gone), shown) == [], "no page is worth the servers"
+    assert time.monotonic() - began < 30
 
 
 def test_an_attempt_that_failed_its_audit_stands_beside_what_is_published(shop: Shop) -> None:

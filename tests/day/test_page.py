@@ -9,6 +9,8 @@ Creating a backfill on SQLite was reported to fail while other processes write (
 
 from __future__ import annotations
 
+import urllib.parse
+
 import pytest
 
 from onetrans.lake import TABLES
@@ -30,6 +32,21 @@ def test_both_real_dags_are_backfilled_from_the_page(deployment: Deployment, day
         described = deployment.airflow.api.call("GET", f"/dags/{dag_id}/dagRuns/{run_id}")
         assert (described["run_type"], described["state"]) == ("backfill", "success")
     assert all(TODAY in deployment.lake.days(table) for table in TABLES)
+
+
+def test_the_form_of_a_run_is_filled_in_from_the_page(deployment: Deployment) -> None:
+    """All of its fields; the run's first task gets them, and refuses what does not go together."""
+    typed = {"ds": str(TODAY), "force_reason": "the baseline's log was broken"}
+    chosen = {"preset": "tiny", "gate_mode": "off"}
+    with AirflowPage(deployment.airflow.address) as page:
+        run_id = page.trigger("ranking_model", typed, chosen, switched_on=["from_scratch"])
+    (ended,) = deployment.wait(("ranking_model", run_id), seconds=120)
+    described = deployment.airflow.api.call("GET", f"/dags/ranking_model/dagRuns/{urllib.parse.quote(run_id)}")
+    assert described["conf"] == {**typed, **chosen, "from_scratch": True}
+    refused = deployment.task("ranking_model", run_id, "wait_for_day")
+    assert (ended.state, refused.state, refused.tries) == ("failed", "failed", 1)
+    text = "\n".join(deployment.airflow.api.log(refused))
+    assert f"wait_for_day of {TODAY}: REFUSED. Gate mode off leaves the champion as it is" in text
 
 
 def _latest(deployment: Deployment, dag_id: str) -> dict[str, str]:

@@ -104,9 +104,7 @@ def run_failed(context: Mapping[str, Any]) -> None:
             task_id="",
             day=day,
             link=_run_link(dag_id, run_id),
-        ),
-        # Its task was told of already, and whoever backfills looks at the grid.
-        people=not (run_id.startswith("backfill__") and context.get("reason") == "task_failure"),
+        )
     )
 
 

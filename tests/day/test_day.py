@@ -133,7 +133,8 @@ def test_bad_data_stops_the_day_at_once_and_leaves_what_is_published(deployment:
     assert message["title"] == f"feature_tables {BAD}: impressions.build failed"
     assert message["text"].startswith(f"{message['title']}\nimpressions.build of {BAD}: BAD DATA.")
     assert "/tasks/impressions.build" in message["link"]
-    assert not [m for m in deployment.told if (m["run_id"], m["task_id"]) == (run_id, "")], "its task was told of"
+    (message,) = _told(deployment, dag_id, run_id, "")
+    assert message["title"] == f"feature_tables {BAD}: the run failed"
 
     # The model's run has nothing to wait for any more, and says so.
     (ended,) = deployment.wait(model, seconds=120)

@@ -216,7 +216,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     names = [protection.name for protection in PROTECTIONS]
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"which: {', '.join(names)}")
-    wanted = parser.parse_args(argv).names
+    parser.add_argument("--tests", default="", metavar="PART", help="only tests whose name holds this")
+    arguments = parser.parse_args(argv)
+    wanted = arguments.names
     if unknown := set(wanted) - set(names):
         parser.error(f"no protection is called {', '.join(sorted(unknown))}")
     passed = 0
@@ -226,7 +228,7 @@ def main(argv: list[str] | None = None) -> int:
         begun = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="onetrans-unprotected-") as folder:
             copy = copied(Path(folder), protection)
-            for test in protection.tests:
+            for test in (test for test in protection.tests if arguments.tests in test):
                 command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", test]
                 # Wide enough for pytest's last line on a test to say why it failed.
                 environment = {**os.environ, "PYTHONPATH": str(copy), "COLUMNS": "400", **protection.environment}

@@ -1020,6 +1020,16 @@ def test_a_run_that_fails_while_it_is_waited_for_stops_only_what_has_no_tables(s
     assert payload["code"] == (0 if there else 75)
 
 
+def test_a_catalog_that_is_away_is_asked_again_and_does_not_end_the_wait(stands, tmp_path):
+    stands.append("failed")
+    program = (
+        f"import pathlib, sys; seen = pathlib.Path({str(tmp_path / 'seen')!r}); there = seen.exists(); seen.touch()\n"
+        "print('there'); sys.exit(0 if there else 1)"
+    )
+    payload = look(waiting(program, TONIGHT, in_doubt_only=True, pause_s=0.1))
+    assert (payload["code"], payload["result"], payload["stop"]) == (0, "there", "")
+
+
 def test_a_queued_run_that_is_gone_is_not_waited_for(stands, tmp_path):
     stands += ["queued", "queued", "done"]
     payload = look(waiting(published(tmp_path / "day"), TONIGHT, in_doubt_only=True))

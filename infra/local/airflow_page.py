@@ -97,7 +97,7 @@ class AirflowPage:
             dialog.locator(f"#element_{field}").click()
             page.get_by_role("option", name=choice, exact=True).click()
         for field in switched_on:
-            dialog.locator(f"#element_{field}").click()
+            dialog.locator(f"label:has([name=element_{field}])").click()
         with page.expect_response(_creates_a_run) as answer:
             dialog.get_by_role("button", name="Trigger", exact=True).click()
         if not answer.value.ok:

@@ -222,10 +222,11 @@ def _disk(settings: Settings) -> list[Check]:
         "lake.warehouse": settings.lake.warehouse,
         "training.runs": settings.training.runs,
         "mlflow.artifacts": settings.mlflow.artifacts,
+        "audit.data_docs": settings.audit.data_docs,
     }
     checks = []
     for setting, path in folders.items():
-        if not storage.is_local(path):
+        if not path or not storage.is_local(path):
             continue  # the store's own check
         folder = _nearest(storage.local_path(path))
         if not (folder.is_dir() and os.access(folder, os.W_OK)):

@@ -75,14 +75,15 @@ class Deployment:
     def __init__(self, folder: Path, store: s3.ObjectStore, database: postgres.Postgres) -> None:
         self.folder = folder
         self.services = _services()
-        self.ports = {name: free_port() for name in ("mlflow", "airflow-api-server", "serving")}
+        self.ports = {name: free_port() for name in ("mlflow", "airflow-api-server", "data-docs", "serving")}
         self._store, self._database = store, database
         self.servers: list[Server] = []
 
     def environment(self, service: str) -> dict[str, str]:
         """Return a service's variables, with this machine's addresses and folders in place of the containers'."""
         home = self.folder / "airflow"
-        given = {name: self._here(value) for name, value in self.services[service]["environment"].items()}
+        named = self.services[service].get("environment") or {}
+        given = {name: self._here(value) for name, value in named.items()}
         return {
             **{name: value for name, value in os.environ.items() if not name.startswith(("AIRFLOW", "ONETRANS"))},
             **given,
@@ -106,16 +107,20 @@ class Deployment:
     def command(self, service: str) -> list[str]:
         """Return what a service starts, its program as a module of this Python."""
         given = self.services[service].get("command") or ["onetrans.cli", "serve", "--host", "0.0.0.0"]
+        given = [str(self.ports[service]) if word == "8088" else word for word in given]
         arguments = [self._here(word.replace("0.0.0.0", "127.0.0.1")) for word in given]
         if service in ("serving", "airflow-api-server"):
             arguments += ["--port", str(self.ports[service])]
         return [sys.executable, "-m", *arguments]
 
     def _here(self, text: str) -> str:
-        for name, port in (("mlflow", 5000), ("airflow-api-server", 8080)):
-            text = re.sub(rf"\b{name}:{port}\b", f"127.0.0.1:{self.ports[name]}", text)
+        for name, port in (("mlflow", 5000), ("airflow-api-server", 8080), ("data-docs", 8088)):
+            text = re.sub(rf"\b(?:{name}|127\.0\.0\.1):{port}\b", f"127.0.0.1:{self.ports[name]}", text)
         text = text.replace("--port=5000", f"--port={self.ports['mlflow']}")
-        return text.replace("/opt/onetrans", str(REPOSITORY)).replace("/opt/airflow", str(self.folder / "airflow"))
+        for folder, here in (("/opt/onetrans", REPOSITORY), ("/opt/airflow", self.folder / "airflow"),
+                             ("/data-docs", self.folder / "data-docs")):  # fmt: skip
+            text = text.replace(folder, str(here))
+        return text
 
     def run(self, *arguments: str, service: str = "airflow-scheduler") -> str:
         """Run a process to its end with a service's variables."""
@@ -197,6 +202,14 @@ def test_a_day_through_the_services_of_the_compose_file(tmp_path: Path, monkeypa
         settings = load_settings()
         lake = Lake(settings.lake)
         assert all(lake.days(table) == [history, today] for table in TABLES)
+        # The link in a step's log is opened by a browser.
+        deployment.start("data-docs")
+        docs = f"http://127.0.0.1:{deployment.ports['data-docs']}"
+        wait_until(lambda: _answers(f"{docs}/index.html"), deployment.servers, "Data Docs", 60)
+        verdict = lake.verdict_in(lake.files("impressions", [today])[0].rsplit("/", 1)[0])
+        assert verdict is not None
+        assert verdict["data_docs"].startswith(f"{docs}/")
+        assert _answers(verdict["data_docs"])
         # A day is too short to be learned from: the gate declines, as it should, and a person has the model promoted.
         (plan,) = storage.list_files(settings.training.runs, "plan.json")
         deployment.run("onetrans.cli", "promote", "--plan", plan, "--force", "the registry is to be reached")
@@ -214,7 +227,7 @@ def test_a_day_through_the_services_of_the_compose_file(tmp_path: Path, monkeypa
         address = f"http://127.0.0.1:{deployment.ports['serving']}"
         wait_until(lambda: _answers(f"{address}/readyz"), deployment.servers, "the service", 180)
 
-        # Nothing lies on this disk but Airflow's logs; the secret is in none of them.
+        # Nothing lies on this disk but Airflow's logs and Data Docs; the secret is in none of them.
         assert not (tmp_path / "var").exists()
         written = [path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size < 50_000_000]
         assert not [path for path in written if SECRET.encode() in path.read_bytes()]

@@ -212,7 +212,7 @@ def system() -> dict[str, Any]:
 
 
 def test_compose_reads_its_file_and_refuses_to_begin_without_secrets(system: dict[str, Any]) -> None:
-    wanted = {"postgres", "store", "prepare", "mlflow", "serving"}
+    wanted = {"postgres", "store", "prepare", "mlflow", "data-docs", "serving"}
     wanted |= {f"airflow-{name}" for name in ("api-server", "scheduler", "dag-processor", "triggerer")}
     assert set(system) == wanted
     assert set(_env_file(INFRA / "production" / ".env.example")) == set(SECRETS)
@@ -233,6 +233,40 @@ def test_services_listen_on_loopback_alone_and_are_watched(system: dict[str, Any
             for mount in service.get("volumes", ()):
                 assert mount["type"] == "volume" or Path(mount["source"]).exists(), mount
     assert system["prepare"]["restart"] == "no"
+
+
+def test_links_in_logs_name_what_a_browser_of_the_machine_reaches(system: dict[str, Any]) -> None:
+    """A container's own name is known to containers alone, and nobody opens an object of the store without a key."""
+    published = {
+        f"http://{port['host_ip']}:{port['published']}": service
+        for service in system.values()
+        for port in service.get("ports", ())
+    }
+    steps = system["airflow-scheduler"]["environment"]
+    assert "server" in published[steps["ONETRANS_MLFLOW_ADDRESS"]]["command"]
+    folder, docs = steps["ONETRANS_AUDIT_DATA_DOCS"], published[steps["ONETRANS_AUDIT_ADDRESS"]]
+    assert docs["command"][-2:] == ["--directory", folder]
+
+    def volume(service: dict[str, Any]) -> tuple[str, bool]:
+        (mount,) = (mount for mount in service["volumes"] if mount["target"] == folder)
+        return mount["source"], mount.get("read_only", False)
+
+    assert volume(docs) == (volume(system["airflow-scheduler"])[0], True)
+    assert not volume(system["airflow-scheduler"])[1]
+    (made,) = (line for line in stages()["base"] if "install --directory --owner 50000" in line)
+    assert folder in made.split()  # a new volume takes its owner from the image
+
+
+def test_a_container_tells_nobody_outside_that_it_runs() -> None:
+    for stage in ("airflow", "training", "serving"):
+        variables = image_environment(stage)
+        assert (variables["MLFLOW_DISABLE_TELEMETRY"], variables["DO_NOT_TRACK"]) == ("true", "true")
+
+
+def test_the_database_is_ready_only_once_it_was_made(system: dict[str, Any]) -> None:
+    """While the image makes databases its server listens on the socket alone, and then starts again."""
+    test = system["postgres"]["healthcheck"]["test"]
+    assert test[test.index("--host") + 1] == "127.0.0.1"
 
 
 def test_no_secret_stands_in_a_file(system: dict[str, Any]) -> None:

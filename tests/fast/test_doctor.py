@@ -60,6 +60,7 @@ def test_every_line_that_fails_says_how_to_mend_it(
 ) -> None:
     monkeypatch.setenv("JAVA_HOME", str(tmp_path / "no-java"))
     monkeypatch.setenv("ONETRANS_SPARK_DRIVER_MEMORY", "9000g")
+    monkeypatch.setenv("ONETRANS_AUDIT_DATA_DOCS", "onetrans.toml/docs")
     Path("onetrans.toml").write_text("[source]\npath = 'log'\n[lake]\nwarehouse = 'onetrans.toml/lake'\n")
     Path("log").mkdir()
     Path("log", "schema.toml").write_text("name = 'x'\nfeaturs = 1\n")
@@ -68,9 +69,11 @@ def test_every_line_that_fails_says_how_to_mend_it(
     assert "FAIL  java       JAVA_HOME=" in printed
     assert "openjdk-17-jre-headless" in printed
     assert "or a smaller spark.driver_memory" in printed
-    assert "onetrans.toml cannot be written" in printed
+    assert "lake.warehouse = onetrans.toml/lake: " in printed
+    assert "audit.data_docs = onetrans.toml/docs: " in printed
+    assert printed.count("onetrans.toml cannot be written") == 2
     assert "onetrans schema check FILE" in printed
-    assert "4 to mend" in printed
+    assert "5 to mend" in printed
 
 
 def test_a_server_that_does_not_answer_can_be_tried_again(

@@ -102,6 +102,7 @@ def _reaches_the_builder(path: str) -> bool:
 
 def test_every_command_begins_with_what_the_image_of_airflow_has(tmp_path: Path) -> None:
     assert not _reaches_the_builder("infra/.env")
+    assert not _reaches_the_builder("infra/.env.airflow")
     assert not _reaches_the_builder("onetrans/__pycache__/cli.cpython-311.pyc")
     for line in (line for stage in ("base", "airflow") for line in stages()[stage] if line.startswith("COPY ")):
         *sources, target = line.split()[1:]
@@ -274,7 +275,8 @@ def test_no_secret_stands_in_a_file(system: dict[str, Any]) -> None:
         for variable, value in (service.get("environment") or {}).items():
             if re.search(r"PASSWORD|SECRET|TOKEN|FERNET|ACCESS_KEY", variable):
                 assert value == "a-secret", f"{name}: {variable}"
-    assert ROOT.joinpath(".gitignore").read_text(encoding="utf-8").splitlines().count("infra/.env") == 1
+    ignored = ROOT.joinpath(".gitignore").read_text(encoding="utf-8").splitlines()
+    assert {"infra/.env", "infra/.env.airflow"} <= set(ignored)
 
 
 def test_processes_of_airflow_know_each_other_by_one_key(system: dict[str, Any]) -> None:

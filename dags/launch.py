@@ -91,15 +91,18 @@ class LaunchStep(Step):
             refused: answers that no next try changes; any other is a matter of the next.
         """
         from kubernetes.client.exceptions import ApiException
+        from kubernetes.config import ConfigException
         from urllib3.exceptions import HTTPError
 
         try:
             yield
         except ApiException as error:
             said = f"Kubernetes answered {error.status} {error.reason}: {_message(error.body)}"
-            if error.status in refused and "quota" not in said:
+            if error.status in refused and "exceeded quota" not in said:
                 self._bad(context, said)
             self._away(context, said, error)
+        except ConfigException as error:
+            self._bad(context, f"the connection to Kubernetes cannot be used: {error}")
         except HTTPError as error:
             self._away(context, f"Kubernetes does not answer: {error}", error)
 

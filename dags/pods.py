@@ -100,9 +100,10 @@ def how_it_ended(pod: Any, container: str) -> Ended:
     if ended is None:
         reason = f"{pod.status.reason or pod.status.phase}: {pod.status.message or 'its process did not begin'}"
         return Ended(1, None, f"Pod {pod.metadata.name} ended before its process did ({reason})")
-    text = ended.message or f"Pod {pod.metadata.name}: {ended.reason or 'no reason given'}"
-    oom = "The container passed its memory limit (OOMKilled): raise it in the pod's template."
-    return ended_by(int(ended.exit_code), text, oom if ended.reason == "OOMKilled" else "")
+    why = "" if ended.message else f"Pod {pod.metadata.name} says no more than {ended.reason or 'its exit code'}."
+    if ended.reason == "OOMKilled":
+        why = "The container passed its memory limit (OOMKilled): raise it in the pod's template."
+    return ended_by(int(ended.exit_code), ended.message or "", why)
 
 
 def gpus(template: Mapping[str, Any], container: str = "base") -> int:

@@ -279,7 +279,7 @@ def _airflow(days: int) -> dict[str, Any] | None:
             "address": where,
             "health": health,
             "running": reach.running(where),
-            "troubled": reach.troubled(where, days),
+            "troubled": _part(lambda: reach.troubled(where, days)),
         }
     except (OSError, AirflowApiError) as error:
         return {"address": where, "error": f"does not answer ({error})"}
@@ -386,6 +386,8 @@ def _troubled_part(airflow: Mapping[str, Any] | None) -> dict[str, str]:
     """Return the part that tells of failed tasks; none where there is none, or nobody says."""
     lines: list[str] = []
     troubled = (airflow or {}).get("troubled") or {"tasks": (), "more": 0}
+    if "error" in troubled:
+        return {"Failed": f"not known: {troubled['error'].partition(': ')[2]}"}
     for task in troubled["tasks"]:
         outcome = "FAILED" if task["state"] == "failed" else "waits for its next try"
         tried = [f"try {task['try']} of {task['tries']}"] if task["task_id"] else []

@@ -140,6 +140,7 @@ def main(argv: list[str] | None = None) -> int:
         due = outdated(Lake(settings.lake), schema, source, datetime.now(UTC), first, last)
         if arguments.json:
             print_json([asdict(one) for one in due])
+            sys.stdout.flush()  # before hours of building
         else:
             print(describe(due) or "every published day is up to date", flush=True)
         if due and not arguments.dry_run:

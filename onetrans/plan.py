@@ -500,14 +500,20 @@ class _Finished:
     folder: str
 
 
-def decides(promotion: Mapping[str, Any]) -> bool:
-    """Tell whether the content of a ``promotion.json`` is a decision: not what a dry run came to."""
-    return bool(promotion.get("mode", "enabled") == "enabled")
+def decision_in(folder: str) -> dict[str, Any] | None:
+    """Return what a day was decided by the plan in a folder, its ``promotion.json``; what a dry run came to is none."""
+    path, judged = (storage.join(folder, name) for name in (PROMOTION_FILE, GATE_FILE))
+    if not storage.exists(path):
+        return None
+    promotion: dict[str, Any] = storage.read_json(path)
+    if "mode" not in promotion and storage.exists(judged):  # by version 0.1.0
+        promotion["mode"] = storage.read_json(judged).get("mode")
+    return promotion if promotion.get("mode", "enabled") == "enabled" else None
 
 
-def _is_decided(folder: str) -> bool:
-    path = storage.join(folder, PROMOTION_FILE)
-    return storage.exists(path) and decides(storage.read_json(path))
+def decided_at(folder: str) -> str:
+    """Return when a day was decided by the plan in a folder, to be compared; empty: it was not."""
+    return str((decision_in(folder) or {"finished_at": ""})["finished_at"])
 
 
 def _newest_finished(
@@ -523,10 +529,10 @@ def _newest_finished(
             run, model_name, _ = file.rsplit("/", 2)
             if model_name in models:
                 records.setdefault(run, {})[model_name] = storage.read_json(file)
-        # Several plans of one day may be finished: one that the day was decided by goes first, not a trial's; of
-        # several the one finished last.
+        # Several plans of one day may be finished: the one that the day was decided by last, not a trial's; of
+        # none the one finished last.
         whole = sorted(
-            (_is_decided(path), max(str(r["finished_at"]) for r in run.values()), path)
+            (decided_at(path), max(str(r["finished_at"]) for r in run.values()), path)
             for path, run in records.items()
             if set(run) == set(models)
         )

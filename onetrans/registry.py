@@ -60,7 +60,7 @@ from onetrans.tracking import (
     one_at_a_time,
     see_run,
 )
-from onetrans.trial import decided, results_folder
+from onetrans.trial import decision_of_day, results_folder
 from onetrans.verdict_outcome import with_outcome
 
 if TYPE_CHECKING:
@@ -354,7 +354,7 @@ def promote(settings: Settings, plan: Plan, force: str = "") -> dict[str, Any]:
         raise BadConfigError(f"plan {plan.plan_id} of {plan.ds} was made without MLflow; there is nothing to register")
     with answering(settings.mlflow):
         see_run(settings.mlflow, plan.mlflow_run_id)
-        if settings.gate.mode != "enabled" and (done := decided(plan)) is not None:
+        if settings.gate.mode != "enabled" and (done := decision_of_day(plan)) is not None:
             return _left_as_it_is(settings, plan, done)
         for _ in range(MOST_COMPARISONS):
             promotion = _promote_once(settings, plan, force.strip())

@@ -1,6 +1,6 @@
 """``onetrans report``: what each day of a range brought, read from the run folders.
 
-A day shows its newest plan, of those it was decided by if there is one: the figures of
+A day shows the plan it was decided by last, or else its newest: the figures of
 both models on that day, of the champion they were compared with, of a ranker by
 popularity, and of the true probabilities where the log is simulated (the best any
 model can do); the lift with its interval, the verdict and the champion after it.
@@ -16,7 +16,16 @@ from typing import Any
 from onetrans import storage
 from onetrans.days import day_range, parse_day
 from onetrans.errors import NotReadyError
-from onetrans.plan import FINISHED_FILE, GATE_FILE, LOCK_FILE, METRICS_FILE, PLAN_FILE, PROMOTION_FILE, TRUTH, decides
+from onetrans.plan import (
+    FINISHED_FILE,
+    GATE_FILE,
+    LOCK_FILE,
+    METRICS_FILE,
+    PLAN_FILE,
+    PROMOTION_FILE,
+    TRUTH,
+    decided_at,
+)
 from onetrans.process import add_json, print_json
 from onetrans.scores import BASELINE, CANDIDATE, CHAMPION, POPULARITY
 from onetrans.settings import Settings, load_settings
@@ -63,7 +72,7 @@ def _day(runs: str, ds: date) -> dict[str, Any]:
     if not plans:
         return {"ds": str(ds), "state": "no run"}
     # What was decided stands for the day; a trial beside it, or a run that is under way, does not.
-    plan, path = max(plans, key=lambda found: (_decided(found[1]), str(found[0]["created_at"])))
+    plan, path = max(plans, key=lambda found: (decided_at(found[1]), str(found[0]["created_at"])))
     metrics, gate, promotion = (_read(path, name) for name in (METRICS_FILE, GATE_FILE, PROMOTION_FILE))
     return {
         "ds": str(ds),
@@ -93,11 +102,6 @@ def _day(runs: str, ds: date) -> dict[str, Any]:
         "decision": promotion["decision"] if promotion else None,
         "champion": promotion["champion_after"] if promotion else None,
     }
-
-
-def _decided(path: str) -> bool:
-    promotion = _read(path, PROMOTION_FILE)
-    return promotion is not None and decides(promotion)
 
 
 def _trained(plan: Mapping[str, Any], path: str) -> str:

@@ -231,12 +231,15 @@ def _require_database(uri: str) -> None:
     from sqlalchemy import create_engine
     from sqlalchemy.exc import OperationalError
 
+    engine = create_engine(uri, connect_args={"connect_timeout": _ANSWERS_WITHIN_S})
     try:
-        create_engine(uri, connect_args={"connect_timeout": _ANSWERS_WITHIN_S}).connect().close()
+        engine.connect().close()
     except OperationalError as error:
         raise NotReadyError(
             f"MLflow's database {without_login(uri)} does not answer ({_first_line(error)[:300]})"
         ) from error
+    finally:
+        engine.dispose()
 
 
 def _again(call: Callable[[], T]) -> T:

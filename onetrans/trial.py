@@ -1,12 +1,14 @@
 """A trial: a day that was decided is judged anew, beside its record.
 
 With ``gate.mode`` = ``dry_run`` or ``off`` nobody wants the day decided again.  So what
-evaluation and gate find then, of whatever plan, goes to a folder of the plan that is named
-after the mode, and to one of that name among the artifacts of the plan's MLflow run; no
-version is registered.  Scores, figures, verdict, page and promotion of the decision stay
-as they are, its training stays the one that later days go on from, and it stays the
-outcome of the day in reports.  A day that was never decided has no record to keep: there
-a dry run writes where the decision would.
+evaluation and gate find of the plan that decided it goes to a folder of the plan that is
+named after the mode, and to one of that name among the artifacts of the plan's MLflow
+run: scores, figures, verdict, page and promotion of the decision stay as they are.
+Another plan of the day (another preset, fresh weights, tables that were built again) has
+no record to keep, and a run of its own; there a dry run writes where a decision would.
+
+Either way no version is registered, the decision stays the outcome of the day in
+reports, and its training stays the one that later days go on from.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from onetrans import storage
-from onetrans.plan import PROMOTION_FILE, Plan, decides
+from onetrans.plan import PROMOTION_FILE, Plan, decision_in
 from onetrans.settings import Settings
 from onetrans.tracking import log_beside, recorded_step
 
@@ -24,16 +26,16 @@ TRIAL_FOLDER = "trial"
 """In a plan's folder: what the last trial of each mode found."""
 
 
-def decided(plan: Plan) -> dict[str, Any] | None:
-    """Return the newest decision of a plan's day, the content of its ``promotion.json``: of that plan or another."""
+def decision_of_day(plan: Plan) -> dict[str, Any] | None:
+    """Return what a plan's day was decided last, the content of a ``promotion.json``: of that plan or another."""
     day = plan.path.rstrip("/").rsplit("/", 1)[0]
-    found = [storage.read_json(path) for path in storage.list_files(day, PROMOTION_FILE)]
-    return max(filter(decides, found), key=lambda promotion: str(promotion["finished_at"]), default=None)
+    folders = [path.rsplit("/", 1)[0] for path in storage.list_files(day, PROMOTION_FILE)]
+    return max(filter(None, map(decision_in, folders)), key=lambda decision: str(decision["finished_at"]), default=None)
 
 
 def is_trial(settings: Settings, plan: Plan) -> bool:
-    """Tell whether these settings decide nothing, and the day was decided with settings that do."""
-    return settings.gate.mode != "enabled" and decided(plan) is not None
+    """Tell whether these settings decide nothing, and the day was decided by this plan: it has a record to keep."""
+    return settings.gate.mode != "enabled" and decision_in(plan.path) is not None
 
 
 def results_folder(settings: Settings, plan: Plan) -> str:

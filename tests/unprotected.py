@@ -221,6 +221,8 @@ def main(argv: list[str] | None = None) -> int:
     wanted = arguments.names
     if unknown := set(wanted) - set(names):
         parser.error(f"no protection is called {', '.join(sorted(unknown))}")
+    if not any(arguments.tests in test for protection in PROTECTIONS for test in protection.tests):
+        parser.error(f"no test's name holds {arguments.tests!r}")
     passed = 0
     for protection in PROTECTIONS:
         if protection.name not in wanted if wanted else protection.long:

@@ -29,7 +29,7 @@ from infra.local.airflow import REPOSITORY, LocalAirflow
 from infra.local.homes import airflow_home, chosen_config
 from infra.local.newest_day import comparison, newest_judged, verdict_page
 from infra.local.processes import stop
-from onetrans.errors import EXIT_OK, PipelineError
+from onetrans.errors import EXIT_OK, NotReadyError
 from onetrans.process import EXIT_CODES, Parser, exit_code_of
 from onetrans.settings import OWN_FILE, Settings, load_settings
 
@@ -108,9 +108,11 @@ def _newest_day(settings: Settings, others: Sequence[pages.Page]) -> list[str]:
     mlflow = settings.mlflow.address or next(page.address for page in others if page.title == "MLflow")
     try:
         plan = newest_judged(settings)
-        found = [("Models", comparison(settings, plan, mlflow)), ("Verdict", verdict_page(plan))]
-    except (PipelineError, OSError):
+        found = [("Verdict", verdict_page(plan)), ("Models", comparison(settings, plan, mlflow))]
+    except NotReadyError:
         return []
+    except Exception as error:  # whatever it is, the servers run and are what was asked for
+        return [f"where the newest verdict is, cannot be told: {error}"]
     return [f"{plan.ds}, the newest day with a verdict:", *(f"  {title:<10} {address}" for title, address in found)]
 
 

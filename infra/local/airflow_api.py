@@ -19,7 +19,11 @@ FINISHED = frozenset({"success", "failed", "skipped", "upstream_failed", "remove
 
 
 class AirflowApiError(PipelineError):
-    """Airflow refused a call."""
+    """Airflow refused a call; ``status`` is that of its answer, 0 where there was none of Airflow's."""
+
+    def __init__(self, text: str, status: int = 0) -> None:
+        super().__init__(text)
+        self.status = status
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,9 @@ class AirflowApi:
                     return json.loads(answer.read() or b"null")
             except urllib.error.HTTPError as error:
                 text = error.read().decode(errors="replace")
-                raise AirflowApiError(f"Airflow answered {error.code} to {method} {path}: {text}") from error
+                raise AirflowApiError(
+                    f"Airflow answered {error.code} to {method} {path}: {text}", error.code
+                ) from error
         except ValueError as error:  # a page: a login before it, or another server where Airflow was
             raise AirflowApiError(f"what answers {method} {path} at {self.address} is no API of Airflow's") from error
         except http.client.HTTPException as error:  # no OSError, though it is what a server leaves that was killed

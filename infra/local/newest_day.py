@@ -10,7 +10,7 @@ from onetrans.plan import PAGE_FILE, Plan
 from onetrans.report import planned_days, report
 from onetrans.scores import BASELINE, CANDIDATE
 from onetrans.settings import Settings
-from onetrans.tracking import answering, experiment_id, find_model_run, require_answer
+from onetrans.tracking import answering, find_model_run, require_answer
 
 
 def newest_judged(settings: Settings) -> Plan:
@@ -41,7 +41,7 @@ def comparison(settings: Settings, plan: Plan, mlflow: str) -> str:
         mlflow: address of MLflow's pages.
 
     Raises:
-        NotReadyError: if MLflow does not answer.
+        NotReadyError: if MLflow does not answer, or has no run of either.
     """
     require_answer(settings.mlflow)
     with answering(settings.mlflow, look=True):
@@ -50,6 +50,9 @@ def comparison(settings: Settings, plan: Plan, mlflow: str) -> str:
 
 def _comparison(settings: Settings, plan: Plan, mlflow: str) -> str:
     runs = [find_model_run(settings, plan, name) for name in (CANDIDATE, BASELINE)]
-    ids = ",".join(f'"{run.info.run_id}"' for run in runs if run is not None)
-    asked = {"runs": f"[{ids}]", "experiments": f'["{experiment_id(settings.mlflow)}"]'}
+    there = [run.info for run in runs if run is not None]
+    if not there:
+        raise NotReadyError(f"MLflow has no run of either model of {plan.ds}")
+    ids = ",".join(f'"{info.run_id}"' for info in there)
+    asked = {"runs": f"[{ids}]", "experiments": f'["{there[0].experiment_id}"]'}
     return f"{mlflow}/#/compare-runs?{urllib.parse.urlencode(asked)}"

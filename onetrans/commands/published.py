@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import argparse
 import time
-from datetime import date
+from collections.abc import Sequence
+from datetime import date, timedelta
 
 from onetrans.days import describe_days, parse_day
 from onetrans.errors import EXIT_OK, BadConfigError, NotReadyError
@@ -30,8 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "tables", nargs="+", choices=(*TABLES, SCORES), metavar="TABLE", help=f"one of {', '.join((*TABLES, SCORES))}"
     )
     parser.add_argument("--ds", required=True, metavar="DAY", help="day, YYYY-MM-DD")
-    parser.add_argument("--or-absent", action="store_true", help="exit 0 also for a day that source.absent_days names")
-    parser.add_argument("--or-first", action="store_true", help="exit 0 also where no day before it is published")
+    parser.add_argument(
+        "--or-absent", action="store_true", help="of a day that source.absent_days names, the one before"
+    )
+    parser.add_argument("--or-first", action="store_true", help="exit 0 also where no day up to it is published")
     parser.add_argument("--wait", type=float, default=0.0, metavar="SECONDS", help="longest wait (default: 0)")
     parser.add_argument("--every", type=float, default=5.0, metavar="SECONDS", help="between two looks (default: 5)")
     add_json(parser)
@@ -51,7 +54,9 @@ def run(arguments: argparse.Namespace) -> int:
     lake = Lake(settings.lake)
     deadline = time.monotonic() + arguments.wait
     found: dict[str, PublishedDay] = {}
-    nothing_lost = _nothing_lost(lake, settings, ds, arguments)
+    if arguments.or_absent:
+        ds = _before_absent(lake, settings, ds, arguments.tables)
+    nothing_lost = _nothing_lost(lake, ds, arguments)
     with long_steps(None, f"waiting for {', '.join(arguments.tables)} of {ds}"):
         for table in arguments.tables:
             while table not in found:
@@ -82,12 +87,20 @@ def run(arguments: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-def _nothing_lost(lake: Lake, settings: Settings, ds: date, arguments: argparse.Namespace) -> str:
+def _before_absent(lake: Lake, settings: Settings, ds: date, tables: Sequence[str]) -> date:
+    """Return the day, or the latest before it that the log did not lose or that is published: what builds go on from."""
+    days = _published_days(lake, tables)
+    while ds in settings.source.absent_days and ds not in days:
+        ds -= timedelta(days=1)
+    return ds
+
+
+def _nothing_lost(lake: Lake, ds: date, arguments: argparse.Namespace) -> str:
     """Return why a day that is not published is as good as one that is, where that was asked; else nothing."""
-    if arguments.or_absent and ds in settings.source.absent_days:
-        return "source.absent_days says that the log lost this day"
-    if arguments.or_first:
-        published = [day.ds for table in arguments.tables for day in (lake.published(table) if lake.exists() else [])]
-        if all(day > ds for day in published):
-            return "no day up to this one is published, so the tables begin after it"
+    if arguments.or_first and all(day > ds for day in _published_days(lake, arguments.tables)):
+        return "no day up to this one is published, so the tables begin after it"
     return ""
+
+
+def _published_days(lake: Lake, tables: Sequence[str]) -> set[date]:
+    return {day.ds for table in tables for day in (lake.published(table) if lake.exists() else [])}

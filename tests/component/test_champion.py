@@ -17,7 +17,7 @@ from onetrans.errors import BadDataError, NotReadyError
 from onetrans.evaluate import compare_again, evaluate, score_files
 from onetrans.gate import run_gate
 from onetrans.models import build_model
-from onetrans.plan import FINISHED_FILE
+from onetrans.plan import FINISHED_FILE, decision_in
 from onetrans.registry import CHAMPION, Registry, promote
 from onetrans.report import report
 from onetrans.schema import Feature
@@ -151,11 +151,16 @@ def test_a_trial_with_another_plan_leaves_the_day_to_the_one_that_decided_it(sho
     _promote(shop, decided)
     _finish(other)
     dry = dataclasses.replace(shop.settings, gate=dataclasses.replace(shop.settings.gate, mode="dry_run"))
-    record = _files(other.path)
+    record, client = _files(decided.path), Registry(shop.settings.mlflow).client
+    run = client.get_run(decided.mlflow_run_id).data
+    client.update_run(other.mlflow_run_id, status="RUNNING")
     evaluate(other, dry)
-    run_gate(dry, other)
+    assert run_gate(dry, other)["mode"] == "dry_run"
     told = promote(dry, other)
-    assert _files(other.path) == record
+    assert _files(decided.path) == record
+    assert client.get_run(decided.mlflow_run_id).data.tags == run.tags
+    assert client.get_run(other.mlflow_run_id).info.status == "FINISHED", "it is a run of its own, with its figures"
+    assert json.loads(_files(other.path)["gate.json"])["mode"] == "dry_run"
     assert (told["decision"], told["plan_id"], told["version"]) == ("promoted", decided.plan_id, "1")
     assert f"by plan {decided.plan_id} (" in told["reason"]
     registry = Registry(shop.settings.mlflow)
@@ -163,6 +168,19 @@ def test_a_trial_with_another_plan_leaves_the_day_to_the_one_that_decided_it(sho
     assert registry.aliases()["challenger"] == "1"
     (day,) = report(shop.settings, decided.ds, decided.ds)
     assert (day["plan_id"], day["decision"]) == (decided.plan_id, "promoted")
+
+
+def test_a_dry_run_that_was_recorded_without_its_mode_is_no_decision(shop, days):
+    """Version 0.1.0 wrote the mode into the verdict alone."""
+    plan = days["first"]
+    dry = dataclasses.replace(shop.settings, gate=dataclasses.replace(shop.settings.gate, mode="dry_run"))
+    storage.delete_file(storage.join(plan.path, "promotion.json"))
+    run_gate(dry, plan)
+    path = storage.join(plan.path, "promotion.json")
+    storage.write_json(path, {name: value for name, value in promote(dry, plan).items() if name != "mode"})
+    assert decision_in(plan.path) is None
+    run_gate(shop.settings, plan)
+    assert decision_in(plan.path) is not None
 
 
 def test_a_day_that_a_dry_run_judged_first_is_decided_later(shop, days):

@@ -64,7 +64,7 @@ def test_make_ui_leads_to_the_newest_verdict(shop: Shop) -> None:
     plan = newest_judged(shop.settings)
     assert plan.ds == shop.days[-1]
     shown = [Page("MLflow", "http://127.0.0.1:5000", None)]
-    title, models, verdict = _newest_day(shop.settings, shown)
+    title, verdict, models = _newest_day(shop.settings, shown)
     assert title == f"{plan.ds}, the newest day with a verdict:"
     assert verdict.split()[1] == (storage.local_path(plan.path) / "gate.html").as_uri()
     run = find_model_run(shop.settings, plan, "onetrans")

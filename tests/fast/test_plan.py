@@ -192,7 +192,7 @@ def test_of_several_finished_plans_of_a_day_the_one_it_was_decided_by_is_continu
     trial = plan_for(replace(settings, training=replace(settings.training, seed=5)), days[3])
     finish(trial, at="2024-03-10T09:00:00")
     for plan, mode in ((trial, "dry_run"), (decided, "enabled")):
-        storage.write_json(storage.join(plan.path, "promotion.json"), {"mode": mode})
+        storage.write_json(storage.join(plan.path, "promotion.json"), {"mode": mode, "finished_at": "2024-03-10"})
     assert plan_for(settings, days[4]).models["onetrans"].warm_start == decided.model_path("onetrans")
 
 

@@ -89,7 +89,7 @@ def run_failed(context: Mapping[str, Any]) -> None:
     """Tell that a run has failed; Airflow calls this in the DAG processor, once nothing of the run is left to do."""
     dag_id, run_id, day = context["dag"].dag_id, str(context["run_id"]), _day(context)
     reasons = {
-        "task_failure": "a task has failed; its log says why, and its own message if it was not for another's failure",
+        "task_failure": "a task has failed; its log says why",
         "timed_out": "it took longer than dagrun_timeout allows, and what was not done was skipped",
         "all_tasks_deadlocked": "its tasks wait for each other",
     }

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass

@@ -88,7 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _before_absent(lake: Lake, settings: Settings, ds: date, tables: Sequence[str]) -> date:
-    """Return the day, or the latest before it that the log did not lose or that is published: what builds go on from."""
+    """Return the day that builds go on from: this, or the latest before it that is published or that the log has."""
     days = _published_days(lake, tables)
     while ds in settings.source.absent_days and ds not in days:
         ds -= timedelta(days=1)

@@ -235,7 +235,7 @@ def test_an_e_mail_is_sent_by_airflow_s_own_notifier(connect):
     ("reason", "words"),
     [
         ("timed_out", "took longer than dagrun_timeout"),
-        ("task_failure", "its own message and log say why"),
+        ("task_failure", "a task has failed; its log says why"),
         ("something new", "is over: something new."),
     ],
 )

@@ -29,7 +29,7 @@ test-fast: env ## run the tests that need no Spark, Airflow or MLflow
 
 # TorchRec asks for fbgemm-gpu, whose CUDA build would be installed over the CPU build: so it comes without what it asks
 # for, and that by name.
-torchrec: env ## add TorchRec with FBGEMM for CPUs, for training.shard_rows (with GPUs: pip install '.[torchrec]')
+torchrec: env ## add TorchRec with FBGEMM for CPUs, for training.shard_rows (with GPUs: pip install --editable '.[torchrec]')
 	$(PY) -m pip install --quiet --constraint constraints.txt --no-deps torchrec fbgemm-gpu-cpu
 	$(PY) -m pip install --quiet --constraint constraints.txt --no-warn-conflicts tensordict torchmetrics pyre-extensions
 	$(PY) -c "import torchrec.distributed.embedding"

@@ -264,6 +264,8 @@ def measure(
     programs: dict[str, Callable[[Workspace, Path], None]] = {"jobs": by_jobs}
     if importlib.util.find_spec("duckdb"):
         programs["duckdb"] = by_duckdb
+    else:
+        said("DuckDB is not installed: nothing is compared with it")
     programs["windows"] = by_windows
     found: dict[str, Cost] = {}
     for name, program in programs.items():

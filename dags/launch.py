@@ -134,7 +134,7 @@ class LaunchStep(Step):
             self._bad(
                 context,
                 f"launch.place = 'kubernetes' needs a package that is not installed here ({error}); in a checkout "
-                "of this repository run: pip install '.[kubernetes]', or name its wheel instead of the dot",
+                "`make env` brings it, elsewhere: pip install 'PATH/TO/onetrans.whl[kubernetes]'",
             )
         template = Path(configured("launch", "pod_template", "") or TEMPLATE)
         if not template.is_file():

@@ -1,7 +1,7 @@
 """A Kubernetes pod that runs one step, and how it ended, in the terms of ``dags/steps.py``.
 
 Imported only where ``launch.place`` is ``kubernetes``: it needs
-``pip install '.[kubernetes]'``, which nothing else does.
+the extra ``kubernetes``, which nothing else does (in a checkout ``make env`` has it).
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ from typing import Any, NoReturn
 
 from infra.local.airflow import REPOSITORY, LocalAirflow
 from infra.local.airflow_api import Run, Task
+from infra.local.homes import airflow_home, chosen_config
 from infra.local.processes import stop_processes, stop_remembered
 from infra.local.watch import MemoryWatch
 from onetrans.days import day_range
@@ -212,7 +213,7 @@ def run(log: Log) -> Costs:
     begun = time.monotonic()
     config = _start_clean(log)
     environment = {"ONETRANS_CONFIG": str(config)}
-    airflow = LocalAirflow(HOME / "airflow", environment)
+    airflow = LocalAirflow(airflow_home(config), environment)
     with MemoryWatch(every=1.0) as memory:
         if log.kind == "files":
             days = (log.days[-1] - log.history_from).days + 1
@@ -241,10 +242,15 @@ def run(log: Log) -> Costs:
     total = time.monotonic() - begun
     _print_costs(watch, [task for _, task in tasks], memory, total)
     say(
-        "\nTo open Airflow, MLflow and Data Docs on this data: make ui"
+        f"\nTo open Airflow, MLflow and Data Docs on this data: {_make_ui(config)}"
         f"\nTo run a command on it: ONETRANS_CONFIG={_short(config)} .venv/bin/onetrans lake"
     )
     return Costs(config, total, memory.peak, _pairs(tasks))
+
+
+def _make_ui(config: Path) -> str:
+    """Return the command that shows this demo: a configuration of the user's own would go before it."""
+    return "make ui" if chosen_config(None) == config else f"ONETRANS_CONFIG={_short(config)} make ui"
 
 
 def _short(path: Path) -> Path:
@@ -261,7 +267,7 @@ def _pairs(tasks: list[tuple[Run, Task]]) -> dict[date, float]:
 
 def _start_clean(log: Log) -> Path:
     """Empty the demo's folder, stop what an earlier demo may have left running, and write the configuration."""
-    stop_remembered(HOME / "airflow" / "processes.json")
+    stop_remembered(airflow_home(HOME / "onetrans.toml") / "processes.json")
     if HOME.exists():
         say(f"== empty {_short(HOME)}: tables, runs and models of an earlier demo go")
         shutil.rmtree(HOME)

@@ -52,11 +52,15 @@ _BEFORE_WORDS = re.compile(
 )
 """A line that may stand before a licence's words."""
 
+_OF_ONE_BUILD = re.compile(r"nvidia-.*|cuda-.*|triton")
+"""Packages that PyTorch's build for GPUs brings."""
+
 _HEAD = """# Third parties
 
 Written by `python -m infra.notices` from the metadata of the installed packages; do not edit. What `pip install
 onetrans` with the extras postgres and kubernetes brings along, with the licence each names; where its metadata names
-none, the one whose words its licence file has. None of it is part of this repository.
+none, the one whose words its licence file has. None of it is part of this repository. Not listed is what PyTorch's
+build for GPUs brings besides, under terms of its maker's: `nvidia-*`, `cuda-*` and `triton`.
 
 | package | licence | |
 |---|---|---|
@@ -83,7 +87,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def brought_along(name: str = "onetrans", extras: tuple[str, ...] = EXTRAS) -> set[str]:
-    """Return the names of all installed packages that a package needs, directly or not, itself left out."""
+    """Return the names of all installed packages that a package needs, directly or not, itself left out.
+
+    So is what one build of PyTorch brings and another does not: the page would differ between machines.
+    """
     found: set[str] = set()
     waiting = [(canonicalize_name(name), ("", *extras))]
     seen = set(waiting)
@@ -98,7 +105,7 @@ def brought_along(name: str = "onetrans", extras: tuple[str, ...] = EXTRAS) -> s
             marker = requirement.marker
             if marker is None or any(marker.evaluate({"extra": extra}) for extra in wanted):
                 needed = (canonicalize_name(requirement.name), ("", *sorted(requirement.extras)))
-                if needed not in seen:
+                if needed not in seen and not _OF_ONE_BUILD.fullmatch(needed[0]):
                     seen.add(needed)
                     waiting.append(needed)
     return found - {canonicalize_name(name)}

@@ -74,8 +74,8 @@ def database_address(database: str, home: Path) -> str:
         )
     if find_spec("psycopg") is None:
         raise BadConfigError(
-            "airflow.database names a PostgreSQL, whose driver is not installed; in a checkout of this repository run: "
-            "pip install '.[postgres]', or name its wheel instead of the dot"
+            "airflow.database names a PostgreSQL, whose driver is not installed; in a checkout `make env` brings it, "
+            "elsewhere: pip install 'PATH/TO/onetrans.whl[postgres]'"
         )
     # One driver for the calls that wait and for those that do not; Airflow's default needs one of each.
     return f"postgresql+psycopg://{found['rest']}"

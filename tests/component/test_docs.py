@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 import subprocess
 import sys
@@ -56,6 +57,21 @@ def test_every_package_that_is_brought_along_is_named_with_its_licence() -> None
     written = (ROOT / "THIRD_PARTY.md").read_text(encoding="utf-8")
     names = re.compile(r"^\| ([\w.\-]+) \|", re.M)
     assert set(names.findall(page(known))) == set(names.findall(written)), "run: make notices"
+
+
+def test_the_notices_are_the_same_beside_pytorchs_build_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is what `make env` installs on Linux unless it is told where the build for CPUs is."""
+    from infra import notices
+
+    without = notices.brought_along()
+    requires = importlib.metadata.requires
+
+    def of_gpus(name: str) -> list[str] | None:
+        more = ["nvidia-cublas; platform_system == 'Linux'", "cuda-bindings", "triton==3.7"] if name == "torch" else []
+        return [*(requires(name) or []), *more]
+
+    monkeypatch.setattr(importlib.metadata, "requires", of_gpus)
+    assert notices.brought_along() == without
 
 
 @pytest.mark.parametrize(

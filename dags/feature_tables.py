@@ -54,7 +54,7 @@ from airflow.sdk import DAG, Asset, TaskGroup
 from dags.days import DAILY, START, day_param
 from dags.notify import run_failed
 from dags.others import Other
-from dags.steps import DAY, DEFAULTS, PREVIOUS_DAY, SPARK_POOL, Step, WaitStep
+from dags.steps import DAY, DEFAULTS, NOTHING_TO_DO, PREVIOUS_DAY, SPARK_POOL, Step, WaitStep
 
 NEEDS: dict[str, tuple[str, ...]] = {
     "impressions": (),
@@ -125,7 +125,8 @@ with DAG(
     wait_for_log = WaitStep(
         task_id="wait_for_log",
         module="jobs.raw",
-        arguments=["--ds", DAY],
+        arguments=["--ds", DAY, "--unless-absent"],
+        nothing_done=NOTHING_TO_DO,
         at_most=WAIT_AT_MOST,
         execution_timeout=timedelta(minutes=10),
         doc_md="Looks at once, then from the triggerer. By hand: `python -m jobs.raw --ds DAY`",

@@ -55,7 +55,7 @@ from dags.days import DAILY, START, day_param, is_backfill
 from dags.launch import LaunchStep
 from dags.notify import day_undecided, run_failed
 from dags.others import Other
-from dags.steps import DAY, DEFAULT_POOL, DEFAULTS, GPU_POOL, REGISTRY_POOL, SPARK_POOL, Step, WaitStep
+from dags.steps import DAY, DEFAULT_POOL, DEFAULTS, GPU_POOL, NOTHING_TO_DO, REGISTRY_POOL, SPARK_POOL, Step, WaitStep
 
 AS_CONFIGURED = "as configured"
 """Choice of the form that leaves a setting as the deployment has it."""
@@ -217,7 +217,8 @@ with DAG(
     wait_for_day = WaitStep(
         task_id="wait_for_day",
         module="onetrans.cli",
-        arguments=["published", "training_requests", "--ds", DAY],
+        arguments=["published", "training_requests", "--ds", DAY, "--unless-absent"],
+        nothing_done=NOTHING_TO_DO,
         at_most=WAIT_AT_MOST,
         others=[DAY_BEFORE, TABLES_OF_THE_DAY],
         others_of_a_backfill=[BEFORE_IN_A_BACKFILL, TABLES_OF_THE_DAY],

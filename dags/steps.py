@@ -75,6 +75,9 @@ GPU_POOL = "ranking_gpu"
 REGISTRY_POOL = "ranking_registry"
 """Pool of the step that moves the champion: one at a time, on whatever workers, as MLflow cannot compare and swap."""
 
+NOTHING_TO_DO = "nothing to do"
+"""How the result of a look begins at a day that the log lost (``source.absent_days``): its run is skipped."""
+
 UNHARMED = "Published data is as it was."
 """What a step that fails says of published data, unless the step knows better."""
 
@@ -125,8 +128,8 @@ class Step(BaseOperator):
             environment: variables set on top of the worker's; templated; one that renders empty is left as it is.
             unharmed: what a failure of this step leaves as it was, a sentence.
             dated: whether it works on a day; one that does not also runs where the run names none.
-            nothing_done: how its result begins where there was nothing to do; the task is then skipped, so its assets
-                hear of nothing.  Empty: there always is.
+            nothing_done: how its result begins where there was nothing to do; the task is then skipped, and what
+                follows it, so its assets hear of nothing.  Empty: there always is.
             **kwargs: those of every operator.
         """
         super().__init__(**kwargs)
@@ -160,10 +163,13 @@ class Step(BaseOperator):
         """Run the process to its end; the text it printed last becomes the task's result."""
         ended = self._ended(context)
         self._raise_for(context, ended)
-        if self.nothing_done and (ended.result or "").startswith(self.nothing_done):
-            raise AirflowSkipException(f"{self._title(context)}: {ended.result}")
+        self._skip_if_nothing_done(context, ended)
         self._tell_assets(context, ended.result)
         return ended.result
+
+    def _skip_if_nothing_done(self, context: Any, ended: Ended) -> None:
+        if self.nothing_done and (ended.result or "").startswith(self.nothing_done):
+            raise AirflowSkipException(f"{self._title(context)}: {ended.result}")
 
     def resume_execution(self, next_method: str, next_kwargs: dict[str, Any] | None, context: Any) -> Any:
         """Take over from the triggerer; a wait that broke there is told of in the words of any other failure."""
@@ -331,6 +337,7 @@ class WaitStep(Step):
             if ended.code in FINAL or (seen.unless_ready and ended.code != EXIT_NOT_READY):
                 # With nothing to wait for, a catalog that is away is a matter of the next try.
                 self._raise_for(context, ended)
+                self._skip_if_nothing_done(context, ended)
                 return ended.result
             if seen.unless_ready:
                 self._stop(context, seen.unless_ready)
@@ -358,6 +365,7 @@ class WaitStep(Step):
                 "Airflow does not retry this: clear this task once it is ready, or run the day again."
             )
         self._raise_for(context, ended)
+        self._skip_if_nothing_done(context, ended)
         return ended.result
 
     def _stop(self, context: Any, why: str) -> NoReturn:

@@ -55,6 +55,11 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--ds", required=True, metavar="DAY", help="the day, YYYY-MM-DD")
+    parser.add_argument(
+        "--unless-absent",
+        action="store_true",
+        help="exit 0 with the words 'nothing to do' where the log lost the day (source.absent_days)",
+    )
     parser.add_argument("--wait", type=float, default=0.0, metavar="SECONDS", help="longest wait (default: 0)")
     parser.add_argument("--every", type=float, default=10.0, metavar="SECONDS", help="between two looks (default: 10)")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
@@ -68,6 +73,9 @@ def _run(arguments: argparse.Namespace) -> int:
     settings = load_settings()
     schema = load_schema(settings.source)
     source = open_source(settings.source, schema)
+    if arguments.unless_absent and ds in settings.source.absent_days and source.missing(ds):
+        print(f"nothing to do: source.absent_days says that the log lost {ds}")
+        return EXIT_OK
     deadline = time.monotonic() + arguments.wait
     with long_steps(None, f"waiting for the raw log of {ds}"):
         while True:

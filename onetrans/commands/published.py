@@ -34,6 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--or-absent", action="store_true", help="of a day that source.absent_days names, the one before"
     )
+    parser.add_argument(
+        "--unless-absent",
+        action="store_true",
+        help="exit 0 with the words 'nothing to do' for a day in source.absent_days that is not published",
+    )
     parser.add_argument("--or-first", action="store_true", help="exit 0 also where no day up to it is published")
     parser.add_argument("--wait", type=float, default=0.0, metavar="SECONDS", help="longest wait (default: 0)")
     parser.add_argument("--every", type=float, default=5.0, metavar="SECONDS", help="between two looks (default: 5)")
@@ -67,6 +72,9 @@ def run(arguments: argparse.Namespace) -> int:
                     found[table] = day
                 elif nothing_lost:
                     break
+                elif arguments.unless_absent and ds in settings.source.absent_days:
+                    print(f"nothing to do: source.absent_days says that the log lost {ds}")
+                    return EXIT_OK
                 elif ds in settings.source.absent_days:
                     raise BadConfigError(
                         f"{table} {ds} is not published, and source.absent_days says that the log lost this day"

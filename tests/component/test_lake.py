@@ -402,6 +402,9 @@ def test_a_day_that_nothing_was_lost_of_is_as_good_as_published(
     assert cli([*after, "--or-first"]) == EXIT_NOT_READY
     monkeypatch.setenv("ONETRANS_SOURCE_ABSENT_DAYS", str(D1 + timedelta(days=1)))
     assert cli(after) == EXIT_BAD_CONFIG
+    capsys.readouterr()
+    assert cli([*after, "--unless-absent"]) == EXIT_OK
+    assert capsys.readouterr().out == "nothing to do: source.absent_days says that the log lost 2024-02-29\n"
     assert cli([*after, "--or-absent"]) == EXIT_NOT_READY, "the day before the one that is lost is not whole"
     capsys.readouterr()
     assert cli([*[word for word in after if word != "behaviors"], "--or-absent"]) == EXIT_OK

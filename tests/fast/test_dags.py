@@ -776,6 +776,24 @@ def test_the_triggerer_gives_up_at_the_deadline():
         step.resume(context(logical_date=LOGICAL), payload)
 
 
+def test_a_day_that_the_log_lost_is_skipped(script):
+    """Its run succeeds with nothing done, so the next day of a backfill goes on."""
+    from airflow.sdk.exceptions import AirflowSkipException
+
+    rules = {"cls": WaitStep, "at_most": timedelta(hours=2), "nothing_done": steps.NOTHING_TO_DO}
+    step = script("print('nothing to do: the log lost 2022-05-04')", **rules)
+    with pytest.raises(AirflowSkipException, match="program of 2022-05-04: nothing to do"):
+        step.execute(context(logical_date=LOGICAL))
+    payload = {"code": 0, "result": "nothing to do: the log lost it", "error": "", "late": False, "stop": ""}
+    with pytest.raises(AirflowSkipException):
+        step.resume(context(logical_date=LOGICAL), payload)
+    assert script("print('there')", **rules).execute(context(logical_date=LOGICAL)) == "there"
+    for dag, task_id in ((feature_tables, "wait_for_log"), (ranking_model, "wait_for_day")):
+        look = by_id(dag)[task_id]
+        assert (look.nothing_done, look.arguments[-1]) == ("nothing to do", "--unless-absent")
+        assert {task.trigger_rule for task in dag.tasks} == {"all_success"}, "what follows is skipped too"
+
+
 def test_an_answer_from_the_triggerer_ends_the_wait():
     step = WaitStep(task_id="wait", module="x", at_most=timedelta(seconds=1))
     payload = {"code": 0, "result": "published", "error": "", "late": False, "stop": ""}

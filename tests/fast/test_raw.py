@@ -130,6 +130,12 @@ def test_the_command_looks_until_the_day_is_there_and_starts_no_session(
     monkeypatch.setattr("jobs.spark._start", None)
     assert raw.main(["--ds", str(today)]) == EXIT_NOT_READY
     assert raw.main(["--ds", "2020-01-01"]) == EXIT_BAD_DATA
+    assert raw.main(["--ds", "2020-01-01", "--unless-absent"]) == EXIT_BAD_DATA
+    monkeypatch.setenv("ONETRANS_SOURCE_ABSENT_DAYS", "2020-01-01")
+    assert raw.main(["--ds", "2020-01-01"]) == EXIT_BAD_DATA
+    capsys.readouterr()
+    assert raw.main(["--ds", "2020-01-01", "--unless-absent"]) == EXIT_OK
+    assert capsys.readouterr().out == "nothing to do: source.absent_days says that the log lost 2020-01-01\n"
     capsys.readouterr()
     timer = threading.Timer(0.5, put, [tmp_path / "impressions" / f"ds={yesterday}"])
     timer.start()

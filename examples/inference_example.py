@@ -17,9 +17,15 @@ import numpy as np
 
 from examples import train_example
 from onetrans.errors import EXIT_OK
-from onetrans.process import exit_code_of
+from onetrans.process import EXIT_CODES, Parser, exit_code_of
 from onetrans.serving import OneTransInferenceEngine
 from onetrans.serving.source import fixed_batch
+
+EXAMPLES = f"""examples:
+  python -m examples.inference_example
+  python -m examples.inference_example --model var/example/model
+
+{EXIT_CODES}"""
 
 
 def example_request(engine: OneTransInferenceEngine) -> dict[str, Any]:
@@ -32,12 +38,17 @@ def example_request(engine: OneTransInferenceEngine) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     """Rank the candidates of one request, then score one of them alone."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog="python -m examples.inference_example",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--model", help=f"as for onetrans serve (default: {train_example.FOLDER})")
     arguments = parser.parse_args(argv)
     model = arguments.model or str(train_example.FOLDER)
-    if arguments.model is None and not (Path(model) / "model.json").is_file():
-        train_example.main([])
+    if arguments.model is None and not (Path(model) / "model.json").is_file() and (code := train_example.main([])):
+        return code
 
     def ask() -> int:
         engine = OneTransInferenceEngine(model)

@@ -20,14 +20,22 @@ import torch.nn.functional as F
 
 from onetrans.artifact import save_model
 from onetrans.batch import RequestBatch
+from onetrans.errors import EXIT_OK
 from onetrans.metrics import auc
 from onetrans.models import RankingModel, build_model, preset
 from onetrans.optim import build_optimizers
 from onetrans.optim_config import optimizer_preset
+from onetrans.process import EXIT_CODES, Parser, exit_code_of
 from onetrans.requests import to_batch
 from onetrans.schema import FeatureSchema
 
 FOLDER = Path("var/example/model")
+
+EXAMPLES = f"""examples:
+  python -m examples.train_example
+  python -m examples.train_example --steps 100 --out /tmp/model
+
+{EXIT_CODES}"""
 
 CATEGORIES, ITEMS, USERS = 3, 200, 300
 NOW = 1_767_225_600_000_000  # 2026-01-01, in microseconds
@@ -147,16 +155,25 @@ def train(steps: int, seed: int = 17) -> tuple[RankingModel, dict[str, float]]:
 
 def main(argv: list[str] | None = None) -> int:
     """Train, print the figures and save the model."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog="python -m examples.train_example",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--steps", type=int, default=400, help="optimizer steps (default: 400)")
     parser.add_argument("--out", type=Path, default=FOLDER, help=f"folder of the model (default: {FOLDER})")
     arguments = parser.parse_args(argv)
-    model, figures = train(arguments.steps)
-    print("on new requests: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    save_model(str(arguments.out.resolve()), model, model.schema, model.config, extra=figures)
-    print(f"saved to {arguments.out}")
-    return 0
+
+    def run() -> int:
+        model, figures = train(arguments.steps)
+        print("on new requests: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        save_model(str(arguments.out.resolve()), model, model.schema, model.config, extra=figures)
+        print(f"saved to {arguments.out}")
+        return EXIT_OK
+
+    return exit_code_of(run)
 
 
 if __name__ == "__main__":

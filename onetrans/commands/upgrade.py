@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict
 
 from onetrans.errors import EXIT_OK, BadConfigError
+from onetrans.process import add_json, print_json
 from onetrans.schema import load_schema
 from onetrans.schema_change import REFUSED, Change, planned_schema, schema_changes
 from onetrans.settings import Settings, load_settings
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     parser.add_argument("--backup", default="", metavar="DIR", help="new folder for copies of what will change")
     parser.add_argument("--dry-run", action="store_true", help="change nothing, only tell")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise BadConfigError(f"the feature schema cannot be changed like that: {'; '.join(map(str, refused))}")
     found = parts(settings) if arguments.dry_run else upgrade(settings, arguments.backup)
     if arguments.json:
-        print(json.dumps({"parts": [asdict(p) for p in found], "schema": [asdict(c) for c in changes]}, indent=2))
+        print_json({"parts": [asdict(p) for p in found], "schema": [asdict(c) for c in changes]})
         return EXIT_OK
     for part in found:
         what = {"older": "older", "absent": "not there", "newer": "NEWER", "current": "current"}[part.state]

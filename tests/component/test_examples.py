@@ -31,6 +31,7 @@ def test_the_examples_run_as_they_stand(tmp_path):
     missing = _run("examples.inference_example", "--model", "nothing", cwd=tmp_path)
     assert missing.returncode == 78
     assert "nothing names no model" in missing.stderr
+    assert _run("examples.train_example", "--steps", "few", cwd=tmp_path).returncode == 78
 
 
 def test_the_example_learns():

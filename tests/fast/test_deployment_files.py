@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import yaml
 
+from jobs.objects import JARS
 from onetrans.settings import load_settings
 from onetrans.upgrade import parts
 from tests.images import DOCKERFILE, image_environment, stages
@@ -187,6 +188,19 @@ def test_lists_of_packages_are_parts_of_the_projects() -> None:
         lines = (INFRA / "images" / name).read_text(encoding="utf-8").splitlines()
         listed = {re.split(r"[\[<>=~ ]", line)[0] for line in lines if line and not line.startswith("#")}
         assert listed <= declared, listed - declared
+
+
+def test_the_files_of_s3a_are_the_same_everywhere() -> None:
+    """A job stops where another version lies there than it looks for: image, settings and page name the same."""
+    (wanted,) = JARS.values()
+    copied = [found for line in stages()["jars"] for found in re.findall(r"-Dartifact=(\S+)", line)]
+    assert copied == list(wanted)
+    spark = (INFRA / "spark" / "kubernetes.conf").read_text(encoding="utf-8")
+    assert re.findall(r"spark\.jars\.packages\s+(\S+)", spark) == [",".join(wanted)]
+    page = (ROOT / "docs" / "production.md").read_text(encoding="utf-8")
+    told = re.findall(r"^\| `([a-z0-9.-]+:[a-z0-9-]+)` \| ([0-9.]+) \|$", page, re.MULTILINE)
+    assert [":".join(row) for row in told] == list(wanted)
+    assert f"Hadoop {next(iter(JARS))}" in page
 
 
 # Compose

@@ -29,7 +29,8 @@ def stops(usual: int, rows: int, change: float, counted: int = 0) -> bool:
         trailing=trailing,
     )
     (rule,) = (rule for rule in rules.usual_rate(day, "conversion") if rule.severity == rules.CRITICAL)
-    return bool(counted / rows < rule.min_value or counted / rows > rule.max_value)
+    bounds = rule.configuration.kwargs
+    return bool(counted / rows < bounds["min_value"] or counted / rows > bounds["max_value"])
 
 
 def test_the_setting_of_the_page_lets_a_day_without_conversions_pass() -> None:

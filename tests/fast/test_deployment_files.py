@@ -358,7 +358,7 @@ def test_airflow_knows_every_option_that_is_set(system: dict[str, Any]) -> None:
 # Kubernetes and S3
 
 
-MANIFESTS = ("serving.yaml", "training_pod.yaml", "rights.yaml", "upgrade_job.yaml")
+MANIFESTS = ("serving.yaml", "training_pod.yaml", "rights.yaml", "upgrade_job.yaml", "history_job.yaml")
 
 
 def _documents(name: str) -> list[dict[str, Any]]:
@@ -407,7 +407,7 @@ def test_no_service_puts_settings_into_other_pods() -> None:
     chart = yaml.safe_load((INFRA / "kubernetes" / "airflow-values.yaml").read_text(encoding="utf-8"))
     assert chart["enableServiceLinks"] is False
     pods = [pod for name in MANIFESTS for pod in _pods(name)]
-    assert len(pods) == 3
+    assert len(pods) == 4
     assert all(pod["enableServiceLinks"] is False for pod in pods)
     services = [d["metadata"]["name"] for name in MANIFESTS for d in _documents(name) if d["kind"] == "Service"]
     assert services
@@ -430,7 +430,7 @@ def test_the_manifests_name_images_that_are_built() -> None:
     named += [container["image"] for container in chart["apiServer"]["extraInitContainers"]]
     spark = (INFRA / "spark" / "kubernetes.conf").read_text(encoding="utf-8")
     named += re.findall(r"^spark\.kubernetes\.container\.image\s+(\S+)", spark, re.MULTILINE)
-    assert len(named) == 7
+    assert len(named) == 8
     for image in named:
         assert re.fullmatch(r"registry\.example\.com/(onetrans-\w+):0\.1\.0", image), image
         assert image.split("/")[1].split(":")[0] in built, image
@@ -444,9 +444,41 @@ def test_who_serves_has_a_secret_of_its_own() -> None:
             for container in (*pod.get("initContainers", ()), *pod["containers"])
             for source in container["envFrom"]
         }
-        for name in ("serving.yaml", "training_pod.yaml", "upgrade_job.yaml")
+        for name in ("serving.yaml", "training_pod.yaml", "upgrade_job.yaml", "history_job.yaml")
     }
-    assert not secrets["serving.yaml"] & (secrets["training_pod.yaml"] | secrets["upgrade_job.yaml"])
+    assert not secrets.pop("serving.yaml") & set.union(*secrets.values())
+
+
+def test_who_drives_spark_may_make_executors_and_is_reached_by_them() -> None:
+    """In client mode the driver makes a ConfigMap and pods with its own account."""
+    (pod,) = _pods("history_job.yaml")
+    (container,) = pod["containers"]
+    (binding,) = (
+        found
+        for found in _documents("rights.yaml")
+        if found["kind"] == "RoleBinding" and found["roleRef"]["name"] == "ranking-spark-driver"
+    )
+    assert pod["serviceAccountName"] in {subject["name"] for subject in binding["subjects"]}
+    assert pod.get("automountServiceAccountToken", True)
+    (address,) = (given for given in container["env"] if given["name"] == "SPARK_LOCAL_HOSTNAME")
+    assert address["valueFrom"]["fieldRef"]["fieldPath"] == "status.podIP"
+    chart = yaml.safe_load((INFRA / "kubernetes" / "airflow-values.yaml").read_text(encoding="utf-8"))
+    assert container["resources"] == chart["workers"]["kubernetes"]["resources"]
+
+
+def test_the_page_makes_what_the_manifests_name() -> None:
+    page = (ROOT / "docs" / "production.md").read_text(encoding="utf-8")
+    files = [path.read_text(encoding="utf-8") for path in (INFRA / "kubernetes").glob("*.yaml")]
+    kinds = {"secret generic": r"(?:secretName|[sS]ecretKeySecretName|secretRef:\n\s+name): ([\w-]+)",
+             "configmap": r"configMap:\n\s+name: ([\w-]+)"}  # fmt: skip
+    for kind, pattern in kinds.items():
+        named = {name for text in files for name in re.findall(pattern, text)}
+        assert named == set(re.findall(rf"kubectl create {kind} ([\w-]+) --namespace ranking", page)), kind
+    assert "kubectl create namespace ranking\n" in page
+    for name in re.findall(r"--filename (infra/\S+)", page):
+        assert (ROOT / name).is_file(), name
+    commands = {line.lstrip("# ") for text in (*files, page) for line in text.splitlines() if "helm upgrade --" in line}
+    assert len(commands) == 1, commands
 
 
 def test_airflows_chart_asks_the_image_for_nothing_it_lacks() -> None:

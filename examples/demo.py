@@ -350,7 +350,13 @@ def _show(airflow: LocalAirflow, run: Run, task: Task, elapsed: float) -> None:
     elif task.state == "up_for_retry":
         say(f"{line} failed, will be tried again:\n{_why(airflow, task)}")
     elif task.state == "failed":
-        raise DemoError(f"{task.dag_id} {task.task_id} of {run.logical_date} failed:\n{_log_end(airflow, task)}")
+        config = HOME / "onetrans.toml"
+        raise DemoError(
+            f"{task.dag_id} {task.task_id} of {run.logical_date} failed:\n{_why(airflow, task)}\n\n"
+            f"What else ran was stopped too, and goes on under: {_make_ui(config)}\nMend the cause, then clear the "
+            f"failed task there. For commands: source .venv/bin/activate; export ONETRANS_CONFIG={_short(config)}\n"
+            "(make demo begins from nothing again)"
+        )
 
 
 def _why(airflow: LocalAirflow, task: Task) -> str:
@@ -358,10 +364,6 @@ def _why(airflow: LocalAirflow, task: Task) -> str:
     texts = airflow.api.log(task)
     named = [text[found.start() :] for text in texts if (found := _ENDED_WITH.search(text))]
     return "\n".join(f"      {line}" for text in named[-1:] or texts[-_FEW_LINES:] for line in text.splitlines())
-
-
-def _log_end(airflow: LocalAirflow, task: Task) -> str:
-    return "\n".join(f"      {line}" for text in airflow.api.log(task)[-_LOG_LINES:] for line in text.splitlines())
 
 
 def _print_costs(watch: Stopwatch, tasks: list[Task], memory: MemoryWatch, total: float) -> None:

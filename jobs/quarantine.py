@@ -228,7 +228,8 @@ def _replay(lake: Lake, table: str, ds: date, path: Path) -> dict[str, Any]:
 def _replayed(told: dict[str, Any]) -> str:
     return (
         f"{told['table']} {told['ds']}: published with {told['repaired']:,} repaired rows, "
-        f"{told['left_out']:,} left out; {told['refused']:,} of {told['refused_before']:,} are still refused"
+        f"{told['left_out']:,} left out; {told['refused']:,} of {told['refused_before']:,} are still refused\n"
+        f"a run of {told['ds']} in Airflow that stopped at {told['table']}.build stays failed until that is cleared"
     )
 
 

@@ -22,7 +22,7 @@ from onetrans.days import day_range, describe_days, parse_day
 from onetrans.errors import EXIT_OK, UNHARMED, BadConfigError, BadDataError, NotReadyError, PipelineError
 from onetrans.lake import Staged
 from onetrans.lineage import describe_stale, stale_days
-from onetrans.process import EXIT_CODES, Parser, exit_code_of
+from onetrans.process import EXIT_CODES, Parser, exit_code_of, quiet_libraries
 from onetrans.settings import load_settings
 
 Build = Callable[[Workspace, date], Staged]
@@ -159,8 +159,7 @@ class SparkFailedError(PipelineError):
 def guarded(run: Callable[[], None]) -> int:
     """Run a job and turn what goes wrong into one paragraph and an exit code."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-    for library in ("py4j", "great_expectations", "pyiceberg"):
-        logging.getLogger(library).setLevel(logging.WARNING)
+    quiet_libraries()
 
     def ran() -> int:
         with telling("the job"):

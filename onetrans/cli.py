@@ -15,7 +15,7 @@ import sys
 
 from onetrans import __version__
 from onetrans.errors import EXIT_BAD_CONFIG
-from onetrans.process import EXIT_CODES, Parser, exit_code_of
+from onetrans.process import EXIT_CODES, Parser, exit_code_of, quiet_libraries
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("infra.doctor", "check whether everything is here that a day needs, and say how to mend what is not"),
@@ -52,6 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = parser_of(argv[0])
     run = importlib.import_module(COMMANDS[argv[0]][0]).run
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    quiet_libraries()
     # With the arguments as they were given, for a command that starts itself again in several processes.
     parser.set_defaults(given=argv[1:])
     # Reading the arguments is part of it: a day that is none is refused there.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -56,6 +57,12 @@ class Parser(argparse.ArgumentParser):
 def add_json(parser: argparse.ArgumentParser) -> None:
     """Declare ``--json``: one JSON document on stdout in place of the text."""
     parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def quiet_libraries() -> None:
+    """Keep what libraries tell of their own doings out of a process's log; their warnings stay."""
+    for library in ("py4j", "great_expectations", "pyiceberg"):
+        logging.getLogger(library).setLevel(logging.WARNING)
 
 
 def print_json(value: Any) -> None:

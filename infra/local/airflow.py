@@ -25,7 +25,7 @@ from pathlib import Path
 from types import TracebackType
 
 from infra.airflow.pools import pools
-from infra.local.airflow_api import AirflowApi
+from infra.local.airflow_api import AirflowApi, AirflowApiError
 from infra.local.processes import (
     Server,
     ServerError,
@@ -235,7 +235,13 @@ class LocalAirflow:
             self._server("triggerer", "--skip-serve-logs"),
         ]
         try:
-            for server in self.servers:
+            # First what tasks talk to: a scheduler that goes on with an interrupted run starts them at once, and each
+            # that finds nobody loses a try.
+            api, *others = self.servers
+            api.start()
+            remember(self._processes_file, [api], self.address)
+            wait_until(lambda: self._answers() and listens(api, self.port), [api], "Airflow's API server", seconds)
+            for server in others:
                 server.start()
             remember(self._processes_file, self.servers, self.address)
             # Whoever answers on the port must be the server started here: days sent to another Airflow would be built
@@ -248,6 +254,13 @@ class LocalAirflow:
         except BaseException:
             self.stop()
             raise
+
+    def _answers(self) -> bool:
+        try:
+            self.api.health()
+        except (OSError, AirflowApiError):
+            return False
+        return True
 
     def stop(self) -> None:
         """Stop the servers and every step that is still running."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
@@ -192,7 +191,6 @@ def _write_with_spark(log: Log, tasks: int) -> int:
     from jobs.runner import telling
     from jobs.spark import session
 
-    logging.getLogger("py4j").setLevel(logging.WARNING)
     context = session(app="simulate").sparkContext
     blocks = context.parallelize(range(log.config.blocks), min(tasks, log.config.blocks))
     written = blocks.map(lambda block: write_block(log, block))

@@ -49,6 +49,8 @@ _PREFERRED_PORT = 8080
 _PORTS_TRIED, _PORT_TAKEN = 3, "address already in use"
 _REVIVALS, _REVIVALS_WITHIN_S = 5, 600.0
 """A server that ends more often than this within so many seconds is not started again."""
+_DEFINES = re.compile(r"^with DAG\(", re.MULTILINE)
+"""What a file of the DAGs folder says that makes a DAG; the others are parts of such files."""
 _POSTGRES = re.compile(r"postgresql(?:\+psycopg)?://(?P<rest>.*)")
 
 
@@ -345,7 +347,9 @@ class LocalAirflow:
         errors = self.api.import_errors()
         if errors:
             raise ServerError("DAG files could not be imported:\n" + "\n".join(errors))
-        return bool(self.api.dag_ids())
+        # One file after another: the first DAG that is there says nothing of the others.
+        wanted = {path.name for path in self.dags.glob("*.py") if _DEFINES.search(path.read_text(encoding="utf-8"))}
+        return wanted <= self.api.dag_files()
 
     def __enter__(self) -> LocalAirflow:
         self.start()

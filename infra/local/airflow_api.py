@@ -10,6 +10,7 @@ import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date, datetime
+from pathlib import PurePath
 from typing import Any
 
 from onetrans.errors import PipelineError
@@ -143,6 +144,10 @@ class AirflowApi:
     def dag_ids(self) -> list[str]:
         """Return the ids of all DAGs that were parsed."""
         return sorted(dag["dag_id"] for dag in self.call("GET", "/dags?limit=100")["dags"])
+
+    def dag_files(self) -> set[str]:
+        """Return the names of the files whose DAGs were parsed."""
+        return {PurePath(dag["fileloc"]).name for dag in self.call("GET", "/dags?limit=100")["dags"]}
 
     def import_errors(self) -> list[str]:
         """Return "file: traceback" of every DAG file that could not be imported."""

@@ -99,7 +99,7 @@ def test_whatever_is_decided_stands_in_the_log_and_in_mlflow(chain, capsys, capl
     _damage(first, "dcnv2_din")
     for name in MODELS:
         train(first, name, settings)
-        assert f"{name} of {DAYS[2]}: {first.decision}" in caplog.text
+        assert f"{name} of {DAYS[2]}: the plan: {first.decision}" in caplog.text
     told = find_model_run(settings, first, "dcnv2_din").data.tags["restarted"]
     assert "is damaged: its content is not what was written" in told
     assert f"dcnv2_din: {told}; the training begins again at its start" in caplog.text

@@ -177,3 +177,14 @@ def test_a_server_that_ended_is_started_again_but_not_for_ever(tmp_path: Path) -
             airflow.revive()
     finally:
         airflow.stop()
+
+
+def test_airflow_is_ready_when_every_file_of_dags_was_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are parsed one after another, and a backfill of a DAG that is not there yet is refused."""
+    airflow = LocalAirflow(tmp_path, dags=REPOSITORY / "dags")
+    monkeypatch.setattr(airflow.api, "import_errors", list)
+    there = {"retention.py"}
+    monkeypatch.setattr(airflow.api, "dag_files", lambda: there)
+    assert not airflow._parsed()
+    there |= {"feature_tables.py", "ranking_model.py"}
+    assert airflow._parsed()

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -421,7 +422,12 @@ def test_a_head_that_does_not_end_is_cut_off(folder, requests):
         for thread in slow:
             thread.join()
         assert time.monotonic() - began < 20
-        assert _answer_to(client, begun, *[b"A: " + b"x" * 60_000 + b"\r\n"] * 3)[0] == 431
+        for _ in range(10):
+            with suppress(ConnectionResetError):  # an answer may be lost to who still sends when it comes
+                assert _answer_to(client, begun, *[b"A: " + b"x" * 60_000 + b"\r\n"] * 3)[0] == 431
+                break
+        else:
+            pytest.fail("every connection was reset")
         assert _answer_to(client, b"nonsense\r\n\r\n")[0] == 400
         # On a connection that was in use, too.
         whole = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"

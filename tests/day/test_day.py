@@ -102,6 +102,7 @@ def test_bad_data_stops_the_day_at_once_and_leaves_what_is_published(deployment:
     click[: len(click) // 2] = 7
     pq.write_table(raw.set_column(raw.schema.get_field_index("click"), "click", pa.array(click.astype(np.int32))), path)
 
+    deployment.backfills_end("ranking_model", "feature_tables")
     model = deployment.backfill("ranking_model", BAD)
     dag_id, run_id = deployment.backfill("feature_tables", BAD)
     (ended,) = deployment.wait((dag_id, run_id))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import threading
+from abc import ABC, abstractmethod
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -54,7 +55,7 @@ def _kind(process: psutil.Process) -> str:
     return Path(words[0]).name
 
 
-class TreeWatch:
+class TreeWatch(ABC):
     """Looks at a process and all under it now and then, in the background; use as a context manager."""
 
     def __init__(self, pid: int | None = None, every: float = 0.5) -> None:
@@ -64,9 +65,9 @@ class TreeWatch:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name=type(self).__name__, daemon=True)
 
+    @abstractmethod
     def sample(self) -> None:
         """Look once."""
-        raise NotImplementedError
 
     def _run(self) -> None:
         while not self._stop.wait(self.every):

@@ -279,7 +279,7 @@ def _airflow(days: int) -> dict[str, Any] | None:
             "address": where,
             "health": health,
             "running": reach.running(where),
-            "troubled": _part(lambda: reach.troubled(where, days)),
+            "troubled": _part(lambda: reach.troubled(where, days, shown=reach.pages())),
         }
     except (OSError, AirflowApiError) as error:
         return {"address": where, "error": f"does not answer ({error})"}

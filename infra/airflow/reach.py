@@ -29,31 +29,53 @@ _LOOKED_THROUGH = 100
 _WAIT_FOR_OTHERS = ("wait_for_day", "wait_for_day_before")
 """Tasks that fail where another run has failed."""
 
+_ADDRESSES = (("core", "execution_api_server_url"), ("api", "base_url"))
+"""Section and option of Airflow's addresses."""
 _PATIENCE_S = 5.0
 
 
 def address(environ: Mapping[str, str] = os.environ) -> str | None:
-    """Return the address of Airflow's API; None where none was ever set up.
+    """Return the address at which Airflow's API is asked from here; None where none was ever set up.
 
-    That is ``[api] base_url``, else where tasks reach the server (``[core] execution_api_server_url``, all that a
-    deployment of several machines must set): each by its variable (``AIRFLOW__API__BASE_URL``,
-    ``AIRFLOW__CORE__EXECUTION_API_SERVER_URL``), else by the ``airflow.cfg`` in ``AIRFLOW_HOME``, else by that of the
-    local Airflow (``make ui``) of this configuration: never that of the demo where its configuration is not in force.
+    That is where tasks reach the server (``[core] execution_api_server_url``, all that a deployment of several
+    machines must set), else ``[api] base_url``, which a browser reaches and a container or a pod may not: by their
+    variables (``AIRFLOW__CORE__EXECUTION_API_SERVER_URL``, ``AIRFLOW__API__BASE_URL``), else by the ``airflow.cfg`` in
+    ``AIRFLOW_HOME``, else by that of the local Airflow (``make ui``) of this configuration: never that of the demo
+    where its configuration is not in force.
 
     Raises:
         BadConfigError: if ``ONETRANS_CONFIG`` names no file.
     """
+    for options in (_variables(environ), _file(environ)):
+        found = options["execution_api_server_url"].removesuffix("/execution") or options["base_url"]
+        if found:
+            return found
+    return None
+
+
+def pages(environ: Mapping[str, str] = os.environ) -> str | None:
+    """Return the address at which people open Airflow's pages: ``[api] base_url``, else :func:`address`.
+
+    Raises:
+        BadConfigError: if ``ONETRANS_CONFIG`` names no file.
+    """
+    return _variables(environ)["base_url"] or _file(environ)["base_url"] or address(environ)
+
+
+def _variables(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return Airflow's addresses as variables name them, without a slash at their end; empty where none does."""
+    found = {option: f"AIRFLOW__{section.upper()}__{option.upper()}" for section, option in _ADDRESSES}
+    return {option: environ.get(name, "").rstrip("/") for option, name in found.items()}
+
+
+def _file(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the same of ``airflow.cfg``."""
     home = environ.get("AIRFLOW_HOME", "")
     own = config_file(environ)
     file = (Path(home) if home else airflow_home(own and own.resolve())) / "airflow.cfg"
     written = configparser.ConfigParser(interpolation=None, strict=False)
     written.read(file, encoding="utf-8")
-    for section, option in (("api", "base_url"), ("core", "execution_api_server_url")):
-        variable = environ.get(f"AIRFLOW__{section.upper()}__{option.upper()}", "")
-        found = (variable or written.get(section, option, fallback="")).rstrip("/")
-        if found:
-            return found if section == "api" else found.removesuffix("/execution")
-    return None
+    return {option: written.get(section, option, fallback="").rstrip("/") for section, option in _ADDRESSES}
 
 
 def health(where: str) -> dict[str, str]:
@@ -87,7 +109,9 @@ def running(where: str, environ: Mapping[str, str] = os.environ) -> list[str] | 
     return [f"{dag_id} {run_id}: {', '.join(ids) or 'waits'}" for (dag_id, run_id), ids in busy.items()]
 
 
-def troubled(where: str, days: int, environ: Mapping[str, str] = os.environ) -> dict[str, Any] | None:
+def troubled(
+    where: str, days: int, environ: Mapping[str, str] = os.environ, shown: str | None = None
+) -> dict[str, Any] | None:
     """Return what of our DAGs has failed or waits for its next try; None if Airflow shows it only to who logs in.
 
     First what failed by itself, of the earliest day first, then what was not started for it; of a run that failed
@@ -97,6 +121,7 @@ def troubled(where: str, days: int, environ: Mapping[str, str] = os.environ) -> 
         where: Airflow's address.
         days: how far back what failed had begun.
         environ: where the token of :func:`running` is.
+        shown: address of its pages, for links; None: the same.
 
     Raises:
         OSError: if the address does not answer.
@@ -122,15 +147,18 @@ def troubled(where: str, days: int, environ: Mapping[str, str] = os.environ) -> 
         found += [*tasks["task_instances"], *without]
         count += tasks["total_entries"] + len(without)
     found.sort(key=_weight)
-    return {"tasks": [_entry(where, entry) for entry in found[:MOST_TROUBLED]], "more": max(0, count - MOST_TROUBLED)}
+    return {
+        "tasks": [_entry(shown or where, entry) for entry in found[:MOST_TROUBLED]],
+        "more": max(0, count - MOST_TROUBLED),
+    }
 
 
 def _weight(entry: Mapping[str, Any]) -> tuple[bool, str]:
     return entry["task_id"] in _WAIT_FOR_OTHERS, str(entry.get("logical_date") or entry.get("start_date"))
 
 
-def _entry(where: str, entry: Mapping[str, Any]) -> dict[str, Any]:
-    run = f"{where}/dags/{entry['dag_id']}/runs/{urllib.parse.quote(entry['dag_run_id'], safe='')}"
+def _entry(shown: str, entry: Mapping[str, Any]) -> dict[str, Any]:
+    run = f"{shown}/dags/{entry['dag_id']}/runs/{urllib.parse.quote(entry['dag_run_id'], safe='')}"
     task = entry["task_id"]
     return {
         "dag_id": entry["dag_id"],

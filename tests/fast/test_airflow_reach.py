@@ -94,19 +94,28 @@ def test_it_is_found_by_what_the_compose_file_sets(tmp_path: Path) -> None:
     written = (ROOT / "infra" / "compose.yaml").read_text(encoding="utf-8")
     given = yaml.safe_load(written)["x-airflow"]["environment"]
     environ = {"AIRFLOW_HOME": str(tmp_path), **{k: v for k, v in given.items() if re.fullmatch("AIRFLOW__.*", k)}}
-    assert reach.address(environ) == "http://airflow-api-server:8080"
-    assert reach.address(environ | {"AIRFLOW__API__BASE_URL": "https://airflow.example/"}) == "https://airflow.example"
+    elsewhere = environ | {"AIRFLOW__API__BASE_URL": "https://airflow.example/"}
+    for given, shown in ((environ, "http://127.0.0.1:8080"), (elsewhere, "https://airflow.example")):
+        assert reach.address(given) == "http://airflow-api-server:8080", "what a browser opens no container reaches"
+        assert reach.pages(given) == shown
+    del elsewhere["AIRFLOW__CORE__EXECUTION_API_SERVER_URL"]
+    assert reach.address(elsewhere) == reach.pages(elsewhere) == "https://airflow.example"
 
 
 def test_it_is_found_by_the_file_that_the_chart_mounts(tmp_path: Path) -> None:
     (tmp_path / "airflow.cfg").write_text(
+        "[api]\nbase_url = https://airflow.example\n"
         "[core]\nexecution_api_server_url = http://airflow-api-server:8080/execution/\n"
     )
-    assert reach.address({"AIRFLOW_HOME": str(tmp_path)}) == "http://airflow-api-server:8080"
+    environ = {"AIRFLOW_HOME": str(tmp_path)}
+    assert reach.address(environ) == "http://airflow-api-server:8080"
+    assert reach.pages(environ) == "https://airflow.example"
+    assert reach.address(environ | {"AIRFLOW__API__BASE_URL": "http://other:1"}) == "http://other:1", "a person says so"
 
 
 def test_nothing_set_up_is_nothing_found(tmp_path: Path) -> None:
     assert reach.address({"AIRFLOW_HOME": str(tmp_path)}) is None
+    assert reach.pages({"AIRFLOW_HOME": str(tmp_path)}) is None
 
 
 def test_the_demos_is_found_by_its_configuration_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,6 +156,9 @@ def test_status_leads_to_the_tasks_that_failed(address: str, monkeypatch: pytest
     ]
     assert lines[4].startswith("ranking_model backfill__2022-05-01: wait_for_day FAILED")
     assert lines[-1] == "and 22 more"
+    monkeypatch.setenv("AIRFLOW__API__BASE_URL", "https://airflow.example/")
+    lines = status._troubled_part(status._airflow(7))["Failed"].splitlines()
+    assert lines[1] == f"  {link.replace(address, 'https://airflow.example')}", "where a browser opens it"
     _Broken.set()
     try:
         told = status._troubled_part(status._airflow(7))["Failed"]

@@ -250,6 +250,19 @@ def test_services_listen_on_loopback_alone_and_are_watched(system: dict[str, Any
     assert system["prepare"]["restart"] == "no"
 
 
+def test_links_in_messages_name_where_a_browser_opens_airflow(system: dict[str, Any]) -> None:
+    """Those of tasks, of runs (the DAG processor tells) and of deadlines (the triggerer); unset, they lead nowhere."""
+    (port,) = system["airflow-api-server"]["ports"]
+    for name in ("scheduler", "dag-processor", "triggerer"):
+        given = system[f"airflow-{name}"]["environment"]["AIRFLOW__API__BASE_URL"]
+        assert given == f"http://{port['host_ip']}:{port['published']}", name
+    written = (INFRA / "kubernetes" / "airflow-values.yaml").read_text(encoding="utf-8")
+    given = yaml.safe_load(written)["config"]["api"]["base_url"]
+    assert re.fullmatch(r"https://[\w.-]+", given), given
+    (line,) = (line for line in written.splitlines() if given in line)
+    assert "# CHANGE" in line
+
+
 def test_links_in_logs_name_what_a_browser_of_the_machine_reaches(system: dict[str, Any]) -> None:
     """A container's own name is known to containers alone, and nobody opens an object of the store without a key."""
     published = {

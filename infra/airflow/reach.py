@@ -29,6 +29,8 @@ _LOOKED_THROUGH = 100
 _WAIT_FOR_OTHERS = ("wait_for_day", "wait_for_day_before")
 """Tasks that fail where another run has failed."""
 
+_BUSY = "state=running&state=deferred"
+"""Tasks that are under way: in a process, or watched by the triggerer."""
 _ADDRESSES = (("core", "execution_api_server_url"), ("api", "base_url"))
 """Section and option of Airflow's addresses."""
 _PATIENCE_S = 5.0
@@ -92,6 +94,9 @@ def health(where: str) -> dict[str, str]:
 def running(where: str, environ: Mapping[str, str] = os.environ) -> list[str] | None:
     """Return what runs now, as ``dag_id run_id: tasks``; None if Airflow shows that only to those who log in.
 
+    A task that the triggerer watches, as a wait or a training in a pod, is told as ``deferred``; a run without any
+    task that runs ``waits``: for a slot of a pool, or for the next try of a task.
+
     A login is the bearer token in :data:`TOKEN`; without one Airflow is asked for the token that it gives to all.
 
     Raises:
@@ -100,12 +105,13 @@ def running(where: str, environ: Mapping[str, str] = os.environ) -> list[str] | 
     api = _api(where, environ)
     try:
         runs = api.call("GET", "/dags/~/dagRuns?state=running&limit=100")["dag_runs"]
-        tasks = api.call("GET", "/dags/~/dagRuns/~/taskInstances?state=running&limit=100")["task_instances"]
+        tasks = api.call("GET", f"/dags/~/dagRuns/~/taskInstances?{_BUSY}&limit=100")["task_instances"]
     except AirflowApiError:
         return None
     busy: dict[tuple[str, str], list[str]] = {(run["dag_id"], run["dag_run_id"]): [] for run in runs}
     for task in tasks:
-        busy.setdefault((task["dag_id"], task["dag_run_id"]), []).append(task["task_id"])
+        name = f"{task['task_id']} (deferred)" if task["state"] == "deferred" else task["task_id"]
+        busy.setdefault((task["dag_id"], task["dag_run_id"]), []).append(name)
     return [f"{dag_id} {run_id}: {', '.join(ids) or 'waits'}" for (dag_id, run_id), ids in busy.items()]
 
 

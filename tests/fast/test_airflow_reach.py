@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import yaml
@@ -33,6 +34,17 @@ _CASCADE = [
 ]
 _FAILED: list[dict[str, object]] = [*_CASCADE, _GATE]
 """A month was not started for one day."""
+_BUSY = [
+    {"dag_id": dag_id, "dag_run_id": "night", "task_id": task_id, "state": state}
+    for dag_id, task_id, state in (
+        ("ranking_model", "train_onetrans", "deferred"),
+        ("ranking_model", "train_dcnv2_din", "running"),
+        ("ranking_model", "plan", "success"),
+        ("feature_tables", "wait_for_log", "deferred"),
+        ("retention", "retain", "up_for_retry"),
+    )
+]
+"""A training in a pod, another on a worker, a wait, and a run that nothing of is under way."""
 _Broken = threading.Event()
 
 
@@ -46,15 +58,15 @@ class _LoggedIn(BaseHTTPRequestHandler):
         elif path == "/auth/token" or self.headers.get("Authorization") != "Bearer good":
             self._answer(401, {"detail": "Invalid credentials"})
         elif path.endswith("/taskInstances"):
-            tasks = [{"dag_id": "ranking_model", "dag_run_id": "night", "task_id": "train"}]
             if "state=failed&state=up_for_retry&start_date_gte=" in self.path:
                 self._of(path, _FAILED)
             else:
-                self._answer(200, {"task_instances": tasks})
+                asked = parse_qs(urlsplit(self.path).query)["state"]
+                self._answer(200, {"task_instances": [task for task in _BUSY if task["state"] in asked]})
         elif "state=failed" in self.path:
             self._answer(200, {"dag_runs": [_RUN | {"dag_run_id": "late"}, _RUN] if "ranking_model" in path else []})
         else:
-            self._answer(200, {"dag_runs": [{"dag_id": "ranking_model", "dag_run_id": "night"}]})
+            self._answer(200, {"dag_runs": [{"dag_id": dag_id, "dag_run_id": "night"} for dag_id in reach.OURS]})
 
     def _of(self, path: str, tasks: list[dict[str, object]]) -> None:
         """Answer for one DAG: of one that is not there as Airflow does, of another that it fails."""
@@ -138,7 +150,12 @@ def test_status_shows_the_runs_to_a_token_only(address: str, monkeypatch: pytest
         assert told == f"Airflow at {address}: healthy\nits runs are shown to who logs in: AIRFLOW_CLI_TOKEN"
     monkeypatch.setenv(reach.TOKEN, "good")
     told = status._running_text([], status._airflow(7))
-    assert told == f"Airflow at {address}: healthy\nranking_model night: train"
+    assert told.splitlines() == [
+        f"Airflow at {address}: healthy",
+        "feature_tables night: wait_for_log (deferred)",
+        "ranking_model night: train_onetrans (deferred), train_dcnv2_din",
+        "retention night: waits",
+    ]
 
 
 def test_status_leads_to_the_tasks_that_failed(address: str, monkeypatch: pytest.MonkeyPatch) -> None:

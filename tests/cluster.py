@@ -10,11 +10,13 @@ deleting, and what becomes of an exit code.
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 import threading
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
@@ -27,13 +29,15 @@ class Cluster:
         """Start the API.
 
         Args:
-            folder: where pods run, and their logs are.
+            folder: where pods run.
             image: variables that the pods' image sets; those of the same name in the pod's description win.
         """
         self.folder = folder
         self.image = dict(image or {})
         self.pods: dict[str, dict] = {}
         self.processes: dict[str, subprocess.Popen] = {}
+        self._said: dict[str, list[tuple[datetime, str]]] = {}
+        self._listening: dict[str, threading.Thread] = {}
         self.made: list[str] = []
         """Names of all pods that were ever created."""
         self.full = False
@@ -100,22 +104,32 @@ class Cluster:
         self.made.append(name)
         if self.full:
             return pod
-        with (self.folder / f"{name}.log").open("wb") as log:
-            self.processes[name] = subprocess.Popen(
-                command,
-                cwd=self.folder,
-                env={
-                    **{k: v for k, v in os.environ.items() if not k.startswith("ONETRANS_")},
-                    **self.image,
-                    **variables,
-                },
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
+        process = subprocess.Popen(
+            command,
+            cwd=self.folder,
+            env={
+                **{k: v for k, v in os.environ.items() if not k.startswith("ONETRANS_")},
+                **self.image,
+                **variables,
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        said: list[tuple[datetime, str]] = []
+        listening = threading.Thread(target=_listen, args=(process, said), daemon=True)
+        listening.start()
+        self._said[name], self._listening[name] = said, listening
+        self.processes[name] = process  # from now on it is asked for its log
         return pod
 
-    def _log(self, name: str) -> str:
-        return (self.folder / f"{name}.log").read_text(encoding="utf-8")
+    def _log(self, name: str, stamped: bool = False, seconds: float = math.inf) -> str:
+        """Return what a pod's process wrote, in the last seconds alone, each line behind its time if ``stamped``."""
+        if self.processes[name].poll() is not None:
+            self._listening[name].join(timeout=5)  # what it started may keep its output open
+        now = datetime.now(UTC)
+        lines = [(when, line) for when, line in self._said[name] if (now - when).total_seconds() <= seconds]
+        return "".join(f"{when.isoformat()} {line}" if stamped else line for when, line in lines)
 
     def _seen(self, name: str) -> dict:
         if name not in self.processes:
@@ -178,7 +192,8 @@ class Cluster:
         if rest[0] == "log" and name not in self.processes:
             return 400, {"kind": "Status", "reason": "BadRequest", "code": 400}
         if rest[0] == "log":
-            return 200, self._log(name)
+            stamped = query.get("timestamps", ["false"])[0].lower() == "true"
+            return 200, self._log(name, stamped, float(query.get("sinceSeconds", ["inf"])[0]))
         seen = self._seen(name)
         if method == "PATCH":
             self.pods[name]["metadata"].setdefault("labels", {}).update((body or {})["metadata"].get("labels", {}))
@@ -199,3 +214,11 @@ class Cluster:
                 if labels.get(key) != value:
                     return False
         return True
+
+
+def _listen(process: subprocess.Popen, said: list[tuple[datetime, str]]) -> None:
+    """Keep what a process writes, with the time of each line as a node does."""
+    assert process.stdout is not None
+    with process.stdout:
+        for line in process.stdout:
+            said.append((datetime.now(UTC), line))

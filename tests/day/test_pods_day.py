@@ -45,6 +45,8 @@ if how == "bad":
 
 
 def test_pods_end_as_their_exit_codes_say_and_a_lost_one_is_replaced(tmp_path: Path) -> None:
+    from dags.pods import LOGS_EVERY_S
+
     for name in ("dags", "pods"):
         (tmp_path / name).mkdir()
     (tmp_path / "dags" / "pods.py").write_text(DAG_FILE, encoding="utf-8")
@@ -61,6 +63,9 @@ def test_pods_end_as_their_exit_codes_say_and_a_lost_one_is_replaced(tmp_path: P
         with LocalAirflow(tmp_path / "airflow", environment, dags=tmp_path / "dags") as airflow:
             run = airflow.api.trigger("pods", {"ds": "2026-01-02"})
             _wait(lambda: (tmp_path / "pods" / "checkpoint").exists(), "the pod that will be lost")
+            # While it runs: of a pod that is gone nobody can be asked for its log.
+            (lost,) = (task for task in airflow.api.tasks("pods", run.run_id) if task.task_id == "lost")
+            _wait(lambda: "this is lost" in "\n".join(airflow.api.log(lost)), "its log", 4 * LOGS_EVERY_S)
             cluster.kill(next(name for name in cluster.made if name.startswith("lost")))
             _wait(lambda: airflow.api.run("pods", run.run_id).finished, "the run")
             tasks = {task.task_id: task for task in airflow.api.tasks("pods", run.run_id)}

@@ -88,7 +88,11 @@ class ShardedTables:
                 "rows are counted where whole tables are held"
             )
         if importlib.util.find_spec("torchrec") is None:
-            raise BadConfigError("training.shard_rows needs TorchRec, which is not installed: run `make torchrec`")
+            raise BadConfigError(
+                "training.shard_rows needs TorchRec, which is not installed: run `make torchrec` in a checkout without a "
+                "GPU, `pip install --editable '.[torchrec]'` in one with, or build the image `training` with "
+                "`--build-arg PACKAGES=training-torchrec.txt`"
+            )
         self.names, self.ranks, self.device, self.width = names, ranks, device, width
         self._embeddings = model.embeddings
         self._rows = {name: model.embeddings.table(name).shape[0] for name in names}

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 from jobs.objects import JARS
 from onetrans.settings import load_settings
@@ -188,6 +189,23 @@ def test_lists_of_packages_are_parts_of_the_projects() -> None:
         lines = (INFRA / "images" / name).read_text(encoding="utf-8").splitlines()
         listed = {re.split(r"[\[<>=~ ]", line)[0] for line in lines if line and not line.startswith("#")}
         assert listed <= declared, listed - declared
+
+
+def test_the_image_of_trainings_takes_torchrec_by_an_argument() -> None:
+    """What a pod's message and the page name is a list of packages, of the version that is tested with CPUs."""
+    (file,) = {
+        name
+        for path in ("onetrans/sharding.py", "docs/production.md", "infra/images/Dockerfile")
+        for name in re.findall(r"PACKAGES=([\w-]+-\w+\.txt)", (ROOT / path).read_text(encoding="utf-8"))
+    }
+    lines = (INFRA / "images" / file).read_text(encoding="utf-8").splitlines()
+    assert "--requirement training.txt" in lines
+    (version,) = (line.partition("==")[2] for line in lines if line.startswith("fbgemm-gpu=="))
+    pinned = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    assert f"fbgemm-gpu-cpu=={version}" in pinned
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    (wanted,) = (r for r in map(Requirement, project["optional-dependencies"]["torchrec"]) if r.name == "fbgemm-gpu")
+    assert version in wanted.specifier
 
 
 def test_the_files_of_s3a_are_the_same_everywhere() -> None:

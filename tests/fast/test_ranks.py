@@ -80,7 +80,7 @@ def test_tables_that_torchrec_cannot_divide_are_refused():
     schema = small_schema(hash_size=500)
     widths = [(6, "a multiple of 4, the model's is 6")]
     if importlib.util.find_spec("torchrec") is None:
-        widths.append((8, "needs TorchRec, which is not installed: run `make torchrec`"))
+        widths.append((8, "not installed: run `make torchrec` in a checkout .* PACKAGES=training-torchrec.txt`"))
     for width, reason in widths:
         model = build_model(replace(preset("dcnv2_din", "tiny"), embedding_dim=width), schema)
         optimizers = build_optimizers(model, optimizer_preset("tiny"))

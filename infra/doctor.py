@@ -13,6 +13,7 @@ import base64
 import importlib.metadata
 import os
 import re
+import shlex
 import shutil
 import socket
 import sqlite3
@@ -230,7 +231,10 @@ def _disk(settings: Settings) -> list[Check]:
             continue  # the store's own check
         folder = _nearest(storage.local_path(path))
         if not (folder.is_dir() and os.access(folder, os.W_OK)):
-            mend = f"choose another folder, or give this one to the user that runs the steps: chown {folder}"
+            # Of the setting's own folder: above it may lie what belongs to others, the root of the disk among it.
+            own = shlex.quote(str(storage.local_path(path).absolute()))
+            command = f"sudo mkdir -p {own} && sudo chown -R $(id -un) {own}"
+            mend = f"choose another folder, or give this one to the user that runs the steps: {command}"
             checks.append(Check("disk", "FAIL", f"{setting} = {path}: {folder} cannot be written", mend))
             continue
         free = shutil.disk_usage(folder).free / 1e9

@@ -72,6 +72,8 @@ def test_every_line_that_fails_says_how_to_mend_it(
     assert "lake.warehouse = onetrans.toml/lake: " in printed
     assert "audit.data_docs = onetrans.toml/docs: " in printed
     assert printed.count("onetrans.toml cannot be written") == 2
+    own = Path("onetrans.toml", "docs").absolute()
+    assert f"sudo mkdir -p {own} && sudo chown -R $(id -un) {own}" in printed
     assert "onetrans schema check FILE" in printed
     assert "5 to mend" in printed
 

@@ -512,6 +512,30 @@ def test_the_page_makes_what_the_manifests_name() -> None:
     assert len(commands) == 1, commands
 
 
+def test_the_page_waits_for_a_jobs_end_and_not_for_its_success_alone() -> None:
+    lines = (ROOT / "docs" / "production.md").read_text(encoding="utf-8").splitlines()
+    made = [n for n, line in enumerate(lines) if line.startswith("job=$(kubectl create ")]
+    assert len(made) == 2
+    for n in made:
+        assert lines[n + 1].startswith("until kubectl get --namespace ranking $job ")
+        assert "grep -E 'Complete|Failed'; do sleep 10; done" in lines[n + 1]
+        assert lines[n + 2].startswith("kubectl logs --namespace ranking $job ")
+
+
+def test_commands_of_the_pages_name_what_runs(system: dict[str, Any]) -> None:
+    """Services of the compose file, and what the chart makes of a release with the page's name."""
+    pages = "\n".join((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("production.md", "operations.md"))
+    services = re.findall(r"docker compose --file infra/compose\.yaml (?:exec|run)(?: --\S+)* (\S+) ", pages)
+    assert len(services) >= 6
+    assert set(services) <= set(system)
+    (release,) = set(re.findall(r"helm upgrade --install (\S+) ", pages))
+    deployments = re.findall(r"kubectl exec --namespace ranking deployment/(\S+) -- ", pages)
+    assert len(deployments) >= 5
+    assert set(deployments) == {f"{release}-scheduler"}
+    for before in ("airflow-scheduler", "deployment/airflow-scheduler --"):
+        assert f"{before} onetrans registry rollback --reason " in pages
+
+
 def test_airflows_chart_asks_the_image_for_nothing_it_lacks() -> None:
     chart = yaml.safe_load((INFRA / "kubernetes" / "airflow-values.yaml").read_text(encoding="utf-8"))
     for process in ("scheduler", "dagProcessor", "triggerer"):

@@ -59,5 +59,19 @@ def test_torchrec_is_there_before_the_tests(file: Path) -> None:
         assert "make torchrec" in runs[:first]
 
 
+def test_the_nightly_tests_have_the_schema_of_the_chart_that_is_installed() -> None:
+    """Without it the test of the chart's values skips."""
+    (file,) = (file for file in WORKFLOWS if file.name == "nightly.yml")
+    steps = yaml.safe_load(file.read_text(encoding="utf-8"))["jobs"]["everything"]["steps"]
+    (tests,) = (n for n, step in enumerate(steps) if _tests(step.get("run", "")))
+    (fetched,) = (n for n, step in enumerate(steps) if "/chart/values.schema.json" in step.get("run", ""))
+    assert fetched < tests
+    assert steps[tests]["env"] == {"AIRFLOW_CHART_SCHEMA": "${{ runner.temp }}/values.schema.json"}
+    assert '"$RUNNER_TEMP/values.schema.json"' in steps[fetched]["run"]
+    page = (ROOT / "docs" / "production.md").read_text(encoding="utf-8")
+    (version,) = set(re.findall(r"helm upgrade .* --version (\S+) ", page))
+    assert f"/helm-chart/{version}/" in steps[fetched]["run"]
+
+
 def _tests(run: str) -> bool:
     return run == "make test" or "pytest" in run

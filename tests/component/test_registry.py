@@ -3,11 +3,9 @@
 import dataclasses
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -24,6 +22,7 @@ from onetrans.registry import CHALLENGER, CHAMPION, PREVIOUS, TAG_ROLLED_BACK, R
 from onetrans.report import report, table
 from onetrans.settings import as_environment
 from onetrans.tracking import TAG_FORCED, TAG_MODEL_DIGEST, TAG_MODEL_ID, fetch_folder, one_at_a_time, see_run
+from tests import mlflow_server
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,26 +31,8 @@ ROOT = Path(__file__).parents[2]
 def server(tmp_path_factory):
     """The address of a real MLflow server on loopback, and the folder it keeps artifacts in."""
     folder = tmp_path_factory.mktemp("server")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    environment.pop("PYTEST_CURRENT_TEST", None)
-    with (folder / "server.log").open("w") as log:
-        server = subprocess.Popen(
-            [
-                sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
-                "--backend-store-uri", f"sqlite:///{folder}/server.db",
-                "--artifacts-destination", str(folder / "server-artifacts"),
-            ],
-            stdout=log, stderr=log, env=environment, cwd=folder, start_new_session=True,
-        )  # fmt: skip
-        try:
-            _wait_for(f"http://127.0.0.1:{port}/health", server)
-            yield f"http://127.0.0.1:{port}", folder / "server-artifacts"
-        finally:
-            os.killpg(server.pid, 15)
-            server.wait(timeout=30)
+    with mlflow_server.running(folder) as server:
+        yield server.name, folder / "artifacts"
 
 
 @pytest.fixture(scope="module", params=["sqlite", "server"])
@@ -485,15 +466,3 @@ def test_a_diff_names_what_changed_between_two_versions(shop, registry, better, 
     assert "features:\n  the same" in text
     assert cli.main(["registry", "diff", "9", CHAMPION]) == 78
     assert "has no version 9" in capsys.readouterr().err
-
-
-def _wait_for(address, server, seconds=240):
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        assert server.poll() is None, "the server ended"
-        try:
-            with urllib.request.urlopen(address, timeout=5):
-                return
-        except OSError:
-            time.sleep(0.5)
-    raise AssertionError(f"{address} does not answer")

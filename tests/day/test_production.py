@@ -6,7 +6,6 @@ and two schedulers share the steps.  Only addresses and folders are exchanged fo
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -16,9 +15,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import date, timedelta
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import psycopg
 import pytest
@@ -33,6 +30,7 @@ from onetrans.lake import TABLES, Lake
 from onetrans.registry import CHAMPION, Registry
 from onetrans.settings import load_settings
 from tests import postgres, s3
+from tests.compose_file import SECRETS, services
 
 pytestmark = [
     pytest.mark.nightly,
@@ -50,31 +48,13 @@ LENIENT = {
 """A gate that asks for no lift over the baseline; to be better than a coin and than popularity it asks always."""
 
 
-def _services() -> dict[str, Any]:
-    """Return the services as Docker Compose itself reads them."""
-    spec = find_spec("compose")
-    assert spec is not None
-    assert spec.submodule_search_locations is not None
-    program = Path(spec.submodule_search_locations[0]) / "docker-compose"
-    names = ("PGPASSWORD", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AIRFLOW_JWT_SECRET", "AIRFLOW_FERNET_KEY",
-             "AIRFLOW_API_SECRET_KEY")  # fmt: skip
-    secrets = dict.fromkeys(names, SECRET) | {"ONETRANS_SERVING_TOKEN": SECRET}
-    secrets["AIRFLOW_FERNET_KEY"] = "cnlwdG9ncmFwaHktZm9yLXRlc3RzLW9ubHktMzJieXQ="
-    done = subprocess.run(
-        [str(program), "--env-file", os.devnull, "--file", str(REPOSITORY / "infra" / "compose.yaml"), "config",
-         "--format", "json"],
-        env={"PATH": os.environ["PATH"], **secrets}, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    services: dict[str, Any] = json.loads(done.stdout)["services"]
-    return services
-
-
 class Deployment:
     """The services of the compose file as processes of this machine."""
 
     def __init__(self, folder: Path, store: s3.ObjectStore, database: postgres.Postgres) -> None:
         self.folder = folder
-        self.services = _services()
+        fernet = "cnlwdG9ncmFwaHktZm9yLXRlc3RzLW9ubHktMzJieXQ="
+        self.services = services(dict.fromkeys(SECRETS, SECRET) | {"AIRFLOW_FERNET_KEY": fernet})
         self.ports = {name: free_port() for name in ("mlflow", "airflow-api-server", "data-docs", "serving")}
         self._store, self._database = store, database
         self.servers: list[Server] = []

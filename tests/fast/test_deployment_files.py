@@ -20,14 +20,15 @@ import yaml
 from packaging.requirements import Requirement
 
 from jobs.objects import JARS
-from onetrans.settings import load_settings
-from onetrans.upgrade import parts
+from onetrans import __version__
+from onetrans.lake import Lake
+from onetrans.settings import Settings, load_settings
+from onetrans.upgrade import catalog_address, mlflow_database
+from tests.compose_file import SECRETS, compose, services
 from tests.images import DOCKERFILE, image_environment, stages
 
 ROOT = Path(__file__).parents[2]
 INFRA = ROOT / "infra"
-SECRETS = ("PGPASSWORD", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AIRFLOW_JWT_SECRET", "AIRFLOW_API_SECRET_KEY",
-           "AIRFLOW_FERNET_KEY", "ONETRANS_SERVING_TOKEN")  # fmt: skip
 
 
 def _env_file(path: Path) -> dict[str, str]:
@@ -224,24 +225,9 @@ def test_the_files_of_s3a_are_the_same_everywhere() -> None:
 # Compose
 
 
-def _compose(*arguments: str, **changed: str) -> subprocess.CompletedProcess[str]:
-    spec = find_spec("compose")
-    assert spec is not None
-    assert spec.submodule_search_locations is not None
-    program = Path(spec.submodule_search_locations[0]) / "docker-compose"
-    environment = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", **changed}
-    return subprocess.run(
-        [str(program), "--env-file", os.devnull, "--file", str(INFRA / "compose.yaml"), *arguments],
-        env=environment, capture_output=True, text=True,
-    )  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def system() -> dict[str, Any]:
-    done = _compose("config", "--format", "json", **dict.fromkeys(SECRETS, "a-secret"))
-    assert done.returncode == 0, done.stderr
-    services: dict[str, Any] = json.loads(done.stdout)["services"]
-    return services
+    return services(dict.fromkeys(SECRETS, "a-secret"))
 
 
 def test_compose_reads_its_file_and_refuses_to_begin_without_secrets(system: dict[str, Any]) -> None:
@@ -250,7 +236,7 @@ def test_compose_reads_its_file_and_refuses_to_begin_without_secrets(system: dic
     assert set(system) == wanted
     assert set(_env_file(INFRA / "production" / ".env.example")) == set(SECRETS)
     for name in SECRETS:
-        done = _compose("config", "--quiet", **{other: "a-secret" for other in SECRETS if other != name})
+        done = compose({other: "a-secret" for other in SECRETS if other != name}, "config", "--quiet")
         assert done.returncode != 0, name
         assert f'"{name}"' in done.stderr or name in done.stderr
 
@@ -367,12 +353,24 @@ def test_each_secret_has_a_command_that_makes_one() -> None:
 # Settings
 
 
-def test_settings_of_the_deployment_are_read_and_name_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = load_settings({"ONETRANS_CONFIG": str(INFRA / "production" / "onetrans.toml")})
+def _deployed() -> Settings:
+    return load_settings({"ONETRANS_CONFIG": str(INFRA / "production" / "onetrans.toml")})
+
+
+def test_settings_of_the_deployment_are_read_and_name_one_place() -> None:
+    settings = _deployed()
     places = (settings.lake.warehouse, settings.training.runs, settings.mlflow.artifacts)
     assert all(place.startswith(settings.store.root) for place in places)
-    assert settings.lake.catalog_uri.startswith("postgresql+psycopg://")
-    assert parts  # what `onetrans upgrade` looks at takes its addresses from the same settings
+
+
+def test_an_upgrade_looks_at_the_databases_that_are_made_and_used(system: dict[str, Any]) -> None:
+    settings, variables = _deployed(), system["airflow-scheduler"]["environment"]
+    mlflow = mlflow_database(settings, variables)
+    assert f"--backend-store-uri={mlflow}" in system["mlflow"]["command"]
+    addresses = (variables["AIRFLOW__DATABASE__SQL_ALCHEMY_CONN"], mlflow, catalog_address(Lake(settings.lake)))
+    assert all(address.startswith("postgresql+psycopg:///") for address in addresses)
+    made = re.findall(r"CREATE DATABASE (\w+);", (INFRA / "production" / "databases.sql").read_text(encoding="utf-8"))
+    assert sorted(address.rsplit("/", 1)[1] for address in addresses) == sorted(made)
 
 
 def test_airflow_knows_every_option_that_is_set(system: dict[str, Any]) -> None:
@@ -463,8 +461,25 @@ def test_the_manifests_name_images_that_are_built() -> None:
     named += re.findall(r"^spark\.kubernetes\.container\.image\s+(\S+)", spark, re.MULTILINE)
     assert len(named) == 8
     for image in named:
-        assert re.fullmatch(r"registry\.example\.com/(onetrans-\w+):0\.1\.0", image), image
-        assert image.split("/")[1].split(":")[0] in built, image
+        host, name = image.split("/")
+        assert host == "registry.example.com", image
+        assert name.split(":")[0] in built, image
+
+
+def test_every_file_names_one_version() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["version"] == __version__
+    chart = yaml.safe_load((INFRA / "kubernetes" / "airflow-values.yaml").read_text(encoding="utf-8"))
+    assert chart["defaultAirflowTag"] == __version__
+    named: dict[str, set[str]] = {}
+    for folder in ("infra", "docs"):
+        for file in (ROOT / folder).rglob("*"):
+            if file.is_file() and "__pycache__" not in file.parts and file.suffix not in (".png", ".svg"):
+                tags = re.findall(r"\bonetrans-(?:\$?\w+):([\w.-]+)", file.read_text(encoding="utf-8"))
+                if tags:
+                    named[file.name] = set(tags)
+    assert {"compose.yaml", "Dockerfile", "serving.yaml", "kubernetes.conf", "production.md"} <= set(named)
+    assert {name: tags for name, tags in named.items() if tags != {__version__}} == {}
 
 
 def test_who_serves_has_a_secret_of_its_own() -> None:
@@ -572,16 +587,3 @@ def test_the_policy_gives_what_is_needed_and_no_more() -> None:
         assert not wide
         writes = {"s3:PutObject", "s3:DeleteObject"} & set(statement["Action"])
         assert not writes or "/PREFIX/" in statement["Resource"]
-
-
-def test_the_help_of_what_prepares_a_deployment_prepares_nothing(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "infra.production.prepare", "--help"]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=os.environ | {"ONETRANS_CONFIG": str(tmp_path / "none.toml")},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.startswith("usage: python -m infra.production.prepare")

@@ -37,8 +37,9 @@ document on stdout with `--json`; logs, progress and errors go to stderr. Settin
 An error is one paragraph: what is wrong, with an example, and what to do. `--debug`, or `{TRACEBACK}=1`, shows where
 it was raised. An error that nobody foresaw keeps its traceback in a log, and is a line on a terminal. Spark's
 jobs, audits, conversions of plain files, migrations and copies, waits, what `onetrans retain` removes, the gate's
-bootstrap and the loading of models to serve or verify show progress when they take more than two seconds, training and
-evaluation from the start: a bar on a terminal, a line every 15 seconds in a log.
+bootstrap, a plan, a promotion, a rollback, the look for what `jobs.rebuild` would build and the loading of models to
+serve or verify show progress when they take more than two seconds, training and evaluation from the start: a bar on a
+terminal, a line every 15 seconds in a log.
 """
 
 JOBS = {

@@ -33,6 +33,7 @@ from onetrans.lake import Lake
 from onetrans.lineage import in_order, stale_days
 from onetrans.outdated import matured_days
 from onetrans.process import EXIT_CODES, Parser, add_json, print_json
+from onetrans.progress import long_steps
 from onetrans.schema import FeatureSchema, load_schema
 from onetrans.settings import load_settings
 
@@ -138,7 +139,8 @@ def main(argv: list[str] | None = None) -> int:
         settings = load_settings()
         schema = load_schema(settings.source)
         source = open_source(settings.source, schema)
-        due = outdated(Lake(settings.lake), schema, source, datetime.now(UTC), first, last)
+        with long_steps(None, "looking for what is out of date"):
+            due = outdated(Lake(settings.lake), schema, source, datetime.now(UTC), first, last)
         if arguments.json:
             print_json([asdict(one) for one in due])
             sys.stdout.flush()  # before hours of building

@@ -43,6 +43,7 @@ from onetrans.lake import Lake
 from onetrans.models.config import ARCHITECTURES, CONFIGS, ModelConfig, config_from_dict, config_to_dict, preset
 from onetrans.optim_config import OptimizerConfig, optimizer_preset
 from onetrans.process import add_json, print_json
+from onetrans.progress import long_steps
 from onetrans.schema import FeatureSchema, load_schema
 from onetrans.settings import Preset, Settings, TrainingSettings, load_settings
 
@@ -654,13 +655,14 @@ def plan_of(arguments: argparse.Namespace, settings: Settings) -> Plan:
         raise BadConfigError("either --plan PATH or --ds DAY is needed")
     if arguments.config:
         settings = replace(settings, training=replace(settings.training, preset=arguments.config))
-    return make_plan(
-        settings,
-        arguments.ds,
-        load_schema(settings.source),
-        from_scratch=arguments.from_scratch,
-        track=not arguments.no_mlflow,
-    )
+    with long_steps(None, f"planning {arguments.ds}"):
+        return make_plan(
+            settings,
+            arguments.ds,
+            load_schema(settings.source),
+            from_scratch=arguments.from_scratch,
+            track=not arguments.no_mlflow,
+        )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -41,6 +41,7 @@ from onetrans.errors import BadConfigError, BadDataError, NotReadyError, Pipelin
 from onetrans.forced import add_force_argument, forced_reason
 from onetrans.plan import GATE_FILE, PAGE_FILE, PROMOTION_FILE, SCORES_FILE, Plan
 from onetrans.process import add_json, print_json
+from onetrans.progress import long_steps
 from onetrans.scores import CANDIDATE
 from onetrans.settings import MlflowSettings, Settings, load_settings
 from onetrans.tracking import (
@@ -660,7 +661,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Register the candidate and say what became of it; one that is not promoted is no failure."""
     settings = load_settings()
-    promotion = promote(settings, Plan.load(arguments.plan), forced_reason(arguments.force, settings.gate))
+    plan, force = Plan.load(arguments.plan), forced_reason(arguments.force, settings.gate)
+    with long_steps(None, f"promotion of {plan.ds}"):
+        promotion = promote(settings, plan, force)
     if arguments.json:
         print_json(promotion)
         return 0

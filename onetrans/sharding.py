@@ -89,8 +89,8 @@ class ShardedTables:
             )
         if importlib.util.find_spec("torchrec") is None:
             raise BadConfigError(
-                "training.shard_rows needs TorchRec, which is not installed: run `make torchrec` in a checkout without a "
-                "GPU, `pip install --editable '.[torchrec]'` in one with, or build the image `training` with "
+                "training.shard_rows needs TorchRec, which is not installed: run `make torchrec` in a checkout without "
+                "a GPU, `pip install --editable '.[torchrec]'` in one with, or build the image `training` with "
                 "`--build-arg PACKAGES=training-torchrec.txt`"
             )
         self.names, self.ranks, self.device, self.width = names, ranks, device, width

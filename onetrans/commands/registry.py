@@ -105,13 +105,15 @@ def _do(registry: Registry, arguments: argparse.Namespace) -> int:
                 f"a probability differs by {largest:.2g}, at most {SCORE_TOLERANCE:g} is allowed"
             )
     elif arguments.action == "promote":
-        version = registry.promote_by_hand(arguments.version, arguments.reason)
+        with long_steps(None, f"promoting version {arguments.version}"):
+            version = registry.promote_by_hand(arguments.version, arguments.reason)
         if arguments.json:
             print_json({"model": registry.name, "champion": version.version})
         else:
             print(f"{registry.name}: champion is version {version.version}")
     else:
-        left, now = registry.roll_back(arguments.reason)
+        with long_steps(None, "rolling back"):
+            left, now = registry.roll_back(arguments.reason)
         if arguments.json:
             print_json({"model": registry.name, "champion": now.version, "rolled_back": left.version})
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,7 +21,7 @@ from jobs.rebuild import LATE, MATURED, STALE, describe, outdated, rebuild
 from jobs.rebuild import main as rebuild_main
 from jobs.sources.files import Files
 from jobs.workspace import Workspace
-from onetrans import storage
+from onetrans import progress, storage
 from onetrans.cli import main as cli
 from onetrans.errors import EXIT_BAD_CONFIG, EXIT_OK
 from onetrans.lake import Lake, Staged
@@ -282,14 +283,22 @@ def test_a_conversion_whose_time_is_not_said_is_known_when_its_window_closes(wor
 
 
 def test_the_command_says_what_it_would_build_again(
-    lake: Lake, deploy: Deploy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    lake: Lake,
+    deploy: Deploy,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     deploy(SCHEMA)
+    monkeypatch.setattr(progress, "SAID_AFTER_S", 0.0)
+    caplog.set_level(logging.INFO)
     path = write_rows(tmp_path / "raw" / "impressions" / f"ds={DS}", [{"request_id": "r"}])
     source = Files(str(tmp_path / "raw"), SCHEMA)
     put(lake, "impressions", DS, CLOSES, raw=source.stamp("impressions", DS))
     assert rebuild_main(["--dry-run"]) == EXIT_OK
     assert capsys.readouterr().out == "every published day is up to date\n"
+    assert any(text.startswith("looking for what is out of date: done in ") for text in caplog.messages)
     put(lake, "impressions", DS, CLOSES - timedelta(hours=1), raw=source.stamp("impressions", DS))
     put(lake, "impressions", NEXT, CLOSES + timedelta(days=5), raw="other files")
     before = lake.snapshot_id("impressions")

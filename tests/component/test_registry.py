@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from tracked_days import Shop
 
-from onetrans import cli, storage
+from onetrans import cli, progress, storage
 from onetrans.commands.registry import describe, verify, versions_table
 from onetrans.errors import EXIT_BAD_DATA, BadConfigError, BadDataError, NotReadyError
 from onetrans.gate import run_gate
@@ -401,6 +402,29 @@ def test_one_command_in_a_process_of_its_own_rolls_back(shop, registry, better):
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{registry.name}: champion is version 1; version 2 was rolled back\n"
     assert registry.aliases() == {CHAMPION: "1", CHALLENGER: "2"}
+
+
+def test_promotions_and_rollbacks_say_that_they_go_on(shop, registry, better, monkeypatch, capsys, caplog):
+    """Each compares the files of a model with its hash, which takes as long as they are large."""
+    monkeypatch.setattr(progress, "SAID_AFTER_S", 0.0)
+    caplog.set_level(logging.INFO)
+    for name, value in as_environment(dataclasses.replace(shop.settings, mlflow=registry.settings)).items():
+        monkeypatch.setenv(name, value)
+    for number in (2, 3):
+        _file(better[number], "promotion.json").unlink(
+            missing_ok=True
+        )  # another test may have promoted this plan elsewhere
+        assert cli.main(["promote", "--plan", better[number].path]) == 0
+    assert cli.main(["registry", "rollback", "--reason", "too slow"]) == 0
+    assert cli.main(["registry", "promote", "--version", "2", "--reason", "fast enough"]) == 0
+    assert "champion is version 2" in capsys.readouterr().out
+    ended = [text.partition(": done in ")[0] for text in caplog.messages if ": done in " in text]
+    assert ended == [
+        f"promotion of {better[2].ds}",
+        f"promotion of {better[3].ds}",
+        "rolling back",
+        "promoting version 2",
+    ]
 
 
 def test_the_report_shows_figures_lift_verdict_and_champion(shop, better, worse):

@@ -2,13 +2,14 @@
 
 import argparse
 import json
+import logging
 from dataclasses import replace
 from datetime import timedelta
 
 import pytest
 import torch
 
-from onetrans import storage
+from onetrans import progress, storage
 from onetrans.checkpoint import Checkpoint
 from onetrans.cli import main as cli
 from onetrans.errors import EXIT_NOT_READY, BadConfigError, NotReadyError
@@ -418,13 +419,18 @@ def test_a_plan_is_named_or_decided_and_tracked_only_if_that_is_wanted(settings,
         plan_of(argparse.Namespace(**none | given), settings)
 
 
-def test_the_command_prints_the_folder_and_exits_75_when_not_ready(settings, days, tmp_path, monkeypatch, capsys):
+def test_the_command_prints_the_folder_and_exits_75_when_not_ready(
+    settings, days, tmp_path, monkeypatch, capsys, caplog
+):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(progress, "SAID_AFTER_S", 0.0)
     for name, value in as_environment(settings).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("ONETRANS_SOURCE_SCHEMA", str(write_schema(tmp_path / "schema.toml", SCHEMA)))
     assert cli(["plan", "--ds", str(days[5]), "--no-mlflow"]) == 0
     printed = capsys.readouterr().out.strip()
     assert printed == plan_for(settings, days[5]).path
+    assert any(text.startswith(f"planning {days[5]}: done in ") for text in caplog.messages)
     assert json.loads(storage.read_bytes(f"{printed}/plan.json"))["schema"] == SCHEMA.to_dict()
     assert cli(["plan", "--ds", "2024-05-01", "--no-mlflow"]) == EXIT_NOT_READY
     assert "no published 2024-04-28..2024-05-01" in capsys.readouterr().err

@@ -11,14 +11,13 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-import time
 from datetime import UTC, date, datetime, timedelta
 
 from jobs.sources import Source, open_source
 from onetrans.days import day_bounds, parse_day
-from onetrans.errors import EXIT_OK, BadConfigError, BadDataError, NotReadyError
+from onetrans.errors import EXIT_OK, BadDataError, NotReadyError
 from onetrans.process import EXIT_CODES, Parser, exit_code_of
-from onetrans.progress import long_steps
+from onetrans.progress import wait_for
 from onetrans.schema import FeatureSchema, load_schema
 from onetrans.settings import Settings, load_settings
 
@@ -61,14 +60,11 @@ def main(argv: list[str] | None = None) -> int:
         help="exit 0 with the words 'nothing to do' where the log lost the day (source.absent_days)",
     )
     parser.add_argument("--wait", type=float, default=0.0, metavar="SECONDS", help="longest wait (default: 0)")
-    parser.add_argument("--every", type=float, default=10.0, metavar="SECONDS", help="between two looks (default: 10)")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     return exit_code_of(lambda: _run(parser.parse_args(argv)))
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    if arguments.every <= 0:
-        raise BadConfigError(f"--every = {arguments.every} must be more than 0")
     ds = parse_day(arguments.ds)
     settings = load_settings()
     schema = load_schema(settings.source)
@@ -76,17 +72,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.unless_absent and ds in settings.source.absent_days and source.missing(ds):
         print(f"nothing to do: source.absent_days says that the log lost {ds}")
         return EXIT_OK
-    deadline = time.monotonic() + arguments.wait
-    with long_steps(None, f"waiting for the raw log of {ds}"):
-        while True:
-            try:
-                check(settings, schema, source, ds, datetime.now(UTC))
-                break
-            except NotReadyError:
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    raise
-                time.sleep(min(arguments.every, left))
+    wait_for(lambda: check(settings, schema, source, ds, datetime.now(UTC)), arguments.wait, f"the raw log of {ds}")
     print(f"the raw log of {ds} is there")
     return EXIT_OK
 

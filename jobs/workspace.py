@@ -28,7 +28,7 @@ from jobs.sources import Source, open_source
 from jobs.sources.reading import AS_JSON, FILE, ROW
 from jobs.spark import session
 from onetrans import storage
-from onetrans.days import describe_days
+from onetrans.days import describe_days, present_day
 from onetrans.errors import UNHARMED, BadConfigError, BadDataError, NotReadyError
 from onetrans.lake import QUARANTINE, Lake, Staged
 from onetrans.schema import FeatureSchema, InputTable, load_schema
@@ -176,11 +176,7 @@ class Workspace:
 
     def day_before(self, table: str, ds: date) -> date:
         """Return the day before ``ds``, or the latest one before it that is published or not known to be absent."""
-        published = self.lake.days(table)
-        before = ds - timedelta(days=1)
-        while before in self.settings.source.absent_days and before not in published:
-            before -= timedelta(days=1)
-        return before
+        return present_day(ds - timedelta(days=1), self.settings.source.absent_days, self.lake.days(table))
 
     def _from(self, table: str, ds: date, reads: Reads, raw_also: Sequence[str] = ()) -> Staged:
         """Return the beginning of a manifest: what the day is about to be built from, as it is now."""

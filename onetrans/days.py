@@ -8,7 +8,7 @@ are always asked for here.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from datetime import UTC, date, datetime, time, timedelta
 from zoneinfo import ZoneInfo
 
@@ -49,6 +49,21 @@ def day_range(first: date, last: date) -> list[date]:
 def days_before(ds: date, count: int) -> list[date]:
     """Return the ``count`` days before ``ds``, oldest first; ``ds`` itself is not among them."""
     return [ds - timedelta(days=back) for back in range(count, 0, -1)]
+
+
+def present_day(ds: date, absent: Collection[date], published: Collection[date]) -> date:
+    """Return ``ds``, or where the log lost it the latest day before it that is to be expected.
+
+    That is one which the log did not lose, or which is published all the same.
+
+    Args:
+        ds: the day that is asked for.
+        absent: days that the log lost (``source.absent_days``).
+        published: the days of the table that is to be read; tables may differ.
+    """
+    while ds in absent and ds not in published:
+        ds -= timedelta(days=1)
+    return ds
 
 
 def day_bounds(ds: date, timezone: str) -> tuple[datetime, datetime]:

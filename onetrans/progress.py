@@ -6,18 +6,26 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
+from typing import TypeVar
 
 from tqdm import tqdm
+
+from onetrans.errors import NotReadyError
 
 logger = logging.getLogger(__name__)
 
 SAID_AFTER_S = 2.0
 """Seconds of work that needs no word, for ``after``."""
 
+LOOK_EVERY_S = 5.0
+"""Seconds between two looks of :func:`wait_for`."""
+
 _BEAT_S = 0.5
+
+Found = TypeVar("Found")
 
 
 class Progress:
@@ -140,3 +148,26 @@ def long_steps(total: int | None, label: str) -> Iterator[Progress]:
         finally:
             ended.set()
             thread.join()
+
+
+def wait_for(look: Callable[[], Found], seconds: float, label: str) -> Found:
+    """Return what a look finds; while there is nothing yet, look again, for so many seconds.
+
+    Args:
+        look: raises :class:`~onetrans.errors.NotReadyError` where nothing is there yet.
+        seconds: longest wait; 0: one look.
+        label: what is waited for.
+
+    Raises:
+        NotReadyError: that of the last look.
+    """
+    deadline = time.monotonic() + seconds
+    with long_steps(None, f"waiting for {label}"):
+        while True:
+            try:
+                return look()
+            except NotReadyError:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise
+            time.sleep(min(LOOK_EVERY_S, left))

@@ -63,16 +63,16 @@ def write(lake: Lake, data: pa.Table, ds: date, table: str = TABLE, files: int =
     return f"file://{folder}"
 
 
-def stage(lake: Lake, data: pa.Table, ds: date, passed: bool | None = True, **how: Any) -> Staged:
-    staged = lake.mark_staged(Staged(TABLE, ds, write(lake, data, ds, **how), data.num_rows))
+def stage(lake: Lake, data: pa.Table, ds: date, passed: bool | None = True, table: str = TABLE, **how: Any) -> Staged:
+    staged = lake.mark_staged(Staged(table, ds, write(lake, data, ds, table, **how), data.num_rows))
     if passed is not None:
         lake.write_verdict(staged, {"passed": passed})
     return staged
 
 
-def publish(lake: Lake, data: pa.Table, ds: date, **how: Any) -> int:
-    stage(lake, data, ds, **how)
-    return lake.publish(TABLE, ds)
+def publish(lake: Lake, data: pa.Table, ds: date, table: str = TABLE, **how: Any) -> int:
+    stage(lake, data, ds, table=table, **how)
+    return lake.publish(table, ds)
 
 
 def counts(lake: Lake, table: str = TABLE, snapshot_id: int | None = None) -> dict[date, int]:
@@ -409,6 +409,19 @@ def test_a_day_that_nothing_was_lost_of_is_as_good_as_published(
     capsys.readouterr()
     assert cli([*[word for word in after if word != "behaviors"], "--or-absent"]) == EXIT_OK
     assert "impressions 2024-02-28: published, 10 rows" in capsys.readouterr().out
+
+
+def test_a_lost_day_that_came_after_all_in_some_tables_is_looked_for_per_table(
+    deployment: Lake, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each table is built on the latest day of its own: one has the lost day, the other goes on from the day before."""
+    for table, days in ((TABLE, (D1, D2)), ("behaviors", (D1,))):
+        for ds in days:
+            publish(deployment, rows(ds, 10), ds, table)
+    monkeypatch.setenv("ONETRANS_SOURCE_ABSENT_DAYS", str(D2))
+    assert cli(["published", TABLE, "behaviors", "--ds", str(D2), "--or-absent", "--json"]) == EXIT_OK
+    found = json.loads(capsys.readouterr().out)
+    assert [(day["table"], day["ds"]) for day in found] == [(TABLE, str(D2)), ("behaviors", str(D1))]
 
 
 def test_publish_passes_on_what_the_audit_found(deployment: Lake, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,7 @@ from datetime import UTC, date, datetime
 
 import pytest
 
-from onetrans.days import day_bounds, day_range, days_before, describe_days, parse_day
+from onetrans.days import day_bounds, day_range, days_before, describe_days, parse_day, present_day
 from onetrans.errors import BadConfigError
 
 
@@ -37,3 +37,11 @@ def test_describe_days() -> None:
     days = [date(2024, 3, d) for d in (3, 1, 2, 6)]
     assert describe_days(days) == "2024-03-01..2024-03-03, 2024-03-06"
     assert describe_days([]) == "none"
+
+
+def test_a_lost_day_is_stepped_over_unless_it_is_published_after_all() -> None:
+    first, second, third = day_range(date(2024, 2, 28), date(2024, 3, 1))
+    assert present_day(third, [second], []) == third
+    assert present_day(second, [second], []) == first, "published or not, the log has it"
+    assert present_day(third, [second, third], [first]) == first
+    assert present_day(third, [second, third], [first, second]) == second

@@ -128,6 +128,7 @@ def test_the_command_looks_until_the_day_is_there_and_starts_no_session(
     monkeypatch.setenv("ONETRANS_SOURCE_PATH", str(tmp_path))
     monkeypatch.setenv("ONETRANS_SOURCE_WAIT_HOURS", "36")
     monkeypatch.setattr("jobs.spark._start", None)
+    monkeypatch.setattr("onetrans.progress.LOOK_EVERY_S", 0.1)
     assert raw.main(["--ds", str(today)]) == EXIT_NOT_READY
     assert raw.main(["--ds", "2020-01-01"]) == EXIT_BAD_DATA
     assert raw.main(["--ds", "2020-01-01", "--unless-absent"]) == EXIT_BAD_DATA
@@ -139,7 +140,7 @@ def test_the_command_looks_until_the_day_is_there_and_starts_no_session(
     capsys.readouterr()
     timer = threading.Timer(0.5, put, [tmp_path / "impressions" / f"ds={yesterday}"])
     timer.start()
-    assert raw.main(["--ds", str(yesterday), "--wait", "20", "--every", "0.1"]) == EXIT_OK
+    assert raw.main(["--ds", str(yesterday), "--wait", "20"]) == EXIT_OK
     assert f"the raw log of {yesterday} is there" in capsys.readouterr().out
 
 

@@ -99,14 +99,12 @@ def test_who_waits_sees_that_it_goes_on(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(progress, "SAID_AFTER_S", 0.1)
+    monkeypatch.setattr(progress, "LOOK_EVERY_S", 0.1)
     caplog.set_level("INFO")
-    assert (
-        cli.main(["published", "impressions", "--ds", "2026-01-10", "--wait", "1.5", "--every", "0.1"])
-        == EXIT_NOT_READY
-    )
+    assert cli.main(["published", "impressions", "--ds", "2026-01-10", "--wait", "1.5"]) == EXIT_NOT_READY
     assert "waiting for impressions of 2026-01-10: " in caplog.text
     monkeypatch.setenv("ONETRANS_SOURCE_SCHEMA", str(Path(write.__file__).with_name("schema.toml")))
     Path("var", "raw").mkdir(parents=True)
     later = str(date.today() + timedelta(days=2))
-    assert raw.main(["--ds", later, "--wait", "1.5", "--every", "0.1"]) == EXIT_NOT_READY
+    assert raw.main(["--ds", later, "--wait", "1.5"]) == EXIT_NOT_READY
     assert f"waiting for the raw log of {later}: " in caplog.text

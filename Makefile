@@ -19,7 +19,7 @@ demo: env ## run three days of the whole pipeline through Airflow, from nothing
 	@$(PY) -m examples.demo $(if $(DATA),--data "$(DATA)")
 
 ui: env ## open Airflow, MLflow and Data Docs on loopback: of onetrans.toml, else of the demo; until Ctrl-C
-	@$(PY) -m infra.local ui
+	@$(PY) -m infra.local
 
 test: env ## run all tests but the nightly ones
 	$(PY) -m pytest -m "not nightly"

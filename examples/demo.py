@@ -171,7 +171,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(
         prog="python -m examples.demo",
         description=__doc__,
-        epilog=EXIT_CODES,
+        epilog="examples:\n  python -m examples.demo\n  python -m examples.demo --data /path/to/KuaiRand-Pure\n"
+        f"  ONETRANS_DEMO_HOME=/tmp/demo python -m examples.demo\n\n{EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder of the KuaiRand release (default: generate)")
@@ -250,7 +251,7 @@ def run(log: Log) -> Costs:
 
 def _make_ui(config: Path) -> str:
     """Return the command that shows this demo: a configuration of the user's own would go before it."""
-    return "make ui" if chosen_config(None) == config else f"ONETRANS_CONFIG={_short(config)} make ui"
+    return "make ui" if chosen_config() == config else f"ONETRANS_CONFIG={_short(config)} make ui"
 
 
 def _short(path: Path) -> Path:

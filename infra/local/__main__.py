@@ -1,15 +1,12 @@
-"""Servers on this machine, all on loopback.
+"""Airflow, MLflow and Data Docs on this machine, all on loopback, until Ctrl-C: ``make ui``.
 
-    python -m infra.local ui          Airflow, MLflow and Data Docs, until Ctrl-C
-    python -m infra.local airflow     Airflow alone, until Ctrl-C
-
-The settings are those of ``--config``; default: ``$ONETRANS_CONFIG``, else
-``onetrans.toml`` in the checkout's folder, else the demo's
-(``var/demo/onetrans.toml``) if there was one, else the defaults.  Other commands go by
-the first two alone; what to export for them is printed.
+The settings are those that ``$ONETRANS_CONFIG`` names, else of ``onetrans.toml`` in
+the checkout's folder, else the demo's (``var/demo/onetrans.toml``) if there was one,
+else the defaults.  Other commands go by the first two alone; what to export for them
+is printed.
 Airflow's home is ``airflow`` beside the demo's configuration file, else ``var/airflow``
-beside the file.  Everything runs in the
-checkout's folder, so relative paths in the settings are relative to it.
+beside the file.  Everything runs in the checkout's folder, so relative paths in the
+settings are relative to it.
 """
 
 from __future__ import annotations
@@ -24,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from expectations.site import site_path
 from infra.local import pages
 from infra.local.airflow import REPOSITORY, LocalAirflow
 from infra.local.homes import airflow_home, chosen_config
@@ -39,18 +37,16 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(
         prog="python -m infra.local",
         description=__doc__,
-        epilog=f"examples:\n  python -m infra.local ui --config var/demo/onetrans.toml\n\n{EXIT_CODES}",
+        epilog="examples:\n  python -m infra.local\n  ONETRANS_CONFIG=var/demo/onetrans.toml python -m infra.local\n\n"
+        f"{EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("what", choices=("ui", "airflow"), help="what to start")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="configuration file")
-    parser.add_argument("--home", type=Path, metavar="DIR", help="AIRFLOW_HOME (default: var/airflow beside it)")
     signal.signal(signal.SIGTERM, _interrupt)
 
     def started() -> int:
-        arguments = parser.parse_args(argv)
+        parser.parse_args(argv)
         try:
-            run(arguments.what, arguments.config, arguments.home)
+            run()
         except KeyboardInterrupt:
             print("\nstopped")
         return EXIT_OK
@@ -58,13 +54,13 @@ def main(argv: list[str] | None = None) -> int:
     return exit_code_of(started)
 
 
-def run(what: str, config: Path | None, home: Path | None) -> None:
+def run() -> None:
     """Start the servers and keep them until interrupted; one of Airflow's that ends is started again.
 
     Raises:
         PipelineError: if a server cannot start, ends again and again, or shows another page and ends.
     """
-    path, home = chosen_config(config), home and home.resolve()
+    path = chosen_config()
     os.chdir(REPOSITORY)
     print(f"configuration: {path or 'none, so every setting has its default'}", flush=True)
     if path and path != REPOSITORY / OWN_FILE:
@@ -72,12 +68,12 @@ def run(what: str, config: Path | None, home: Path | None) -> None:
     environment = {"ONETRANS_CONFIG": str(path)} if path else {}
     settings = load_settings({**os.environ, **environment})
     airflow = LocalAirflow(
-        home or airflow_home(path),
+        airflow_home(path),
         environment,
         database=settings.airflow.database,
         schedule=settings.airflow.schedule,
     )
-    others = _other_pages(settings, airflow.home / "logs") if what == "ui" else []
+    others = _other_pages(settings, airflow.home / "logs")
     airflow.environment.update(_links(settings, others))
     servers = [page.server for page in others if page.server]
     try:
@@ -89,8 +85,7 @@ def run(what: str, config: Path | None, home: Path | None) -> None:
             pages.wait_for(page)
         for title, address in [("Airflow", airflow.address), *((page.title, page.address) for page in others)]:
             print(f"  {title:<10} {address}")
-        if what == "ui":
-            print("\n".join(_newest_day(settings, others)))
+        print("\n".join(_newest_day(settings, others)))
         print("Ctrl-C stops them.", flush=True)
         while True:
             time.sleep(1)
@@ -117,9 +112,6 @@ def _newest_day(settings: Settings, others: Sequence[pages.Page]) -> list[str]:
 
 
 def _other_pages(settings: Settings, logs: Path) -> list[pages.Page]:
-    # Expectations bring Great Expectations' parts with them; Airflow alone does without.
-    from expectations.site import site_path
-
     docs = pages.docs_page(site_path(settings.lake, settings.audit), logs, settings.audit.address)
     return [page for page in (pages.mlflow_page(settings, logs), docs) if page is not None]
 

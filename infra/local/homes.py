@@ -20,19 +20,14 @@ def airflow_home(config: Path | None) -> Path:
     return (config.parent if inside_var else config.parent / "var") / "airflow"
 
 
-def chosen_config(
-    named: Path | None, environ: Mapping[str, str] = os.environ, folder: Path = REPOSITORY
-) -> Path | None:
+def chosen_config(environ: Mapping[str, str] = os.environ, folder: Path = REPOSITORY) -> Path | None:
     """Return the configuration file to use, the demo's only where a user has none of their own.
 
     Args:
-        named: file of ``--config``.
         environ: environment.
         folder: the checkout.
     """
     own, demo = folder / OWN_FILE, folder / DEMO_CONFIG
-    if named is not None:
-        return named.resolve()
     if environ.get("ONETRANS_CONFIG"):
         return Path(environ["ONETRANS_CONFIG"]).resolve()
     return next((path.resolve() for path in (own, demo) if path.is_file()), None)

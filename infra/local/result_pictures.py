@@ -1,4 +1,4 @@
-"""Pictures of what a night leaves to look at: ``python -m infra.local.result_pictures [--config FILE] [--out DIR]``.
+"""Pictures of what a night leaves to look at: ``python -m infra.local.result_pictures [--out DIR]``.
 
 MLflow's comparison of the two models of the newest judged day, that day's verdict,
 and the Data Docs of its audits, of the deployment that ``make ui`` would show: after
@@ -39,15 +39,16 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(
         prog="python -m infra.local.result_pictures",
         description=__doc__,
-        epilog=f"example: python -m infra.local.result_pictures --config var/demo/onetrans.toml\n\n{EXIT_CODES}",
+        epilog="examples:\n  python -m infra.local.result_pictures\n"
+        "  ONETRANS_CONFIG=var/demo/onetrans.toml python -m infra.local.result_pictures --out /tmp/pictures\n\n"
+        f"{EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", type=Path, metavar="FILE", help="configuration file (default: as of make ui)")
     parser.add_argument("--out", type=Path, default=IMAGES, metavar="DIR", help="folder of the pictures")
 
     def run() -> int:
         arguments = parser.parse_args(argv)
-        path = chosen_config(arguments.config)
+        path = chosen_config()
         os.chdir(REPOSITORY)
         settings = load_settings({**os.environ, **({"ONETRANS_CONFIG": str(path)} if path else {})})
         for file in take(settings, arguments.out.resolve()):

@@ -26,7 +26,7 @@ from infra.local.airflow_api import AirflowApi, Run
 from infra.local.airflow_page import AirflowPage, chromium
 from infra.local.homes import small_config
 from onetrans.errors import BadConfigError, PipelineError
-from onetrans.process import Parser, exit_code_of
+from onetrans.process import EXIT_CODES, Parser, exit_code_of
 
 IMAGES = REPOSITORY / "docs" / "images"
 FIRST = date(2026, 1, 1)
@@ -40,6 +40,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(
         prog="python -m infra.local.screenshots",
         description=__doc__,
+        epilog="examples:\n  python -m infra.local.screenshots\n"
+        f"  python -m infra.local.screenshots --out /tmp/pictures\n\n{EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, default=IMAGES, metavar="DIR", help="folder of the pictures")

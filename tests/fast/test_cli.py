@@ -195,11 +195,12 @@ def test_help_says_what_a_job_does_and_what_comes_next(
     assert [text for text in told if text not in printed] == []
 
 
-PROGRAMS = ("infra.airflow.pools", "infra.cli_page", "infra.notices", "infra.production.prepare", "jobs.spark")
+PROGRAMS = ("examples.demo", "infra.airflow.pools", "infra.cli_page", "infra.local.result_pictures",
+            "infra.local.screenshots", "infra.notices", "infra.production.prepare", "jobs.spark")  # fmt: skip
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_a_program_that_takes_no_option_does_nothing_for_its_help(
+def test_a_program_does_nothing_for_its_help(
     program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("ONETRANS_CONFIG", str(tmp_path / "none.toml"))  # whoever reads its settings fails

@@ -20,15 +20,14 @@ from onetrans.settings import AuditSettings, MlflowSettings, Settings, load_sett
 
 
 def test_a_users_own_configuration_goes_before_the_demos(tmp_path: Path) -> None:
-    assert chosen_config(None, {}, tmp_path) is None
+    assert chosen_config({}, tmp_path) is None
     demo, own, named = tmp_path / DEMO_CONFIG, tmp_path / "onetrans.toml", tmp_path / "other.toml"
     demo.parent.mkdir(parents=True)
     demo.touch()
-    assert chosen_config(None, {}, tmp_path) == demo
+    assert chosen_config({}, tmp_path) == demo
     own.touch()
-    assert chosen_config(None, {}, tmp_path) == own
-    assert chosen_config(None, {"ONETRANS_CONFIG": str(named)}, tmp_path) == named
-    assert chosen_config(demo, {"ONETRANS_CONFIG": str(named)}, tmp_path) == demo
+    assert chosen_config({}, tmp_path) == own
+    assert chosen_config({"ONETRANS_CONFIG": str(named)}, tmp_path) == named
 
 
 PYTHON_HINT = "sudo apt-get install python3.11 python3.11-venv (python3.12 python3.12-venv where there is no 3.11)"

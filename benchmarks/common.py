@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import operator
-import os
 import platform
 import re
 import shutil
@@ -28,6 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from onetrans.cores import usable_cores
 
 _COMPARISONS: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,
@@ -187,9 +188,8 @@ def commit() -> str:
 
 def hardware() -> str:
     """Return the machine in one line: processor, cores, memory and GPUs."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = psutil.virtual_memory().total / 2**30
-    parts = [_processor(), f"{cores} cores", f"{memory:.0f} GiB", *_gpus()]
+    parts = [_processor(), f"{usable_cores()} cores", f"{memory:.0f} GiB", *_gpus()]
     return ", ".join(parts)
 
 

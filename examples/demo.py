@@ -30,6 +30,7 @@ from infra.local.airflow_api import Run, Task
 from infra.local.homes import airflow_home, chosen_config
 from infra.local.processes import stop_processes, stop_remembered
 from infra.local.watch import MemoryWatch
+from onetrans.cores import usable_cores
 from onetrans.days import day_range
 from onetrans.errors import EXIT_OK, BadConfigError, PipelineError
 from onetrans.process import EXIT_CODES, Parser, exit_code_of
@@ -274,14 +275,8 @@ def _start_clean(log: Log) -> Path:
         shutil.rmtree(HOME)
     HOME.mkdir(parents=True)
     config = HOME / "onetrans.toml"
-    config.write_text(configuration(log, _cores()), encoding="utf-8")
+    config.write_text(configuration(log, usable_cores()), encoding="utf-8")
     return config
-
-
-def _cores() -> int:
-    import psutil
-
-    return len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else psutil.cpu_count() or 1
 
 
 def _process(environment: Mapping[str, str], module: str, *arguments: str, shown: str = "") -> None:

@@ -27,7 +27,6 @@ Shape suffixes:
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -37,6 +36,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from onetrans.cores import usable_cores
 from onetrans.errors import BadDataError
 from onetrans.progress import SAID_AFTER_S, Progress
 
@@ -305,7 +305,7 @@ def resample(
     whole = measured(np.ones((1, users), dtype=np.int32))
     chunks = []
     with Progress(replicates, "draws", "bootstrap over users", after=SAID_AFTER_S) as progress:
-        for chunk in _in_turns(measured, _draws(users, replicates, seed, together), threads or _cores()):
+        for chunk in _in_turns(measured, _draws(users, replicates, seed, together), threads or usable_cores()):
             chunks.append(chunk)
             progress.advance(len(chunk[0]) if chunk else 0)
     return {
@@ -360,10 +360,6 @@ def _in_turns(
                 yield waiting.pop(0).result()
         for future in waiting:
             yield future.result()
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _effective(parts: Sequence[Part], users: int) -> float:

@@ -20,7 +20,6 @@ import csv
 import fcntl
 import io
 import logging
-import os
 import resource
 import signal
 import sys
@@ -42,6 +41,7 @@ from onetrans import sharding, storage
 from onetrans.artifact import load_model, save_model
 from onetrans.batch import RequestBatch
 from onetrans.checkpoint import Checkpoint, DamagedCheckpointError
+from onetrans.cores import usable_cores
 from onetrans.distributed import Ranks, is_rank, launch, open_ranks
 from onetrans.errors import EXIT_BAD_CONFIG, BadConfigError, PipelineError
 from onetrans.freed_memory import keep_freed_memory
@@ -647,7 +647,7 @@ def train(
             return record
         threads = settings.training.threads
         if threads or ranks.local_count > 1:
-            torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // ranks.local_count))
+            torch.set_num_threads(threads or max(1, usable_cores() // ranks.local_count))
         with open_tracker(settings, plan, model_name) if ranks.leads else nullcontext(SilentTracker()) as tracker:
             if ranks.leads:
                 logger.info("%s: the plan: %s", named, plan.decision)

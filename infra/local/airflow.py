@@ -38,6 +38,7 @@ from infra.local.processes import (
     tail,
     wait_until,
 )
+from onetrans.cores import usable_cores
 from onetrans.errors import BadConfigError
 from onetrans.settings import load_settings
 
@@ -56,7 +57,7 @@ _POSTGRES = re.compile(r"postgresql(?:\+psycopg)?://(?P<rest>.*)")
 
 def default_parallelism() -> int:
     """Tasks at once: one more than the cores, since a step waits for the disk and for its JVM at times."""
-    return max(2, len(os.sched_getaffinity(0)) + 1) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1) + 1
+    return usable_cores() + 1
 
 
 def database_address(database: str, home: Path) -> str:

@@ -10,6 +10,7 @@ import os
 import socket
 from dataclasses import replace
 
+from onetrans.cores import usable_cores
 from onetrans.errors import BadConfigError
 from onetrans.progress import long_steps
 from onetrans.settings import Settings, load_settings
@@ -64,7 +65,7 @@ def serve(address: str, settings: Settings) -> None:
     from onetrans.serving.web import server_config
 
     serving, token = settings.serving, os.environ.get(TOKEN_VARIABLE, "")
-    torch.set_num_threads(serving.threads or os.cpu_count() or 1)
+    torch.set_num_threads(serving.threads or usable_cores())
     listener = _listener(serving.host, serving.port)
     try:
         with long_steps(None, f"loading {address}"):

@@ -316,15 +316,6 @@ def resample(
     }
 
 
-def paired_lifts(
-    tasks: Mapping[Key, tuple[ResampledAuc, ResampledAuc]], users: int, replicates: int, confidence: float, seed: int
-) -> dict[Key, Lift]:
-    """Return the AUC lift of every task, (candidate, baseline), all tasks and both models on the same draws."""
-    figures = {(task, side): [pair[side]] for task, pair in tasks.items() for side in (0, 1)}
-    drawn = resample(figures, users, replicates, seed)
-    return {task: Lift.between(drawn[task, 0], drawn[task, 1], confidence) for task in tasks}
-
-
 class _LinearSums:
     """All sums over users of all figures, as one matrix: one multiplication per chunk of replicates."""
 

@@ -24,6 +24,7 @@ LOOK_EVERY_S = 5.0
 """Seconds between two looks of :func:`wait_for`."""
 
 _BEAT_S = 0.5
+_LOG_EVERY_S = 15.0
 
 Found = TypeVar("Found")
 
@@ -32,7 +33,7 @@ class Progress:
     """Counts work done and shows its speed and the time left.
 
     Use as a context manager and call :meth:`advance`.  On a terminal this is a
-    bar; elsewhere a log line at most every ``log_every`` seconds, and one at the
+    bar; elsewhere a log line at most every :data:`_LOG_EVERY_S` seconds, and one at the
     end.  One that is not ``shown`` never draws a bar: several processes share a terminal.
     What was done ``before``, by a process that was killed, counts as done and not as speed.
     Work that is done within ``after`` seconds says nothing.
@@ -43,7 +44,6 @@ class Progress:
         total: int | None,
         unit: str,
         label: str,
-        log_every: float = 15.0,
         *,
         shown: bool = True,
         after: float = 0.0,
@@ -52,7 +52,6 @@ class Progress:
         self.total = total
         self.unit = unit
         self.label = label
-        self.log_every = log_every
         self.done = self.before = before
         bar = shown and sys.stderr.isatty()
         self.after = after
@@ -73,7 +72,7 @@ class Progress:
             return
         self._notes = "".join(f", {name} {value:.4f}" for name, value in notes.items())
         now = time.monotonic()
-        if now - self._last >= self.log_every:
+        if now - self._last >= _LOG_EVERY_S:
             self._last = now
             self._log()
 
@@ -84,7 +83,7 @@ class Progress:
             return
         if self._bar is not None:
             self._bar.refresh()
-        elif not self._said or now - self._last >= self.log_every:
+        elif not self._said or now - self._last >= _LOG_EVERY_S:
             self._last = now
             self._log()
 

@@ -114,9 +114,9 @@ class Chart:
         )
 
 
-def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Return round numbers between two ends, about so many."""
-    rough = (high - low) / about
+def ticks(low: float, high: float) -> list[float]:
+    """Return round numbers between two ends, about five."""
+    rough = (high - low) / 5
     power = 10.0 ** _floor_log10(rough)
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough)
     first = -(-low // step)

@@ -9,6 +9,7 @@ rows do.  A lift is made by giving the candidate less noise of its own.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from onetrans.bootstrap import Lift, ResampledAuc, resample
 from onetrans.scores import UNKNOWN, ChampionRecord, Scores
 
 Floats = npt.NDArray[np.float64]
@@ -86,3 +88,12 @@ def day_of(
         score_N=score_N,
         champion=UNKNOWN if champion_own is None else ChampionRecord("scored", "a champion", "1", "2024-01-01"),
     )
+
+
+def paired_lifts(
+    tasks: Mapping[str, tuple[ResampledAuc, ResampledAuc]], users: int, replicates: int, confidence: float, seed: int
+) -> dict[str, Lift]:
+    """Return the AUC lift of every task, (candidate, baseline), all tasks and both models on the same draws."""
+    figures = {(task, side): [pair[side]] for task, pair in tasks.items() for side in (0, 1)}
+    drawn = resample(figures, users, replicates, seed)
+    return {task: Lift.between(drawn[task, 0], drawn[task, 1], confidence) for task in tasks}

@@ -150,8 +150,6 @@ class LocalAirflow:
         home: Path,
         environment: Mapping[str, str] | None = None,
         dags: Path | None = None,
-        port: int | None = None,
-        parallelism: int | None = None,
         database: str = "",
         schedule: bool = False,
     ) -> None:
@@ -161,8 +159,6 @@ class LocalAirflow:
             home: ``AIRFLOW_HOME``; holds configuration, logs and the SQLite database, and survives a stop.
             environment: variables for the servers, and so for every step, on top of this process's own.
             dags: folder of DAG files; default: the repository's.
-            port: port of the API server and UI; default: 8080 if it is free, else any.
-            parallelism: tasks that may run at once; default: :func:`default_parallelism`.
             database: ``postgresql://...``, empty or one that served before; default: SQLite in ``home``.
             schedule: whether the scheduler creates runs by the clock.
 
@@ -176,8 +172,8 @@ class LocalAirflow:
                 "address of their database; use a folder without it"
             )
         self.dags = (dags or REPOSITORY / "dags").resolve()
-        self.port = port or 0
-        self.parallelism = parallelism or default_parallelism()
+        self.port = 0
+        self.parallelism = default_parallelism()
         self.database = database
         self.schedule = schedule
         database_address(database, self.home)
@@ -202,7 +198,7 @@ class LocalAirflow:
 
     @property
     def address(self) -> str:
-        """Address of the UI; the port is known once :meth:`start` has chosen it."""
+        """Address of the UI; :meth:`start` chooses the port, 8080 if it is free, and a later start keeps it."""
         return f"http://127.0.0.1:{self.port}"
 
     def start(self, seconds: float = 300.0) -> float:

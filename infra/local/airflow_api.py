@@ -72,7 +72,7 @@ class AirflowApi:
         self.timeout = timeout
         self._token = token
 
-    def call(self, method: str, path: str, body: Mapping[str, Any] | None = None, accept: str = "") -> Any:
+    def call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
         """Make one call under ``/api/v2`` and return the decoded answer.
 
         Raises:
@@ -81,11 +81,11 @@ class AirflowApi:
         """
         if not self._token:
             self._token = self._request("GET", "/auth/token")["access_token"]
-        return self._request(method, f"/api/v2{path}", body, accept)
+        return self._request(method, f"/api/v2{path}", body)
 
-    def _request(self, method: str, path: str, body: Mapping[str, Any] | None = None, accept: str = "") -> Any:
+    def _request(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
         request = urllib.request.Request(f"{self.address}{path}", method=method)
-        request.add_header("Accept", accept or "application/json")
+        request.add_header("Accept", "application/json")
         if self._token:
             request.add_header("Authorization", f"Bearer {self._token}")
         data = None
@@ -140,10 +140,6 @@ class AirflowApi:
         refused = (answer.get("create") or {}).get("errors")
         if refused:
             raise AirflowApiError(f"Airflow refused pools: {refused}")
-
-    def dag_ids(self) -> list[str]:
-        """Return the ids of all DAGs that were parsed."""
-        return sorted(dag["dag_id"] for dag in self.call("GET", "/dags?limit=100")["dags"])
 
     def dag_files(self) -> set[str]:
         """Return the names of the files whose DAGs were parsed."""

@@ -118,7 +118,6 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from onetrans.errors import BadConfigError
 
 ModelName = Literal["onetrans", "dcnv2_din"]
-PresetName = Literal["tiny", "small", "base", "large"]
 
 Tokenizer = Literal["auto_split", "group_wise"]
 Merge = Literal["time_ordered", "intent_ordered"]

@@ -162,7 +162,8 @@ def test_a_day_through_the_services_of_the_compose_file(tmp_path: Path, monkeypa
             deployment.start("airflow-scheduler", number)
         api = AirflowApi(f"http://127.0.0.1:{deployment.ports['airflow-api-server']}")
         wait_until(api.healthy, deployment.servers, "Airflow", 300)
-        wait_until(lambda: {"feature_tables", "ranking_model"} <= set(api.dag_ids()), deployment.servers, "DAGs", 300)
+        wanted = {"feature_tables.py", "ranking_model.py"}
+        wait_until(lambda: wanted <= api.dag_files(), deployment.servers, "DAGs", 300)
         assert api.import_errors() == []
 
         runs = [api.trigger(name, logical_date=today) for name in ("feature_tables", "ranking_model")]

@@ -2,11 +2,12 @@
 
 import numpy as np
 import pytest
+from gate_world import paired_lifts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
-from onetrans.bootstrap import ResampledAuc, draw_users, effective_number, paired_lifts, widening
+from onetrans.bootstrap import ResampledAuc, draw_users, effective_number, widening
 from onetrans.errors import BadDataError
 
 

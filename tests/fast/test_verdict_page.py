@@ -9,12 +9,13 @@ from xml.etree import ElementTree
 import numpy as np
 import pyarrow as pa
 import pytest
+from gate_world import paired_lifts
 from sklearn.metrics import roc_auc_score
 from test_gate import SETTINGS, _table, _with
 from test_gate_opponents import _against, _column
 from tracked_days import SCHEMA
 
-from onetrans.bootstrap import ResampledAuc, paired_lifts
+from onetrans.bootstrap import ResampledAuc
 from onetrans.gate import judge
 from onetrans.plan import Plan, Recipe, preset_models
 from onetrans.scores import Scores

@@ -155,8 +155,6 @@ class Day:
 
     ds: date
     """The day."""
-    request_R: Integers
-    """Number of each request within the day."""
     user_R: Integers
     """Shopper of each request, counted from the first of the block."""
     ts_R: Integers
@@ -344,7 +342,6 @@ def _play_day(config: WorldConfig, catalog: Catalog, memory: Memory, trend_C: Fl
     by_time = np.lexsort((joined[2], joined[1], event_request_E, joined[3]))
     return Day(
         ds=ds,
-        request_R=np.arange(R),
         user_R=user_R[in_time],
         ts_R=ts_R[in_time],
         surface_R=surface_R[in_time],

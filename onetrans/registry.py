@@ -62,7 +62,7 @@ from onetrans.tracking import (
     see_run,
 )
 from onetrans.trial import decision_of_day, results_folder
-from onetrans.verdict_outcome import with_outcome
+from onetrans.verdict_page import with_outcome
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

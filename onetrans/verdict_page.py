@@ -8,6 +8,7 @@ answers rest on.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -22,13 +23,14 @@ from onetrans.plan import Plan
 from onetrans.scores import BASELINE, CANDIDATE, CHAMPION, POPULARITY, TASKS, Scores
 from onetrans.slices import Slice
 from onetrans.svg import Chart, ticks
-from onetrans.verdict_outcome import headline
 
 COLOURS = {CANDIDATE: "#1f5fbf", BASELINE: "#c2571a", CHAMPION: "#2b8a3e", POPULARITY: "#7b8794"}
 ROLES = {CANDIDATE: "candidate", BASELINE: "baseline", CHAMPION: "champion", POPULARITY: "popularity ranker"}
 TASK_NAMES = {"ctr": "CTR (click)", "cvr": "CVR (conversion given click)"}
 GOOD, BAD, QUIET = "#2b8a3e", "#b42318", "#52606d"
 
+_HEAD_BEGINS, _HEAD_ENDS = "<!--outcome-->", "<!--/outcome-->"
+_OUTCOMES = {"held": "passed, not promoted", "declined": "not promoted", "promoted": "promoted"}
 _CURVE_POINTS = 120
 _MOST_TOLD = 5
 _BINS = 10
@@ -78,6 +80,27 @@ details summary { cursor: pointer; color: #52606d; }
 code { font-size: 13px; overflow-wrap: anywhere; }
 @media (max-width: 560px) { main { padding: 8px; } header, section { padding: 12px; } body { font-size: 14px; } }
 """
+
+
+def _headline(label: str, colour: str, title: str, told: str = "") -> str:
+    """Return the headline of a page; :func:`with_outcome` replaces it.
+
+    Args:
+        label: what was decided, in two or three words.
+        colour: of the badge.
+        title: what the page is about, escaped.
+        told: a sentence that follows, or nothing.
+    """
+    note = f'<p class="warn">{escape(told)}</p>' if told else ""
+    badge = f'<span class="pill" style="background:{colour}">{escape(label.upper())}</span>'
+    return f"{_HEAD_BEGINS}<h1>{badge}{title}</h1>{note}{_HEAD_ENDS}"
+
+
+def with_outcome(page: str, decision: str, reason: str) -> str:
+    """Return a page whose headline says what became of the verdict, and why: known only after the promotion."""
+    told = f"{_OUTCOMES[decision].capitalize()}: {reason.rstrip('.')}."
+    pattern = re.compile(f"{_HEAD_BEGINS}<h1><span[^>]*>[^<]*</span>(?P<title>.*?)</h1>.*?{_HEAD_ENDS}", re.DOTALL)
+    return pattern.sub(lambda found: _headline(_OUTCOMES[decision], QUIET, found["title"], told), page, count=1)
 
 
 @dataclass(frozen=True)
@@ -241,7 +264,7 @@ def _header(verdict: Mapping[str, Any]) -> str:
         warnings += f'<p class="warn">A person forces the promotion, whatever the verdict: {reason}</p>'
     left_out = "".join(f'<p class="warn">Left out of the window: {escape(w)}</p>' for w in verdict["left_out"])
     days = verdict["days"]
-    top = headline(_heading(verdict), colour, f"{CANDIDATE}, {escape(verdict['ds'])}")
+    top = _headline(_heading(verdict), colour, f"{CANDIDATE}, {escape(verdict['ds'])}")
     window = days[-1] if len(days) == 1 else f"{days[0]} to {days[-1]} ({len(days)} days pooled)"
     return (
         f"<header>{top}<p>{escape(verdict['reason'])}</p>{warnings}{left_out}"

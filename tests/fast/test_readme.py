@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 from onetrans.serving import app
 
 ROOT = Path(__file__).parents[2]
@@ -36,12 +38,24 @@ def test_statuses_of_the_service_are_told_as_it_describes_them() -> None:
     assert "/docs" not in described
 
 
-def test_every_module_of_the_library_has_its_place_in_the_map() -> None:
+def _modules(folder: Path) -> list[str]:
+    """Return the modules of a folder and of those in it; a package that is nothing else by its name."""
+    modules = [path.relative_to(folder) for path in folder.rglob("*.py")]
+    holding = {path.parent for path in modules if path.stem != "__init__"}
+    named = [str(path.with_suffix("")) for path in modules if path.stem != "__init__"]
+    return named + [f"{path.parent}/" for path in modules if path.stem == "__init__" and path.parent not in holding]
+
+
+@pytest.mark.parametrize("folder", ["onetrans", "jobs", "expectations", "infra"])
+def test_every_module_has_its_place_in_the_map(folder: str) -> None:
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    table = page.split("### The modules of `onetrans/`", 1)[1].split("\n## ", 1)[0]
+    table = re.split(r"\n##+ ", page.split(f"### The modules of `{folder}/`", 1)[1], maxsplit=1)[0]
     told = re.findall(r"`([\w/]+)`", "\n".join(line for line in table.splitlines() if line.startswith("| ")))
-    found = [path.stem for path in (ROOT / "onetrans").glob("*.py") if path.stem != "__init__"]
-    found += [f"{path.parent.name}/" for path in (ROOT / "onetrans").glob("*/__init__.py")]
+    if folder == "onetrans":  # the modules of its packages are told where their subject is
+        found = [path.stem for path in (ROOT / folder).glob("*.py") if path.stem != "__init__"]
+        found += [f"{path.parent.name}/" for path in (ROOT / folder).glob("*/__init__.py")]
+    else:
+        found = _modules(ROOT / folder)
     assert sorted(told) == sorted(found)
 
 

@@ -19,11 +19,10 @@ from typing import Any
 import psutil
 
 from infra.airflow import reach
-from infra.doctor import look_at_mlflow
 from infra.local.airflow_api import AirflowApiError
 from infra.local.homes import DEMO_CONFIG, REPOSITORY
 from onetrans import storage
-from onetrans.errors import EXIT_OK, BadConfigError, NotReadyError, PipelineError
+from onetrans.errors import EXIT_OK, BadConfigError, PipelineError
 from onetrans.lake import SCORES, TABLES, Lake
 from onetrans.plan import FINISHED_FILE, LOCK_FILE, NEXT_BATCH_FOLDER, PLAIN_FOLDER, PLAN_FILE
 from onetrans.process import add_json, print_json
@@ -173,14 +172,11 @@ def _others(settings: Settings, most: int) -> list[dict[str, Any]]:
 
 def _champion(settings: Settings) -> dict[str, Any] | None:
     """Return the version that serves, since when and why; None: there is none, or no registry yet."""
-    from onetrans.tracking import store_is_there
+    from onetrans.tracking import require_answer, store_is_there
 
     if not store_is_there(settings.mlflow):
         return None
-    if storage.sqlite_file(settings.mlflow.tracking_uri) is None:
-        asked = look_at_mlflow(settings)
-        if asked.state == "FAIL":
-            raise NotReadyError(f"MLflow at {asked.found}; {asked.mend}")
+    require_answer(settings.mlflow)
     from onetrans.commands.registry import describe
     from onetrans.registry import CHAMPION, Registry, came_to_serve
     from onetrans.tracking import TAG_DAY, TAG_PLAN, answering

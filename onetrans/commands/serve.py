@@ -53,7 +53,7 @@ def serve(address: str, settings: Settings) -> None:
     """Load a model and answer requests until told to end.
 
     Raises:
-        NotReadyError: if the alias names no version yet.
+        NotReadyError: if the alias names no version yet, or MLflow does not answer.
         BadConfigError: if the address is not understood, or the port is taken.
         BadDataError: if the model is refused.
     """
@@ -63,12 +63,15 @@ def serve(address: str, settings: Settings) -> None:
     from onetrans.serving.app import RankingService
     from onetrans.serving.watch import ServedModel
     from onetrans.serving.web import server_config
+    from onetrans.tracking import require_answer, store_is_there
 
     serving, token = settings.serving, os.environ.get(TOKEN_VARIABLE, "")
     torch.set_num_threads(serving.threads or usable_cores())
     listener = _listener(serving.host, serving.port)
     try:
         with long_steps(None, f"loading {address}"):
+            if address.startswith(("models:/", "runs:/")) and store_is_there(settings.mlflow):
+                require_answer(settings.mlflow)
             model = ServedModel(address, settings)
         service = RankingService(model, token)
         # A collection of garbage passes over all that lives, and would hold up every request for a tenth of a second

@@ -65,6 +65,13 @@ class Postgres:
         self._run("createdb", "--host", str(self.folder), "--username", self.user, database)
         return self.address(database)
 
+    def restore(self, dump: Path, database: str) -> None:
+        """Create a database from what ``pg_dump`` wrote."""
+        self.create(database)
+        readable = shutil.copy(dump, self.folder / dump.name)  # the server's account may not enter the dump's folder
+        os.chmod(readable, 0o644)
+        self._run("pg_restore", "--host", str(self.folder), "--username", self.user, "--dbname", database, readable)
+
     def _run(self, name: str, *arguments: str) -> None:
         program = _program(name)
         assert program is not None

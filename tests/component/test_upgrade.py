@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import sqlite3
+import subprocess
+import sys
 from contextlib import closing
 from dataclasses import replace
 from datetime import date
@@ -53,14 +55,18 @@ def old(settings: Settings, tmp_path: Path, mlflow_behind: Path) -> Settings:
 @pytest.fixture(scope="module")
 def mlflow_behind(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A database of MLflow as the release before the last migration left it."""
+    file = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    _make_mlflow_behind(f"sqlite:///{file}")
+    return file
+
+
+def _make_mlflow_behind(uri: str) -> None:
     from alembic import command
     from alembic.script import ScriptDirectory
     from mlflow.store.db.utils import _get_alembic_config
     from mlflow.store.tracking.dbmodels.initial_models import Base
     from sqlalchemy import create_engine
 
-    file = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    uri = f"sqlite:///{file}"
     engine = create_engine(uri)
     Base.metadata.create_all(engine)  # the tables that MLflow's first migration begins with
     engine.dispose()
@@ -69,7 +75,6 @@ def mlflow_behind(tmp_path_factory: pytest.TempPathFactory) -> Path:
     head = script.get_revision("head")
     assert head is not None
     command.upgrade(configuration, str(head.down_revision))
-    return file
 
 
 def _states(settings: Settings) -> dict[str, str]:
@@ -155,3 +160,42 @@ def test_a_database_of_postgresql_is_dumped(tmp_path: Path) -> None:
         assert (tmp_path / "copies" / "catalog.dump").stat().st_size > 1000
         with pytest.raises(upgrade.UpgradeFailedError, match="pg_dump"):
             upgrade.copy_databases({"catalog": server.address("absent")}, str(tmp_path / "more"))
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(bool(postgres.why_missing()), reason=postgres.why_missing())
+def test_older_databases_of_postgresql_are_dumped_and_migrated(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Airflow's is made by its own way back, which no deployment takes: it has no other means to an older schema."""
+    monkeypatch.setenv("AIRFLOW_HOME", str(tmp_path / "airflow"))
+    with postgres.running() as server:
+        airflow, mlflow = (server.create(name).replace("postgresql", "postgresql+psycopg") for name in ("af", "ml"))
+        monkeypatch.setenv("AIRFLOW__DATABASE__SQL_ALCHEMY_CONN", airflow)
+        monkeypatch.setenv("AIRFLOW__DATABASE__SQL_ALCHEMY_CONN_ASYNC", airflow)
+        monkeypatch.setenv("MLFLOW_BACKEND_STORE_URI", mlflow)
+        behind = replace(settings, mlflow=MlflowSettings(tracking_uri="http://127.0.0.1:1"))
+        _make_mlflow_behind(mlflow)
+        _airflow("db", "migrate")
+        _airflow("variables", "set", "kept", "yes")
+        _airflow("db", "downgrade", "--to-version", "3.2.0", "--yes")
+        before = {part.name: part.state for part in upgrade.parts(behind)}
+        assert before == {"Airflow": "older", "MLflow": "older", "Iceberg catalog": "absent"}
+
+        upgrade.upgrade(behind, str(tmp_path / "copies"))
+        assert {part.name: part.state for part in upgrade.parts(behind)} == {
+            "Airflow": "current", "MLflow": "current", "Iceberg catalog": "absent"
+        }  # fmt: skip
+        assert _airflow("variables", "get", "kept").strip() == "yes"
+        copies = {path.name for path in (tmp_path / "copies").iterdir()}
+        assert copies == {"airflow.dump", "mlflow.dump", "upgrade.json"}
+        # The dump leads back: restored elsewhere, it is as old as it was.
+        server.restore(tmp_path / "copies" / "airflow.dump", "back")
+        monkeypatch.setenv("AIRFLOW__DATABASE__SQL_ALCHEMY_CONN", server.address("back"))
+        assert {part.state for part in upgrade.parts(behind) if part.name == "Airflow"} == {"older"}
+
+
+def _airflow(*words: str) -> str:
+    done = subprocess.run([sys.executable, "-m", "airflow", *words], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout

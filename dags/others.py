@@ -94,8 +94,8 @@ def look_at(others: Sequence[Mapping[str, Any]]) -> Seen:
             )
         elif state == "none" and other.get("if_none", "go on") != "go on":
             seen["unless_ready"] = seen["unless_ready"] or (
-                f"{name} was never run. {other['why']} Airflow makes no run of a day that went by while it stood "
-                "still: backfill from there on (Missing Runs), then clear this task."
+                f"{name} has no run by the clock or of a backfill. {other['why']} Airflow makes no run of a day that "
+                "went by while it stood still: backfill from there on (Missing Runs), then clear this task."
             )
         elif state in ("stuck", "queued", "running"):
             words = "queued, and cannot begin" if state == "stuck" else state

@@ -957,7 +957,7 @@ def test_a_day_before_that_leaves_no_doubt_is_not_asked_for_its_tables(script, s
     ("code", "outcome"),
     [
         (0, ""),
-        (75, "NOT STARTED. feature_tables of 2022-05-03 was never run. Tails are built on it."),
+        (75, "NOT STARTED. feature_tables of 2022-05-03 has no run by the clock or of a backfill. Tails are built"),
         (1, "FAILED with exit code 1. OperationalError: the catalog is away."),
         (78, "BAD CONFIGURATION. OperationalError: the catalog is away."),
     ],

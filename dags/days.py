@@ -48,7 +48,7 @@ def run_day(context: Mapping[str, Any]) -> str:
     given, logical = (context.get("params") or {}).get("ds"), context.get("logical_date")
     if is_backfill(context) and given and logical and str(given) != logical.astimezone(UTC).date().isoformat():
         raise AirflowFailException(
-            f"the field Day says {given} in a backfill, so every one of its runs would work on that day. Start the "
+            f"The field Day says {given} in a backfill, so every one of its runs would work on that day. Start the "
             "backfill again and leave the field empty: each run then works on its own day."
         )
     for source, value in _candidates(context):
@@ -60,10 +60,10 @@ def run_day(context: Mapping[str, Any]) -> str:
             return date.fromisoformat(str(value)).isoformat()
         except ValueError:
             raise AirflowFailException(
-                f"the {source} of this run is {value!r}, which is not a day written YYYY-MM-DD"
+                f"The {source} of this run is {value!r}, which is not a day written YYYY-MM-DD."
             ) from None
     raise AirflowFailException(
-        "this run does not say which day to work on: it has no logical date, no field ds and no asset event "
+        "This run does not say which day to work on: it has no logical date, no field ds and no asset event "
         "with one. Trigger it again and fill in the field Day."
     )
 

@@ -89,6 +89,7 @@ BEFORE_IN_A_BACKFILL = Other(
     "feature_tables",
     days_back=1,
     if_none="stop unless ready",
+    if_done="stop unless ready",
     why="The tables of a day are built on those of the day before: tails of sequences, counts and rates.",
     # Where runs are made one at a time, a run that was cleared cannot begin before this one ends; a queued one that
     # is part of a long backfill can.
@@ -99,10 +100,16 @@ BEFORE_IN_A_BACKFILL = Other(
 Where it has none (built by ``jobs.backfill``, or the log begins today, or Airflow stood still), its tables decide.
 """
 
-DAY_BEFORE = replace(BEFORE_IN_A_BACKFILL, if_failed="stop unless ready", if_queued="wait unless ready")
+DAY_BEFORE = replace(
+    BEFORE_IN_A_BACKFILL,
+    if_failed="stop unless ready",
+    if_queued="wait unless ready",
+    patience_s={"stuck": 15 * 60},
+)
 """The same by the clock or by hand, but tables that are published are enough.
 
-A month's backfill that ends yesterday has yesterday's run queued for hours, and failed if one of its days fails.
+A month's backfill that ends yesterday has yesterday's run queued for as long as it takes, and failed if one of its
+days fails.
 """
 
 WAIT_AT_MOST = timedelta(hours=50)
@@ -136,7 +143,6 @@ with DAG(
         at_most=WAIT_AT_MOST,
         module="onetrans.cli",
         arguments=["published", *NEEDS, "--ds", PREVIOUS_DAY, "--or-absent"],
-        in_doubt_only=True,
         where_none=["--or-first"],
         others=[DAY_BEFORE],
         others_of_a_backfill=[BEFORE_IN_A_BACKFILL],
@@ -160,6 +166,7 @@ with DAG(
                 module="expectations.audit",
                 pool=SPARK_POOL,
                 arguments=[table, "--ds", DAY],
+                taken_in_by=f"{table}.build",
                 execution_timeout=timedelta(hours=1),
                 doc_md=f"Judges the staged files of `{table}`.\n\n"
                 f"By hand: `python -m expectations.audit {table} --ds DAY`",
@@ -168,6 +175,7 @@ with DAG(
                 task_id="publish",
                 module="onetrans.cli",
                 arguments=["publish", table, "--ds", DAY],
+                taken_in_by=f"{table}.build",
                 execution_timeout=timedelta(minutes=30),
                 outlets=[table_asset(table)],
                 unharmed=f"Readers see the day as it was, or whole as it is now; `onetrans lake {table}` tells which.",

@@ -72,7 +72,7 @@ def task_failed(context: Mapping[str, Any]) -> None:
         )
     send(
         Message(
-            title=f"{ti.dag_id} {day}: {ti.task_id} failed",
+            title=f"{' '.join(filter(None, (ti.dag_id, day)))}: {ti.task_id} failed",
             text=text,
             dag_id=ti.dag_id,
             run_id=str(ti.run_id),
@@ -81,7 +81,7 @@ def task_failed(context: Mapping[str, Any]) -> None:
             link=str(getattr(ti, "log_url", "") or ""),
         ),
         # Behind one day of a backfill that fails, every later one is not started: that its run failed is told as well.
-        people=not (is_backfill(context) and ": NOT STARTED. " in text and " has failed" in text),
+        people=not (is_backfill(context) and getattr(error, "behind_failure", False)),
     )
 
 
@@ -96,7 +96,7 @@ def run_failed(context: Mapping[str, Any]) -> None:
     reason = reasons.get(str(context.get("reason")), str(context.get("reason")))
     send(
         Message(
-            title=f"{dag_id} {day}: the run failed",
+            title=f"{' '.join(filter(None, (dag_id, day)))}: the run failed",
             text=f"The run of {day or 'no day'} is over: {reason}. Clear what failed or was skipped once its cause is "
             "gone; what follows it runs too.",
             dag_id=dag_id,

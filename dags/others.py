@@ -20,9 +20,11 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, date, datetime, timedelta
 from typing import Any, Literal
 
+from airflow.sdk.exceptions import AirflowFailException
+
 Failed = Literal["stop", "stop unless ready", "go on"]
 Queued = Literal["wait", "wait unless ready"]
-IfNone = Literal["go on", "stop unless ready"]
+Unless = Literal["go on", "stop unless ready"]
 State = Literal["none", "stuck", "queued", "running", "done", "failed"]
 
 
@@ -40,8 +42,10 @@ class Other:
     """What its failure means: stop, stop unless what is waited for is there all the same, or go on."""
     if_queued: Queued = "wait"
     """What it means that it has not begun: wait, or wait unless what is waited for is there all the same."""
-    if_none: IfNone = "go on"
+    if_none: Unless = "go on"
     """What it means that there is no such run: nothing, or stop unless what is waited for is there all the same."""
+    if_done: Unless = "go on"
+    """What its success means, which may be a person's mark: nothing, or stop unless what is waited for is there."""
     why: str = ""
     """Why it matters, a sentence for the person who reads that it failed."""
     patience_s: Mapping[State, float] | None = None
@@ -69,9 +73,21 @@ class Seen:
     """State of each other run, in the order of the question."""
 
     @property
-    def in_doubt(self) -> bool:
-        """Whether it depends on what is waited for."""
-        return bool(self.unless_ready or self.queued)
+    def behind_failure(self) -> bool:
+        """Whether one of them has failed, which people are told of by itself."""
+        return "failed" in self.states
+
+
+class NotStartedError(AirflowFailException):
+    """Another run keeps a step from beginning; the text is the paragraph that the log ends with."""
+
+    def __init__(self, text: str, *, behind_failure: bool = False) -> None:
+        """Take the text, and whether it is for another run's failure, which people are told of by itself."""
+        super().__init__(text)
+        self.behind_failure = behind_failure
+
+
+_LEFT_OUT = "If the log lost that day, name it in source.absent_days first."
 
 
 def look_at(others: Sequence[Mapping[str, Any]]) -> Seen:
@@ -88,9 +104,15 @@ def look_at(others: Sequence[Mapping[str, Any]]) -> Seen:
         name = name_of(other)
         if state == "failed" and other["if_failed"] != "go on":
             kind = "stop" if other["if_failed"] == "stop" else "unless_ready"
+            all_the_same = " If what it makes is published all the same, mark this task as success to go on with that."
             seen[kind] = seen[kind] or (
-                f"{_failed(other)}. {other['why']} Clear that run when its cause is mended (or mark it as success, if "
-                "the day is to be left out), then clear this task."
+                f"{_failed(other)}. {other['why']} Clear that run when its cause is mended, then clear this task. "
+                f"{_LEFT_OUT}{all_the_same if kind == 'stop' else ''}"
+            )
+        elif state == "done" and other.get("if_done", "go on") != "go on":
+            seen["unless_ready"] = seen["unless_ready"] or (
+                f"{name} has ended, and what it makes is not published: was it marked as success, or did retention "
+                f"remove it? {other['why']} Clear that run, then clear this task. {_LEFT_OUT}"
             )
         elif state == "none" and other.get("if_none", "go on") != "go on":
             seen["unless_ready"] = seen["unless_ready"] or (

@@ -50,7 +50,7 @@ from typing import Any
 
 from airflow.sdk import DAG, Asset, AsyncCallback, DeadlineAlert, DeadlineReference, Param  # type: ignore[attr-defined]
 
-from dags.configured import configured_number
+from dags.configured import configured, configured_number
 from dags.days import DAILY, START, day_param, is_backfill
 from dags.launch import LaunchStep
 from dags.notify import day_undecided, run_failed
@@ -104,10 +104,12 @@ def refuse(context: Mapping[str, Any]) -> str:
             "The backfill has a reason for a forced promotion, which would promote each of its days whatever the gate "
             "says. Leave the field empty in a backfill, or trigger the one day it is meant for."
         )
-    if asked["gate_mode"] in ("dry_run", "off"):
+    chosen = asked["gate_mode"]
+    mode, by = (configured("gate", "mode", "enabled"), ", as configured,") if chosen == AS_CONFIGURED else (chosen, "")
+    if mode in ("dry_run", "off"):
         return (
-            f"Gate mode {asked['gate_mode']} leaves the champion as it is, and the reason for a forced promotion asks "
-            "for another one. Choose one of the two."
+            f"Gate mode {mode}{by} leaves the champion as it is, and the reason for a forced promotion asks for "
+            "another one. Choose one of the two."
         )
     return ""
 
@@ -129,6 +131,7 @@ TABLES_OF_THE_DAY = Other(
     "feature_tables",
     "training_requests.publish",
     if_failed="stop unless ready",
+    if_done="stop unless ready",
     why="It makes the rows this run trains on and is measured by.",
     patience_s={"none": 12 * 3600},
 )
@@ -200,6 +203,7 @@ with DAG(
         unharmed: str = UNHARMED,
         step: Callable[..., Step] = Step,
         pool: str = DEFAULT_POOL,
+        taken_in_by: str = "",
     ) -> Step:
         """Return the step that runs one `onetrans` command with the choices of the form."""
         return step(
@@ -211,6 +215,7 @@ with DAG(
             outlets=list(outlets),
             unharmed=unharmed,
             pool=pool,
+            taken_in_by=taken_in_by,
             doc_md=doc,
         )
 
@@ -241,6 +246,7 @@ with DAG(
             timeout=timedelta(hours=12),
             step=partial(LaunchStep, parallel=True),
             pool=GPU_POOL,
+            taken_in_by="plan",
             doc=f"Trains `{model}` on the plan's days. By hand: `onetrans train --plan PLAN --model {model}`",
         )
         for model in ("onetrans", "dcnv2_din")
@@ -251,6 +257,7 @@ with DAG(
         timeout=timedelta(hours=3),
         step=LaunchStep,
         pool=GPU_POOL,
+        taken_in_by="plan",
         doc="Both models and the champion score the same rows of the day. By hand: `onetrans evaluate --plan PLAN`",
     )
     gate = command(

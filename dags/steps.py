@@ -47,7 +47,7 @@ from airflow.sdk.exceptions import (
 from dags.days import is_backfill, run_day
 from dags.exit_codes import EXIT_BAD_CONFIG, EXIT_BAD_DATA, EXIT_NOT_READY, EXIT_OK, FINAL
 from dags.notify import task_failed
-from dags.others import Other, by_hand, look_at
+from dags.others import NotStartedError, Other, by_hand, look_at
 from dags.triggers import NOTHING_AHEAD, StepTrigger
 
 DAY = "{{ day }}"
@@ -93,8 +93,8 @@ _HINTS = (
      "--dry-run` lists what nobody needs any more."),
     (re.compile(r"java\.lang\.OutOfMemoryError"), "Spark has too little memory: raise spark.driver_memory, or its "
      "executors'."),
-    (re.compile(r"CUDA out of memory"), "The GPU has too little memory: lower training.batch_size, or set "
-     "training.recompute."),
+    (re.compile(r"CUDA out of memory"), "The GPU has too little memory: set training.recompute; or lower "
+     "training.batch_size and clear `plan`, which pins it."),
 )  # fmt: skip
 """What to do about an error of somebody else's, whose own words do not say it."""
 _SEVERITY = (
@@ -116,6 +116,7 @@ class Step(BaseOperator):
         arguments: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
         unharmed: str = UNHARMED,
+        taken_in_by: str = "",
         dated: bool = True,
         nothing_done: str = "",
         **kwargs: Any,
@@ -127,6 +128,7 @@ class Step(BaseOperator):
             arguments: its arguments; templated, with :data:`DAY` for the run's day; one that renders empty is left out.
             environment: variables set on top of the worker's; templated; one that renders empty is left as it is.
             unharmed: what a failure of this step leaves as it was, a sentence.
+            taken_in_by: task before it that takes in data or settings once they are corrected; empty: this one.
             dated: whether it works on a day; one that does not also runs where the run names none.
             nothing_done: how its result begins where there was nothing to do; the task is then skipped, and what
                 follows it, so its assets hear of nothing.  Empty: there always is.
@@ -139,13 +141,17 @@ class Step(BaseOperator):
         self.arguments = list(arguments)
         self.environment = dict(environment or {})
         self.unharmed = unharmed
+        self.taken_in_by = taken_in_by
         self._group: int | None = None
 
     def render_template_fields(self, context: Any, jinja_env: Any = None) -> None:
         """Render the templates, which know the run's ``day``."""
         extended: Any = context
         if self.dated:
-            day = run_day(context)
+            try:
+                day = run_day(context)
+            except AirflowFailException as error:
+                raise AirflowFailException(f"{self.task_id}: REFUSED. {error} {self.unharmed}") from error
             extended = {**context, "day": day, "previous_day": str(date.fromisoformat(day) - timedelta(days=1))}
         super().render_template_fields(extended, jinja_env)
 
@@ -255,7 +261,7 @@ class Step(BaseOperator):
         timer.start()
 
     def _raise_for(self, context: Any, ended: Ended) -> None:
-        raise_for(self._title(context), ended, self.unharmed, *_tries(context))
+        raise_for(self._title(context), ended, self.unharmed, *_tries(context), taken_in_by=self.taken_in_by)
 
     def _title(self, context: Any) -> str:
         return f"{self.task_id} of {run_day(context)}" if self.dated else self.task_id
@@ -270,11 +276,9 @@ class WaitStep(Step):
 
     The first look is made at once, in the worker, so that a day that is there
     costs one short process.  Else the triggerer runs the same command with
-    ``--wait``; a look that fails otherwise counts as "not yet".  Other runs may
+    ``--wait``; a look that fails otherwise counts as "not yet", for an hour.  Other runs may
     have to end first, and one that has failed may leave nothing to wait for.
-    A wait without a module is for other runs alone; one with ``in_doubt_only``
-    asks its process only where another run that failed, has not begun or is not there
-    leaves it open whether there is anything to wait for.
+    A wait without a module is for other runs alone.
     """
 
     def __init__(
@@ -284,7 +288,6 @@ class WaitStep(Step):
         module: str = "",
         others: Sequence[Other] = (),
         others_of_a_backfill: Sequence[Other] | None = None,
-        in_doubt_only: bool = False,
         where_none: Sequence[str] = (),
         refuse: Callable[[Mapping[str, Any]], str] | None = None,
         **kwargs: Any,
@@ -296,8 +299,7 @@ class WaitStep(Step):
             module: what ``python -m`` runs to look; empty: other runs are all there is to wait for.
             others: other runs that matter.
             others_of_a_backfill: those that matter to a run of a backfill; None: the same.
-            in_doubt_only: whether the process is asked only where another run leaves it open.
-            where_none: arguments that the process gets besides where there is no other run, and that matters.
+            where_none: arguments that the process gets besides where an other run is not there, or has ended well.
             refuse: returns why a run as it was asked for cannot be; empty: it can. Asked before anything is waited for.
             **kwargs: those of :class:`Step`.
         """
@@ -305,7 +307,6 @@ class WaitStep(Step):
         self.at_most = at_most
         self.others = list(others)
         self.others_of_a_backfill = list(others if others_of_a_backfill is None else others_of_a_backfill)
-        self.in_doubt_only = in_doubt_only
         self.where_none = list(where_none)
         self.refuse = refuse
 
@@ -328,19 +329,18 @@ class WaitStep(Step):
             self._raise_for(context, Ended(EXIT_NOT_READY, None, why))
             raise
         if seen.stop:
-            self._stop(context, seen.stop)
-        if "none" in seen.states:
+            self._stop(context, seen.stop, seen.behind_failure)
+        if {"none", "done"} & set(seen.states):
             self.arguments += self.where_none
         if not seen.waiting:
-            asked = self.module and (seen.in_doubt or not self.in_doubt_only)
-            ended = self._ended(context) if asked else Ended(EXIT_OK, NOTHING_AHEAD, "")
+            ended = self._ended(context) if self.module else Ended(EXIT_OK, NOTHING_AHEAD, "")
             if ended.code in FINAL or (seen.unless_ready and ended.code != EXIT_NOT_READY):
                 # With nothing to wait for, a catalog that is away is a matter of the next try.
                 self._raise_for(context, ended)
                 self._skip_if_nothing_done(context, ended)
                 return ended.result
             if seen.unless_ready:
-                self._stop(context, seen.unless_ready)
+                self._stop(context, seen.unless_ready, seen.behind_failure)
         waiting = seen.waiting or seen.queued
         self.log.info("%s", f"{waiting} not ready yet; the triggerer waits for it, at most {self.at_most}".strip())
         self.defer(
@@ -349,7 +349,6 @@ class WaitStep(Step):
                 variables=self.variables,
                 until=(datetime.now(UTC) + self.at_most).isoformat(),
                 others=others,
-                in_doubt_only=self.in_doubt_only,
             ),
             method_name="resume",
         )
@@ -358,7 +357,7 @@ class WaitStep(Step):
         """Take over from the triggerer once it is ready, too late, or there is nothing to wait for."""
         ended = Ended(event["code"], event["result"], event["error"])
         if event["stop"]:
-            self._stop(context, event["stop"])
+            self._stop(context, event["stop"], event["behind_failure"])
         if event["late"]:
             raise AirflowFailException(
                 f"{self._title(context)}: still not ready after {self.at_most}. {ended.error} {self.unharmed} "
@@ -368,11 +367,9 @@ class WaitStep(Step):
         self._skip_if_nothing_done(context, ended)
         return ended.result
 
-    def _stop(self, context: Any, why: str) -> NoReturn:
-        raise AirflowFailException(
-            f"{self._title(context)}: NOT STARTED. {why} {self.unharmed} To go on with what is published by now, mark "
-            "this task as success."
-        )
+    def _stop(self, context: Any, why: str, behind_failure: bool) -> NoReturn:
+        text = f"{self._title(context)}: NOT STARTED. {why} {self.unharmed}"
+        raise NotStartedError(text, behind_failure=behind_failure)
 
 
 @dataclass(frozen=True)
@@ -405,7 +402,9 @@ def ended_by(code: int, text: str, why: str = "") -> Ended:
     return Ended(128 - code if 128 < code < 128 + signal.NSIG else code, None, error.text, error.see, why)
 
 
-def raise_for(title: str, ended: Ended, unharmed: str = UNHARMED, this_try: int = 0, tries: int = 0) -> None:
+def raise_for(
+    title: str, ended: Ended, unharmed: str = UNHARMED, this_try: int = 0, tries: int = 0, *, taken_in_by: str = ""
+) -> None:
     """Turn a failed process into the exception that makes Airflow do what the exit code asks for.
 
     Its text is one paragraph: step and day, what is wrong, what is unharmed, what happens next or is to be done.
@@ -416,6 +415,7 @@ def raise_for(title: str, ended: Ended, unharmed: str = UNHARMED, this_try: int 
         unharmed: what the failure leaves as it was, a sentence.
         this_try: number of this try, from 1.
         tries: tries the task has in all.
+        taken_in_by: task before it that takes in data or settings once they are corrected; empty: the step itself.
 
     Raises:
         AirflowFailException: bad data or bad configuration; not retried.
@@ -431,13 +431,14 @@ def raise_for(title: str, ended: Ended, unharmed: str = UNHARMED, this_try: int 
     error = error if not error or error[-1] in ".!?" else f"{error}."
     found = " ".join(filter(None, [ended.why, error, *hints, "" if unharmed in error else unharmed]))
     see = f" See {ended.see}" if ended.see else ""
+    clear = f"clear {taken_in_by}, and what follows it runs too" if taken_in_by else "clear this task"
     if ended.code == EXIT_BAD_DATA:
         raise AirflowFailException(
-            f"{title}: BAD DATA. {found} Airflow does not retry this: correct the data, then clear this task.{see}"
+            f"{title}: BAD DATA. {found} Airflow does not retry this: correct the data, then {clear}.{see}"
         )
     if ended.code == EXIT_BAD_CONFIG:
         raise AirflowFailException(
-            f"{title}: BAD CONFIGURATION. {found} Airflow does not retry this: correct it, then clear this task.{see}"
+            f"{title}: BAD CONFIGURATION. {found} Airflow does not retry this: correct it, then {clear}.{see}"
         )
     then = f"{_what_next(this_try, tries)}{see}"
     if ended.code == EXIT_NOT_READY:

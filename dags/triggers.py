@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -19,19 +20,27 @@ from dags.others import Seen, State, look_at, name_of
 NOTHING_AHEAD = "no other run has to end first"
 """Result of a wait for other runs alone."""
 
+_GIVEN_UP: dict[State, tuple[str, str]] = {
+    "none": ("has not been run", "Run it first"),
+    "queued": ("has been queued", "It begins when those before it have ended; wait for its end"),
+    "stuck": ("has been queued", "It begins by itself now that this run has ended; wait for its end"),
+}
+"""State that is not waited for any longer -> what is said of it, and what is to be done."""
+
 
 class StepTrigger(BaseTrigger):
     """Runs a waiting command until its exit code is final (:data:`dags.exit_codes.FINAL`), or it is too late.
 
     The command gets ``--wait SECONDS`` with the time that is left.  If it ends
     with any other code (a catalog that does not answer), it is started again
-    after a pause.  It runs only while no other run has to end first, and when
-    another run has failed it is asked once more, whether there is anything to wait
-    for.  Without a command the wait is over when no other run has to end first; so
-    it is with ``in_doubt_only``, unless one has failed or has not begun.
+    after a pause; one that does nothing but break for ``broken_s`` ends the wait.
+    It runs only while no other run has to end first, and when another run has failed
+    it is asked once more, whether there is anything to wait for.  Without a command
+    the wait is over when no other run has to end first.
 
     The event holds ``code``, ``result`` (last line of stdout), ``error`` (last
-    lines of stderr), ``late``, and ``stop``: why another run ended the wait, else empty.
+    lines of stderr), ``late``, ``stop``: why another run ended the wait, else empty, and
+    ``behind_failure``: whether that has failed.
     """
 
     def __init__(
@@ -42,7 +51,7 @@ class StepTrigger(BaseTrigger):
         others: Sequence[Mapping[str, Any]] = (),
         pause_s: float = 30.0,
         look_s: float = 5.0,
-        in_doubt_only: bool = False,
+        broken_s: float = 3600.0,
     ) -> None:
         """Describe the wait.
 
@@ -53,7 +62,7 @@ class StepTrigger(BaseTrigger):
             others: other runs to look at (:meth:`dags.others.Other.of`).
             pause_s: seconds before the command is started again.
             look_s: seconds between two looks at other runs.
-            in_doubt_only: whether the command runs only where another run leaves it open if there is a wait.
+            broken_s: seconds for which the command may break, try after try, before people have to be told.
         """
         super().__init__()
         self.command = list(command)
@@ -62,7 +71,8 @@ class StepTrigger(BaseTrigger):
         self.others = [dict(other) for other in others]
         self.pause_s = pause_s
         self.look_s = look_s
-        self.in_doubt_only = in_doubt_only
+        self.broken_s = broken_s
+        self._broken_since: float | None = None
         self._since: dict[int, tuple[State, float]] = {}
         self._left_aside: set[int] = set()
 
@@ -77,7 +87,7 @@ class StepTrigger(BaseTrigger):
                 "others": self.others,
                 "pause_s": self.pause_s,
                 "look_s": self.look_s,
-                "in_doubt_only": self.in_doubt_only,
+                "broken_s": self.broken_s,
             },
         )
 
@@ -92,16 +102,30 @@ class StepTrigger(BaseTrigger):
                 if answer is None:
                     continue
                 (code, result, error), pause = answer, self.pause_s
+                self._note(code)
             stop = seen.stop or (seen.unless_ready if code == EXIT_NOT_READY else "")
-            final = code in FINAL
+            final = code in FINAL or self._broken_for() >= self.broken_s
             if stop or final or self._left() <= 0:
                 late = not (stop or final)
-                yield TriggerEvent({"code": code, "result": result, "error": error, "late": late, "stop": stop})
+                behind = bool(stop) and seen.behind_failure
+                event = {"code": code, "result": result, "error": error, "late": late, "stop": stop}
+                yield TriggerEvent({**event, "behind_failure": behind})
                 return
             if error != told:
-                self.log.info("not yet: %s", error)
+                broken = self._broken_since is not None and not seen.waiting
+                self.log.log(logging.WARNING if broken else logging.INFO, "not yet: %s", error)
                 told = error
             await asyncio.sleep(min(pause, max(self._left(), 0.0)))
+
+    def _note(self, code: int) -> None:
+        """Remember since when the command breaks instead of answering."""
+        if code in (*FINAL, EXIT_NOT_READY):
+            self._broken_since = None
+        elif self._broken_since is None:
+            self._broken_since = time.monotonic()
+
+    def _broken_for(self) -> float:
+        return 0.0 if self._broken_since is None else time.monotonic() - self._broken_since
 
     def _left(self) -> float:
         return (datetime.fromisoformat(self.until) - datetime.now(UTC)).total_seconds()
@@ -125,19 +149,17 @@ class StepTrigger(BaseTrigger):
             patience = other["patience_s"].get(state)
             if patience is None or time.monotonic() - since < patience:
                 continue
-            has = "has not been run" if state == "none" else "has been queued"
+            has, then = _GIVEN_UP[state]
             text = f"{name_of(other)} {has} for {patience / 60:.0f} minutes. {other['why']}"
             if other["if_failed"] == "go on":
                 self.log.info("%s It is not waited for any longer.", text)
                 self._left_aside.add(number)
                 return await self._others()
-            return Seen(stop=f"{text} Run it first, then clear this task.")
+            return Seen(stop=f"{text} {then}, then clear this task.")
         return seen
 
     async def _answer(self, before: Seen) -> tuple[int, str | None, str] | None:
         """Return what the command says; None if another run has changed what is asked meanwhile."""
-        if self.in_doubt_only and not before.in_doubt:
-            return 0, NOTHING_AHEAD, ""
         if before.unless_ready:
             return await self._look(0.0)
         looking = asyncio.create_task(self._look(max(self._left(), 0.0)))
@@ -147,7 +169,7 @@ class StepTrigger(BaseTrigger):
                 if done:
                     return looking.result()
                 seen = await self._others()
-                if seen.stop or seen.unless_ready or seen.waiting or seen.in_doubt != before.in_doubt:
+                if seen.stop or seen.unless_ready or seen.waiting or bool(seen.queued) != bool(before.queued):
                     return None
         finally:
             if not looking.done():

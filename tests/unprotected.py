@@ -163,7 +163,10 @@ PROTECTIONS = (
         "onetrans/registry.py",
         "champion.tags[TAG_DAY] > str(plan.ds):\n",
         'champion.tags[TAG_DAY] > "9999":\n',
-        (f"{AIRFLOW}::test_a_day_is_cleared_and_run_again_while_the_next_one_trains",),
+        (
+            f"{AIRFLOW}::test_a_day_is_cleared_and_run_again_while_the_next_one_trains",
+            f"{NIGHTS}::test_each_day_was_promoted_once_and_tonights_model_serves",
+        ),
         long=True,
     ),
     Protection(
@@ -173,6 +176,15 @@ PROTECTIONS = (
         "        others_of_a_backfill=[BEFORE_IN_A_BACKFILL],\n",
         "        others_of_a_backfill=[],\n",
         (f"{NIGHTS}::test_days_that_are_backfilled_side_by_side_read_their_logs_together",),
+        long=True,
+    ),
+    Protection(
+        "order of models",
+        "the model of a day waits for that of the day before",
+        "dags/ranking_model.py",
+        "        others_of_a_backfill=[BEFORE_IN_A_BACKFILL, TABLES_OF_THE_DAY],\n",
+        "        others_of_a_backfill=[TABLES_OF_THE_DAY],\n",
+        (f"{NIGHTS}::test_models_of_a_backfill_are_made_in_the_order_of_days",),
         long=True,
     ),
 )

@@ -22,8 +22,9 @@ from infra.airflow import reach
 from infra.local import pages
 from infra.local.airflow import REPOSITORY
 from infra.local.airflow_api import AirflowApiError
+from jobs.sources.simulated.write import write_days
 from onetrans.lake import TABLES
-from tests.day.conftest import BAD, HISTORY, SECRET, TODAY, Deployment
+from tests.day.conftest import BAD, FIRST, HISTORY, LOG, SECRET, TODAY, Deployment
 
 pytestmark = pytest.mark.timeout(1500)
 
@@ -161,7 +162,7 @@ def test_days_that_are_backfilled_at_once_run_in_order(deployment: Deployment) -
     text = "\n".join(deployment.airflow.api.log(stopped))
     assert f"ordered of {TODAY} has failed at step. Each day is built on the one before. Clear that run" in text
 
-    # A person decides to go on without the second day, and clears the third.
+    # A person decides that the second day is good as it is, and clears the third.
     skipped, cleared = (run_id for _, run_id in runs[1:])
     deployment.airflow.api.call("PATCH", f"/dags/ordered/dagRuns/{skipped}", {"state": "success"})
     deployment.airflow.api.call(
@@ -202,6 +203,33 @@ def test_a_backfill_that_ends_yesterday_does_not_hold_tonights_run(deployment: D
         assert ended.state == ("success" if there else "failed")
     stopped = "\n".join(deployment.airflow.api.log(deployment.task(*tonight, "wait")))
     assert f"night of {yesterday} has failed at step. Each day is built on the one before." in stopped
+    assert "mark this task" not in stopped, "that would build on what is not there"
+
+    # Marked as success, the failed day is as little there.
+    deployment.airflow.api.call("PATCH", f"/dags/night/dagRuns/{made[1][1]}", {"state": "success"})
+    deployment.airflow.api.call("POST", "/dags/night/clearTaskInstances", again)
+    (ended,) = deployment.wait(tonight, seconds=120)
+    assert ended.state == "failed"
+    stopped = "\n".join(deployment.airflow.api.log(deployment.task(*tonight, "wait")))
+    assert f"night of {yesterday} has ended, and what it makes is not published: was it marked as success" in stopped
+
+
+def test_a_day_before_that_is_cleared_while_this_one_holds_the_only_slot_goes_first(deployment: Deployment) -> None:
+    """It cannot begin before this run ends, so this run does not wait for it."""
+    api, (day, after) = deployment.airflow.api, (date(2020, 8, 1), date(2020, 8, 2))
+    (deployment.folder / f"go-{day}").write_text("0")
+    before = ("alone", api.trigger("alone", {}, logical_date=day).run_id)
+    assert [run.state for run in deployment.wait(before, seconds=120)] == ["success"]
+    holds = ("alone", api.trigger("alone", {}, logical_date=after).run_id)
+    _until(lambda: deployment.task(*holds, "step").state == "running", "the run has not begun")
+    again = {"dag_run_id": before[1], "dry_run": False, "only_failed": False}
+    api.call("POST", "/dags/alone/clearTaskInstances", again)
+    assert api.run(*before).state == "queued"
+    (deployment.folder / f"go-{after}").write_text("0")
+    assert [run.state for run in deployment.wait(holds, before, seconds=120)] == ["failed", "success"]
+    said = "\n".join(api.log(deployment.task(*holds, "wait")))
+    assert f"alone of {day} has been queued for 0 minutes. Each day is built on the one before." in said
+    assert "It begins by itself now that this run has ended; wait for its end, then clear this task." in said
 
 
 def test_a_run_from_the_form_is_waited_for_by_its_day(deployment: Deployment) -> None:
@@ -302,7 +330,10 @@ def test_a_backfill_with_one_day_for_all_its_runs_is_refused(deployment: Deploym
     refused = deployment.task(*runs[0], "step")
     assert refused.tries == 1
     text = "\n".join(deployment.airflow.api.log(refused))
-    assert f"the field Day says {TODAY} in a backfill, so every one of its runs would work on that day" in text
+    assert (
+        f"step: REFUSED. The field Day says {TODAY} in a backfill, so every one of its runs would work on that day"
+        in text
+    )
 
 
 def test_the_weekly_run_lists_what_it_would_remove(deployment: Deployment, day: Any) -> None:
@@ -399,6 +430,34 @@ def test_the_address_of_a_webhook_is_in_no_log(deployment: Deployment, day: Any)
     assert any("told over connection receiver" in path.read_text(errors="replace") for path in logs)
     assert any("connection down did not take the message" in path.read_text(errors="replace") for path in logs)
     assert not [path for path in logs if SECRET in path.read_text(errors="replace")]
+
+
+@pytest.mark.nightly
+def test_a_day_whose_audit_failed_is_mended_as_its_paragraph_says(
+    deployment: Deployment, day: Any, tmp_path: Path
+) -> None:
+    """Its files are staged: to audit them again gives the same, so the paragraph sends to the build."""
+    api, path = deployment.airflow.api, deployment.raw("impressions", BAD)
+    write_days(LOG, str(tmp_path), FIRST, 3)
+    good = pq.read_table(tmp_path / path.relative_to(deployment.folder / "raw"))
+    clicked = pa.array(np.ones(good.num_rows, np.int32))
+    pq.write_table(good.set_column(good.schema.get_field_index("click"), "click", clicked), path)
+    deployment.backfills_end("feature_tables")
+    run = api.trigger("feature_tables", {"ds": str(BAD)})
+    (ended,) = deployment.wait((run.dag_id, run.run_id))
+    failed = deployment.task(run.dag_id, run.run_id, "impressions.audit")
+    assert (ended.state, failed.state, failed.tries) == ("failed", "failed", 1)
+    said = "\n".join(api.log(failed))
+    assert f"impressions.audit of {BAD}: BAD DATA." in said
+    assert "correct the data, then clear impressions.build, and what follows it runs too." in said
+
+    pq.write_table(good, path)
+    cleared = {"task_ids": ["impressions.build"], "include_downstream": True}
+    body = {"dag_run_id": run.run_id, "dry_run": False, "only_failed": False, **cleared}
+    api.call("POST", "/dags/feature_tables/clearTaskInstances", body)
+    (ended,) = deployment.wait((run.dag_id, run.run_id))
+    assert ended.state == "success"
+    assert all(BAD in deployment.lake.days(table) for table in TABLES)
 
 
 def _told(deployment: Deployment, dag_id: str, run_id: str, task_id: str, seconds: float = 60) -> list[dict[str, str]]:

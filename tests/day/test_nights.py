@@ -58,11 +58,11 @@ class Nights:
     tonight: date
 
     def backfill(self, reprocess: Reprocess, expected: int) -> None:
-        """Backfill the old days of both DAGs from the page, tables side by side; it announces ``expected`` runs."""
+        """Backfill the old days of both DAGs from the page, days side by side; it announces ``expected`` runs."""
         self.deployment.backfills_end(*DAGS)
         with AirflowPage(self.deployment.airflow.address) as page:
-            for dag_id, at_once in zip(DAGS, (2, None), strict=True):
-                assert page.backfill(dag_id, *self.old, reprocess, at_once) == expected
+            for dag_id in DAGS:
+                assert page.backfill(dag_id, *self.old, reprocess, at_once=2) == expected
 
     def ended(self) -> dict[tuple[str, date], str]:
         """Wait until every run of the old days has ended; return their states."""
@@ -231,6 +231,18 @@ def test_old_days_that_are_run_again_beside_it_change_nothing(nights: Nights, ni
     lake = nights.deployment.lake
     days = {nights.history, *nights.old, nights.tonight}
     assert all(set(lake.days(table)) == days for table in TABLES)
+
+
+def test_models_of_a_backfill_are_made_in_the_order_of_days(nights: Nights, night: dict[str, Run]) -> None:
+    """Both days may be under way at once, and each goes on from the weights of the day before."""
+    deployment = nights.deployment
+    first, second = (nights.run("ranking_model", ds) for ds in nights.old)
+    ended = max(task.ended for task in deployment.tasks(*first) if task.ended)
+    described = deployment.airflow.api.call("GET", f"/dags/ranking_model/dagRuns/{second[1]}")
+    assert datetime.fromisoformat(described["start_date"]) < ended, "it was not under way beside the first"
+    planned = deployment.task(*second, "plan").started
+    assert planned is not None
+    assert planned > ended
 
 
 def test_each_day_was_promoted_once_and_tonights_model_serves(nights: Nights, night: dict[str, Run]) -> None:

@@ -26,7 +26,7 @@ from dags import notify, others, steps
 from dags.days import run_day
 from dags.feature_tables import FROM_THE_LOG_ALONE, NEEDS
 from dags.feature_tables import dag as feature_tables
-from dags.others import Other
+from dags.others import NotStartedError, Other
 from dags.ranking_model import dag as ranking_model
 from dags.steps import Ended, Step, WaitStep, raise_for
 from dags.triggers import NOTHING_AHEAD, StepTrigger
@@ -363,12 +363,22 @@ def test_the_day_of_a_run(given, day):
 def test_a_backfill_with_one_day_for_all_its_runs_is_refused():
     """Each of its runs would build the same day, and the range would look done."""
     backfill = dag_run("backfill")
-    with pytest.raises(AirflowFailException, match="the field Day says 2022-05-01 in a backfill"):
+    with pytest.raises(AirflowFailException, match="The field Day says 2022-05-01 in a backfill"):
         run_day(context(dag_run=backfill, logical_date=LOGICAL, params={"ds": "2022-05-01"}))
     assert run_day(context(dag_run=backfill, logical_date=LOGICAL, params={"ds": "2022-05-04"})) == "2022-05-04"
     assert run_day(context(dag_run=backfill, logical_date=LOGICAL)) == "2022-05-04"
     by_hand = context(dag_run=dag_run("manual"), logical_date=LOGICAL, params={"ds": "2022-05-01"})
     assert run_day(by_hand) == "2022-05-01"
+
+
+def test_a_step_whose_day_cannot_be_told_says_so_as_any_other_failure(script):
+    step = script("", unharmed="All is as it was.")
+    with pytest.raises(AirflowFailException) as raised:
+        step.render_template_fields(context(params={"ds": "yesterday"}))
+    assert str(raised.value) == (
+        "program: REFUSED. The field ds of this run is 'yesterday', which is not a day written YYYY-MM-DD. "
+        "All is as it was."
+    )
 
 
 def test_a_run_without_a_day_fails_for_good_and_says_what_to_do():
@@ -403,6 +413,26 @@ def test_an_exit_code_decides_whether_airflow_retries(code, kind, text):
     assert type(raised.value) is kind
     assert "impressions.build of 2022-05-04" in str(raised.value)
     assert "column click: 3 rows" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("dag", "task_id", "code", "cleared"),
+    [
+        (feature_tables, "impressions.build", 65, "correct the data, then clear this task."),
+        # What was staged is audited and published as it is, however often.
+        (feature_tables, "impressions.audit", 65, "then clear impressions.build, and what follows it runs too."),
+        (feature_tables, "behaviors.publish", 65, "then clear behaviors.build, and what follows it runs too."),
+        # The plan pins files, recipe and what a training goes on from.
+        (ranking_model, "train_onetrans", 65, "then clear plan, and what follows it runs too."),
+        (ranking_model, "evaluate", 78, "correct it, then clear plan, and what follows it runs too."),
+        (ranking_model, "gate", 78, "correct it, then clear this task."),
+    ],
+)
+def test_a_correction_is_taken_in_by_the_step_that_is_named(dag, task_id, code, cleared):
+    step = by_id(dag)[task_id]
+    with pytest.raises(AirflowFailException) as raised:
+        step._raise_for(context(logical_date=LOGICAL), Ended(code, None, "3 rows"))
+    assert cleared in str(raised.value)
 
 
 @pytest.mark.parametrize("code", [65, 75, 78, 1, 2, -9])
@@ -679,9 +709,15 @@ FORM = {"preset": "as configured", "from_scratch": False, "gate_mode": "as confi
         ({"force_reason": "a broken baseline"}, "backfill", "would promote each of its days"),
         ({"force_reason": "a broken baseline", "gate_mode": "dry_run"}, "manual", "Gate mode dry_run leaves"),
         ({"force_reason": "a broken baseline", "gate_mode": "off"}, "manual", "Gate mode off leaves"),
+        ({"force_reason": "a broken baseline", "configured": "dry_run"}, "manual", "Gate mode dry_run, as configured,"),
+        ({"force_reason": "a broken baseline", "configured": "off", "gate_mode": "enabled"}, "manual", ""),
     ],
 )
-def test_a_forced_promotion_that_cannot_be_meant_is_refused_before_anything_runs(script, asked, run_type, why):
+def test_a_forced_promotion_that_cannot_be_meant_is_refused_before_anything_runs(
+    script, monkeypatch, asked, run_type, why
+):
+    asked = dict(asked)
+    monkeypatch.setenv("ONETRANS_GATE_MODE", asked.pop("configured", "enabled"))
     refuse = by_id(ranking_model)["wait_for_day"].refuse
     step = script("print('published')", cls=WaitStep, at_most=timedelta(hours=2), refuse=refuse)
     given = context(logical_date=LOGICAL, params={**FORM, **asked}, dag_run=dag_run(run_type))
@@ -764,13 +800,21 @@ def test_the_triggerer_looks_until_the_answer_is_final(tmp_path):
     waited = int(payload["result"].split("'")[-2])
     assert 280 < waited <= 300
     answer = f"published ['--wait', '{waited}']"
-    assert payload == {"code": 0, "result": answer, "error": "", "late": False, "stop": ""}
+    good = {"late": False, "stop": "", "behind_failure": False}
+    assert payload == {"code": 0, "result": answer, "error": "", **good}
 
 
 def test_the_triggerer_gives_up_at_the_deadline():
     command = [sys.executable, "-c", "import sys; print('not there', file=sys.stderr); sys.exit(75)"]
     payload = look(StepTrigger(command, {}, datetime.now(UTC).isoformat()))
-    assert payload == {"code": 75, "result": None, "error": "not there", "late": True, "stop": ""}
+    assert payload == {
+        "code": 75,
+        "result": None,
+        "error": "not there",
+        "late": True,
+        "stop": "",
+        "behind_failure": False,
+    }
     step = WaitStep(task_id="wait", module="x", at_most=timedelta(seconds=1))
     with pytest.raises(AirflowFailException, match="still not ready"):
         step.resume(context(logical_date=LOGICAL), payload)
@@ -806,7 +850,7 @@ def test_an_answer_from_the_triggerer_ends_the_wait():
 
 TABLES_FAIL = Other("feature_tables", "publish", if_failed="stop unless ready", why="It makes the rows.")
 DAY_BEFORE = Other("feature_tables", days_back=1, why="Tails are built on it.", patience_s={"stuck": 0.3})
-TONIGHT = replace(DAY_BEFORE, if_failed="stop unless ready", if_queued="wait unless ready")
+TONIGHT = replace(DAY_BEFORE, if_failed="stop unless ready", if_queued="wait unless ready", if_done="stop unless ready")
 
 
 @pytest.fixture
@@ -942,15 +986,27 @@ def test_a_failure_elsewhere_ends_a_wait_that_is_under_way(stands, tmp_path):
     assert "publish of 2022-05-04 has failed" in payload["stop"]
 
 
-@pytest.mark.parametrize("state", ["none", "done"])
+@pytest.mark.parametrize("there", [True, False])
 @pytest.mark.parametrize("run_type", ["scheduled", "backfill"])
-def test_a_day_before_that_leaves_no_doubt_is_not_asked_for_its_tables(script, stands, state, run_type):
-    """The first day has none before it; one that a person left out, by marking it as success, has no tables."""
-    stands.append(state)
-    step = script(
-        "raise SystemExit(75)", cls=WaitStep, at_most=timedelta(hours=2), others=[TONIGHT], in_doubt_only=True
+def test_a_day_before_that_a_person_marked_as_success_is_asked_for_its_tables(script, stands, there, run_type):
+    """Without them this day would be published by half: what counts over earlier days would not be built."""
+    stands.append("done")
+    program = f"import sys; sys.exit(0 if sys.argv[1:] == ['--or-first'] and {there} else 75)"
+    rules = {"others": [TONIGHT], "where_none": ["--or-first"]}
+    step = script(program, cls=WaitStep, at_most=timedelta(hours=2), **rules)
+    given = context(logical_date=LOGICAL, dag_run=dag_run(run_type))
+    if there:
+        step.execute(given)
+        return
+    with pytest.raises(NotStartedError) as raised:
+        step.execute(given)
+    text = str(raised.value)
+    assert (
+        "NOT STARTED. feature_tables of 2022-05-03 has ended, and what it makes is not published: was it mark" in text
     )
-    assert step.execute(context(logical_date=LOGICAL, dag_run=dag_run(run_type))) == NOTHING_AHEAD
+    assert "If the log lost that day, name it in source.absent_days first." in text
+    assert "mark this task" not in text, "that would publish this day by half"
+    assert not raised.value.behind_failure
 
 
 @pytest.mark.parametrize(
@@ -975,7 +1031,6 @@ def test_a_day_before_that_was_never_run_is_asked_for_its_tables(script, stands,
         at_most=timedelta(hours=2),
         others=[replace(TONIGHT, if_none="stop unless ready")],
         where_none=["--or-first"],
-        in_doubt_only=True,
     )
     if not outcome:
         step.execute(context(logical_date=LOGICAL))
@@ -992,7 +1047,7 @@ def test_a_backfill_waits_for_the_day_before_where_tonights_run_takes_what_is_pu
     from airflow.sdk.exceptions import TaskDeferred
 
     stands.append(state)
-    rules = {"others": [TONIGHT], "others_of_a_backfill": [DAY_BEFORE], "in_doubt_only": True}
+    rules = {"others": [TONIGHT], "others_of_a_backfill": [DAY_BEFORE]}
     step = script("raise SystemExit(0)", cls=WaitStep, at_most=timedelta(hours=2), **rules)
     step.execute(context(logical_date=LOGICAL, dag_run=dag_run("scheduled")))
     with pytest.raises(AirflowFailException if state == "failed" else TaskDeferred):
@@ -1001,15 +1056,16 @@ def test_a_backfill_waits_for_the_day_before_where_tonights_run_takes_what_is_pu
 
 def test_the_real_dags_wait_that_way():
     before = by_id(feature_tables)["wait_for_day_before"]
-    assert before.in_doubt_only
     assert before.arguments == ["published", *NEEDS, "--ds", "{{ previous_day }}", "--or-absent"]
     assert before.where_none == ["--or-first"]
-    assert {other.if_none for other in (*before.others, *before.others_of_a_backfill)} == {"stop unless ready"}
+    for other in (*before.others, *before.others_of_a_backfill):
+        assert (other.if_none, other.if_done) == ("stop unless ready", "stop unless ready")
     ((tonight,), (made_up,)) = before.others, before.others_of_a_backfill
     assert (tonight.if_failed, tonight.if_queued) == ("stop unless ready", "wait unless ready")
+    assert "queued" not in tonight.patience_s, "a backfill that ends yesterday may take the whole night"
     assert (made_up.if_failed, made_up.if_queued) == ("stop", "wait")
     model = by_id(ranking_model)["wait_for_day"]
-    assert not model.in_doubt_only
+    assert model.others[1].if_done == "stop unless ready"
     assert model.others[0].patience_s == {"stuck": 0, "queued": 0}
     assert model.others_of_a_backfill[0].patience_s["queued"] > 3600
     ready = before.prepare_for_execution()
@@ -1020,7 +1076,7 @@ def test_the_real_dags_wait_that_way():
 def test_a_day_that_is_published_ends_the_wait_for_a_queued_run(stands, tmp_path):
     there = tmp_path / "day"
     stands += ["queued", "running", "queued"]
-    trigger = waiting(published(there), TONIGHT, in_doubt_only=True)
+    trigger = waiting(published(there), TONIGHT)
     timer = threading.Timer(2.0, there.touch)
     timer.start()
     assert look(trigger)["result"] == "there"
@@ -1033,7 +1089,7 @@ def test_a_run_that_fails_while_it_is_waited_for_stops_only_what_has_no_tables(s
     day = tmp_path / "day"
     if there:
         day.touch()
-    payload = look(waiting(published(day), TONIGHT, in_doubt_only=True))
+    payload = look(waiting(published(day), TONIGHT))
     assert bool(payload["stop"]) is not there
     assert payload["code"] == (0 if there else 75)
 
@@ -1044,19 +1100,47 @@ def test_a_catalog_that_is_away_is_asked_again_and_does_not_end_the_wait(stands,
         f"import pathlib, sys; seen = pathlib.Path({str(tmp_path / 'seen')!r}); there = seen.exists(); seen.touch()\n"
         "print('there'); sys.exit(0 if there else 1)"
     )
-    payload = look(waiting(program, TONIGHT, in_doubt_only=True, pause_s=0.1))
+    payload = look(waiting(program, TONIGHT, pause_s=0.1))
     assert (payload["code"], payload["result"], payload["stop"]) == (0, "there", "")
 
 
-def test_a_queued_run_that_is_gone_is_not_waited_for(stands, tmp_path):
+def test_a_queued_run_that_a_person_marked_as_success_is_not_waited_for(stands, tmp_path):
     stands += ["queued", "queued", "done"]
-    payload = look(waiting(published(tmp_path / "day"), TONIGHT, in_doubt_only=True))
-    assert (payload["stop"], payload["result"]) == ("", NOTHING_AHEAD)
+    payload = look(waiting(published(tmp_path / "day"), TONIGHT))
+    assert payload["stop"].startswith("feature_tables of 2022-05-03 has ended, and what it makes is not published")
+    assert not payload["behind_failure"]
+
+
+@pytest.mark.parametrize("breaks", ["always", "once"])
+def test_a_look_that_is_broken_for_good_does_not_wait_in_silence(script, capsys, tmp_path, breaks):
+    """An import that fails in the triggerer, a password that is wrong: nobody would hear of it for two days."""
+    there = tmp_path / "there"
+    program = "import sys; print('ImportError: no module', file=sys.stderr); sys.exit(1)"
+    if breaks == "once":
+        program = (
+            f"import pathlib, sys; seen = pathlib.Path({str(there)!r}); there = seen.exists(); seen.touch()\n"
+            "print('ImportError: no module', file=sys.stderr); sys.exit(0 if there else 1)"
+        )
+    until = (datetime.now(UTC) + timedelta(minutes=5)).isoformat()
+    trigger = StepTrigger([sys.executable, "-c", program], {}, until, pause_s=0.3, broken_s=0.2)
+    again = StepTrigger(**trigger.serialize()[1])
+    payload = look(again)
+    assert capsys.readouterr().out.count("[warning  ] not yet: ImportError") == 1
+    step = script("", cls=WaitStep, at_most=timedelta(hours=2))
+    if breaks == "once":
+        step.resume(context(logical_date=LOGICAL), payload)
+        return
+    with pytest.raises(AirflowException, match=r"FAILED with exit code 1\. ImportError: no module\.") as raised:
+        step.resume(context(logical_date=LOGICAL), payload)
+    assert not isinstance(raised.value, AirflowFailException), "it is tried again, and then people are told"
 
 
 def test_a_run_that_cannot_begin_is_not_waited_for_without_end(stands):
     stands.append("stuck")
     payload = look(waiting("print('there')", DAY_BEFORE))
     assert "feature_tables of 2022-05-03 has been queued for" in payload["stop"]
+    assert payload["stop"].endswith(
+        "It begins by itself now that this run has ended; wait for its end, then clear this task."
+    )
     payload = look(waiting("print('there')", replace(DAY_BEFORE, if_failed="go on")))
     assert (payload["stop"], payload["result"]) == ("", "there")

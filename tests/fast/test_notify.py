@@ -19,6 +19,7 @@ os.environ.setdefault("AIRFLOW_HOME", tempfile.mkdtemp(prefix="airflow-"))
 
 from dags import notify, others
 from dags.configured import configured, configured_number
+from dags.others import NotStartedError
 
 SECRET = "T000-B000-whoever-has-this-can-write"
 LOGICAL = datetime(2022, 5, 4, tzinfo=UTC)
@@ -77,7 +78,7 @@ def failure(text="impressions.build of 2022-05-04: BAD DATA. 3 rows."):
             dag_id="feature_tables", run_id="scheduled__2022-05-05", task_id="impressions.build", log_url="http://a/log"
         ),
         "task": SimpleNamespace(unharmed="Published data is as it was."),
-        "exception": RuntimeError(text) if text else None,
+        "exception": (text if isinstance(text, Exception) else RuntimeError(text)) if text else None,
         "params": {},
         "logical_date": LOGICAL,
     }
@@ -256,11 +257,13 @@ def test_a_backfill_whose_day_fails_does_not_tell_of_each_task_behind_it(receive
     of_a_backfill = {"dag_run": SimpleNamespace(run_type="backfill")}
     cascade = "wait_for_day_before of 2022-05-04: NOT STARTED. feature_tables of 2022-05-03 has failed."
     notify.task_failed(failure() | of_a_backfill)
-    notify.task_failed(failure(cascade) | of_a_backfill)
+    behind = NotStartedError(cascade, behind_failure=True)
+    notify.task_failed(failure(behind) | of_a_backfill)
     assert [fields["task_id"] for _, fields in receiver.got] == ["impressions.build"]
     assert cascade in caplog.text
-    notify.task_failed(failure(cascade))
-    assert len(receiver.got) == 2
+    notify.task_failed(failure(behind))
+    notify.task_failed(failure(NotStartedError("wait_for_day_before of ...: NOT STARTED.")) | of_a_backfill)
+    assert len(receiver.got) == 3
 
 
 @pytest.mark.parametrize(

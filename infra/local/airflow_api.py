@@ -216,14 +216,6 @@ class AirflowApi:
         content = self.call("GET", path)["content"]
         return [_log_line(entry) for entry in content]
 
-    def xcom(self, task: Task, key: str = "return_value") -> Any:
-        """Return a value the task left for others."""
-        path = (
-            f"/dags/{task.dag_id}/dagRuns/{urllib.parse.quote(task.run_id)}"
-            f"/taskInstances/{urllib.parse.quote(task.task_id)}/xcomEntries/{key}"
-        )
-        return self.call("GET", path)["value"]
-
 
 def _run(data: Mapping[str, Any]) -> Run:
     when = _instant(data["logical_date"])

@@ -16,6 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 import pyarrow.parquet as pq
 import pytest
@@ -193,6 +194,12 @@ class Deployment:
     def task(self, dag_id: str, run_id: str, task_id: str) -> Task:
         """Return one task of a run."""
         return next(task for task in self.tasks(dag_id, run_id) if task.task_id == task_id)
+
+    def result(self, task: Task) -> str:
+        """Return what a task left for others."""
+        run = f"/dags/{task.dag_id}/dagRuns/{quote(task.run_id)}"
+        answer = self.airflow.api.call("GET", f"{run}/taskInstances/{quote(task.task_id)}/xcomEntries/return_value")
+        return str(answer["value"])
 
     def backfill(self, dag_id: str, ds: date) -> tuple[str, str]:
         """Create a backfill of one day and return (dag id, run id)."""

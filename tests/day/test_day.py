@@ -74,11 +74,11 @@ def test_both_models_are_recorded_under_one_run_of_the_day(deployment: Deploymen
 
 def test_a_model_that_is_not_better_is_no_failure(deployment: Deployment, day: Any) -> None:
     """A first day of a few hundred requests proves nothing, and the run says so and succeeds."""
-    plan = Path(deployment.airflow.api.xcom(deployment.task(*day["ranking_model"], "plan")).removeprefix("file://"))
+    plan = Path(deployment.result(deployment.task(*day["ranking_model"], "plan")).removeprefix("file://"))
     promotion = json.loads((plan / "promotion.json").read_text())
     assert promotion["verdict"] == "declined"
     assert promotion["champion_after"] is None
-    result = deployment.airflow.api.xcom(deployment.task(*day["ranking_model"], "promote"))
+    result = deployment.result(deployment.task(*day["ranking_model"], "promote"))
     assert "none" in result
 
 
@@ -381,7 +381,7 @@ def test_a_lost_connection_is_tried_again(deployment: Deployment) -> None:
     (ended,) = deployment.wait((dag_id, run_id), seconds=180)
     step = deployment.task(dag_id, run_id, "step")
     assert (ended.state, step.tries) == ("success", 3)
-    assert deployment.airflow.api.xcom(step) == "works now"
+    assert deployment.result(step) == "works now"
     assert "FAILED with exit code 1. ConnectionError" in "\n".join(deployment.airflow.api.log(step, attempt=1))
 
 
@@ -409,7 +409,7 @@ def test_a_reason_in_the_form_promotes_what_the_gate_declined(deployment: Deploy
     run = deployment.airflow.api.trigger("ranking_model", {"ds": str(TODAY), "force_reason": reason})
     (ended,) = deployment.wait((run.dag_id, run.run_id), seconds=600)
     assert ended.state == "success"
-    plan = Path(deployment.airflow.api.xcom(deployment.task(run.dag_id, run.run_id, "plan")).removeprefix("file://"))
+    plan = Path(deployment.result(deployment.task(run.dag_id, run.run_id, "plan")).removeprefix("file://"))
     gate, promotion = (json.loads((plan / name).read_text()) for name in ("gate.json", "promotion.json"))
     assert (gate["verdict"], gate["force_reason"]) == ("declined", reason)
     assert (promotion["verdict"], promotion["decision"], promotion["forced"]) == ("declined", "promoted", reason)

@@ -25,8 +25,8 @@ from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
+from infra.airflow.api import Run, Task
 from infra.local.airflow import REPOSITORY, LocalAirflow
-from infra.local.airflow_api import Run, Task
 from infra.local.homes import airflow_home, chosen_config
 from infra.local.processes import stop_processes, stop_remembered
 from infra.local.watch import MemoryWatch

@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 
 from infra.airflow import reach
-from infra.local.airflow_api import AirflowApiError
+from infra.airflow.api import AirflowApiError
 from infra.local.homes import DEMO_CONFIG, REPOSITORY
 from onetrans import storage
 from onetrans.errors import EXIT_OK, BadConfigError, PipelineError

@@ -1,1 +1,1 @@
-"""What a production Airflow needs beside the DAGs: pools, and the order in which runs get them."""
+"""What any Airflow needs beside the DAGs: pools, the order in which runs get them, and who asks it how it is."""

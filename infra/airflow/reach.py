@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from infra.local.airflow_api import AirflowApi, AirflowApiError
+from infra.airflow.api import AirflowApi, AirflowApiError
 from infra.local.homes import airflow_home
 from onetrans.settings import config_file
 

@@ -24,8 +24,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 
+from infra.airflow.api import AirflowApi, AirflowApiError
 from infra.airflow.pools import pools
-from infra.local.airflow_api import AirflowApi, AirflowApiError
 from infra.local.processes import (
     Server,
     ServerError,

@@ -16,7 +16,7 @@ from typing import Literal, Self
 
 from playwright.sync_api import FloatRect, Locator, Page, Response, expect, sync_playwright
 
-from infra.local.airflow_api import AirflowApiError
+from infra.airflow.api import AirflowApiError
 
 Reprocess = Literal["Missing Runs", "Missing and Errored Runs", "All Runs"]
 """Choices of the form under *Reprocess Behavior*, as the page writes them."""

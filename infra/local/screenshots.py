@@ -21,8 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from playwright.sync_api import expect
 
+from infra.airflow.api import AirflowApi, Run
 from infra.local.airflow import REPOSITORY, LocalAirflow
-from infra.local.airflow_api import AirflowApi, Run
 from infra.local.airflow_page import AirflowPage, chromium
 from infra.local.homes import small_config
 from onetrans.errors import BadConfigError, PipelineError

@@ -21,8 +21,8 @@ from urllib.parse import quote
 import pyarrow.parquet as pq
 import pytest
 
+from infra.airflow.api import Run, Task
 from infra.local.airflow import REPOSITORY, LocalAirflow
-from infra.local.airflow_api import Run, Task
 from infra.local.homes import small_config
 from jobs.sources.simulated.world import WorldConfig
 from jobs.sources.simulated.write import write_days

@@ -18,7 +18,7 @@ from datetime import date, timedelta
 
 import pytest
 
-from infra.local.airflow_api import AirflowApiError
+from infra.airflow.api import AirflowApiError
 from infra.local.processes import Server, stop
 from onetrans import storage
 from onetrans.lake import TABLES, Lake

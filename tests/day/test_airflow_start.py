@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from infra.airflow import reach
+from infra.airflow.api import AirflowApi, AirflowApiError
 from infra.local import airflow as local
-from infra.local.airflow_api import AirflowApi, AirflowApiError
 from infra.local.processes import Server, free_port, tail
 
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(600)]

@@ -19,9 +19,9 @@ import pytest
 
 from expectations.site import site_path
 from infra.airflow import reach
+from infra.airflow.api import AirflowApiError
 from infra.local import pages
 from infra.local.airflow import REPOSITORY
-from infra.local.airflow_api import AirflowApiError
 from jobs.sources.simulated.write import write_days
 from onetrans.lake import TABLES
 from tests.day.conftest import BAD, FIRST, HISTORY, LOG, SECRET, TODAY, Deployment

@@ -20,8 +20,8 @@ from pathlib import Path
 import psycopg
 import pytest
 
+from infra.airflow.api import AirflowApi
 from infra.local.airflow import REPOSITORY
-from infra.local.airflow_api import AirflowApi
 from infra.local.processes import Server, free_port, stop, wait_until
 from jobs.sources.simulated.world import WorldConfig
 from jobs.sources.simulated.write import write_days

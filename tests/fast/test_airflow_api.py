@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from infra.local.airflow_api import AirflowApi
+from infra.airflow.api import AirflowApi
 
 
 @pytest.mark.parametrize(

@@ -408,7 +408,8 @@ def _is_set(section: str, name: str) -> bool:
     return f"ONETRANS_{section}_{name}".upper() in os.environ or name in written.get(section, {})
 
 
-def _catalog(settings: Settings) -> Check:
+def look_at_catalog(settings: Settings) -> Check:
+    """Ask the catalog of tables once, for seconds; none is made."""
     lake = settings.lake
     if not Lake(lake).exists():
         return Check("catalog", "ok", f"none yet; {Lake(lake).catalog_file} is made with the first day")
@@ -601,7 +602,7 @@ LOOKS: dict[str, tuple[Look, bool]] = {
     "ports": (_ports, True),
     "gpu": (_gpu, True),
     "log": (_log, True),
-    "catalog": (_catalog, True),
+    "catalog": (look_at_catalog, True),
     "store": (_store, True),
     "mlflow": (look_at_mlflow, True),
     "airflow": (_airflow, True),

@@ -20,12 +20,13 @@ import psutil
 
 from infra.airflow import reach
 from infra.airflow.api import AirflowApiError
+from infra.doctor import look_at_catalog
 from infra.local.homes import DEMO_CONFIG, REPOSITORY
 from onetrans import storage
-from onetrans.errors import EXIT_OK, BadConfigError, PipelineError
+from onetrans.errors import EXIT_OK, BadConfigError, NotReadyError, PipelineError, without_login
 from onetrans.lake import SCORES, TABLES, Lake
 from onetrans.plan import FINISHED_FILE, LOCK_FILE, NEXT_BATCH_FOLDER, PLAIN_FOLDER, PLAN_FILE
-from onetrans.process import add_json, print_json
+from onetrans.process import TRACEBACK, add_json, print_json
 from onetrans.report import planned_days, report
 from onetrans.settings import OWN_FILE, Settings, config_file, load_settings
 
@@ -86,8 +87,13 @@ def status(settings: Settings, days: int) -> dict[str, Any]:
 def _part(read: Callable[[], Any]) -> Any:
     try:
         return read()
-    except (PipelineError, OSError) as error:
-        return {"error": f"{type(error).__name__}: {error}"}
+    except Exception as error:  # of the library that was asked: the other parts are shown all the same
+        if os.environ.get(TRACEBACK):
+            raise
+        text = str(error).strip()
+        # Those of the pipeline are written for people; others may name an address with its login, or go on for pages.
+        told = text if isinstance(error, PipelineError) else without_login(text.split("\n", 1)[0])
+        return {"error": f"{type(error).__name__}: {told}"}
 
 
 # Tables
@@ -98,6 +104,10 @@ def _tables(settings: Settings, days: int) -> dict[str, Any]:
     lake = Lake(settings.lake)
     if not lake.exists():
         return {"days": {}, "earlier": 0}
+    if settings.lake.catalog_uri:
+        asked = look_at_catalog(settings)  # once, for seconds, where the lake asks again
+        if asked.state == "FAIL":
+            raise NotReadyError(f"the catalog {asked.found}; {asked.mend}")
     tables = (*TABLES, SCORES) if lake.snapshot_id(SCORES) is not None else TABLES
     rows = {table: {day.ds: day.rows for day in lake.published(table)} for table in tables}
     known = sorted(lake.staged_days().union(*rows.values()))

@@ -38,6 +38,11 @@ class NotReadyError(PipelineError):
     exit_code = EXIT_NOT_READY
 
 
+class CatalogAwayError(PipelineError):
+    """The catalog of tables does not answer.  Whether a day is published is not known then, so it is no
+    :class:`NotReadyError`, which a wait takes for "not published"; like any failure it is tried again."""
+
+
 class BadConfigError(PipelineError):
     """A setting, a schema file or an argument is wrong; a person has to change it."""
 

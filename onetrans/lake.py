@@ -13,6 +13,7 @@ files that :meth:`Lake.files` names.
 from __future__ import annotations
 
 import contextlib
+import logging
 import random
 import time
 import uuid
@@ -43,8 +44,10 @@ from sqlalchemy.exc import IntegrityError, OperationalError
 
 from onetrans import storage
 from onetrans.days import describe_days, parse_day
-from onetrans.errors import BadConfigError, BadDataError, NotReadyError
+from onetrans.errors import BadConfigError, BadDataError, CatalogAwayError, NotReadyError, without_login
 from onetrans.settings import LakeSettings
+
+logger = logging.getLogger(__name__)
 
 TABLES = (
     "impressions",
@@ -190,7 +193,11 @@ class Lake:
 
     @cached_property
     def catalog(self) -> Catalog:
-        """The Iceberg catalog; made, with its namespace, on first use."""
+        """The Iceberg catalog; made, with its namespace, on first use.
+
+        Raises:
+            CatalogAwayError: if it does not answer.
+        """
         uri = self.settings.catalog_uri
         if not uri:
             self.catalog_file.parent.mkdir(parents=True, exist_ok=True)
@@ -202,12 +209,21 @@ class Lake:
                 with contextlib.suppress(NamespaceAlreadyExistsError):
                     catalog.create_namespace(self.settings.namespace)
                 return catalog
-            except (OperationalError, IntegrityError):
+            except IntegrityError:
                 # Two first writers make the catalog's own tables at once, and one of them finds them there.
                 if attempt == _COMMIT_TRIES:
                     raise
-                _wait(attempt)
+            except OperationalError as error:
+                if attempt == _COMMIT_TRIES:
+                    raise self._away(error) from error
+                if attempt == 1:
+                    logger.warning("%s; trying again for some seconds", self._away(error))
+            _wait(attempt)
         raise AssertionError("unreachable")
+
+    def _away(self, error: OperationalError) -> CatalogAwayError:
+        where = without_login(self.settings.catalog_uri) or str(self.catalog_file)
+        return CatalogAwayError(f"the catalog {where} does not answer: {str(error.orig).splitlines()[0]}")
 
     def migrate_catalog(self) -> None:
         """Bring the tables of a SQL catalog that an older PyIceberg made to today's; nothing happens if they are."""
@@ -408,8 +424,13 @@ class Lake:
 
         Raises:
             NoSuchTableError: if nothing was ever published to it.
+            CatalogAwayError: if the catalog does not answer.
         """
-        return self.catalog.load_table(self._name(table))
+        catalog = self.catalog
+        try:
+            return catalog.load_table(self._name(table))
+        except OperationalError as error:
+            raise self._away(error) from error
 
     def snapshot_id(self, table: str) -> int | None:
         """Return the id of the table's current snapshot, or None if nothing was ever published."""

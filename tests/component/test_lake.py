@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
+import sqlite3
 import subprocess
 import sys
 from datetime import date, timedelta
@@ -23,10 +25,12 @@ from onetrans.cli import main as cli
 from onetrans.errors import (
     EXIT_BAD_CONFIG,
     EXIT_BAD_DATA,
+    EXIT_FAILED,
     EXIT_NOT_READY,
     EXIT_OK,
     BadConfigError,
     BadDataError,
+    CatalogAwayError,
     NotReadyError,
 )
 from onetrans.lake import QUARANTINE, Lake, Staged
@@ -172,7 +176,7 @@ def test_an_unknown_table_is_refused(lake: Lake) -> None:
 
 def test_doctor_counts_the_tables_that_are_there(lake: Lake) -> None:
     publish(lake, rows(D1, 3), D1)
-    check = doctor._catalog(Settings(lake=lake.settings))
+    check = doctor.look_at_catalog(Settings(lake=lake.settings))
     assert check.found.endswith(": 1 table in 'ranking'")
 
 
@@ -385,6 +389,34 @@ def test_the_commands_publish_and_tell(deployment: Lake, capsys: pytest.CaptureF
     assert "behaviors 2024-02-28 is not published" in capsys.readouterr().err
     assert cli(["published", TABLE, TABLE, "--ds", str(D1), "--json"]) == EXIT_OK
     assert [(day["table"], day["rows"]) for day in json.loads(capsys.readouterr().out)] == [(TABLE, 1234)]
+
+
+@pytest.mark.parametrize("command", [["lake"], ["published", TABLE, "--ds", str(D1)]], ids=["lake", "published"])
+def test_a_catalog_that_does_not_answer_is_told_in_a_line_and_is_not_an_unpublished_day(
+    command: list[str], deployment: Lake, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wait of the DAGs takes 75 for "not published", and stops the day where nothing will publish it."""
+    pytest.importorskip("psycopg")
+    monkeypatch.setattr("onetrans.lake._COMMIT_WAIT_SECONDS", 0.0)
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))  # and does not listen
+        address = f"127.0.0.1:{server.getsockname()[1]}/lake"
+        monkeypatch.setenv("ONETRANS_LAKE_CATALOG_URI", f"postgresql+psycopg://u:secret@{address}")
+        assert cli(command) == EXIT_FAILED
+    printed, told = capsys.readouterr()
+    (line,) = [line for line in told.splitlines() if line.startswith("CatalogAwayError: ")]
+    assert line.startswith(f"CatalogAwayError: the catalog postgresql+psycopg://{address} does not answer: ")
+    assert "refused" in line
+    assert "Traceback" not in told
+    assert "secret" not in printed + told
+
+
+def test_a_catalog_that_goes_away_meanwhile_is_told_likewise(lake: Lake) -> None:
+    publish(lake, rows(D1, 3), D1)
+    with sqlite3.connect(lake.catalog_file) as database:
+        database.execute("drop table iceberg_tables")
+    with pytest.raises(CatalogAwayError, match=r"the catalog .*catalog\.db does not answer: no such table"):
+        lake.published(TABLE)
 
 
 def test_a_day_that_nothing_was_lost_of_is_as_good_as_published(

@@ -292,6 +292,20 @@ class Plan:
             raise BadConfigError(f"{path} was written by another version of onetrans ({error}); plan again") from error
 
 
+def plans_of_days(runs: str) -> dict[date, list[str]]:
+    """Return the plan files of every day that has one, oldest day first; those of no day lie beside them.
+
+    Args:
+        runs: ``training.runs``.
+    """
+    runs, found = storage.resolve(runs), dict[date, list[str]]()
+    for file in storage.list_files(runs, PLAN_FILE):
+        folder, _, inner = file.removeprefix(runs).lstrip("/").partition("/")
+        if folder.startswith("ds=") and f"/{inner}".endswith(f"/{PLAN_FILE}"):
+            found.setdefault(parse_day(folder.removeprefix("ds=")), []).append(file)
+    return dict(sorted(found.items()))
+
+
 def plan_of_no_day(
     settings: Settings,
     folder: str,

@@ -25,6 +25,7 @@ from onetrans.plan import (
     PROMOTION_FILE,
     TRUTH,
     decided_at,
+    plans_of_days,
 )
 from onetrans.process import add_json, print_json
 from onetrans.scores import BASELINE, CANDIDATE, CHAMPION, POPULARITY
@@ -61,9 +62,7 @@ def last_day(settings: Settings) -> date:
 
 def planned_days(settings: Settings) -> list[date]:
     """Return the days that have a run, oldest first."""
-    runs = storage.resolve(settings.training.runs)
-    named = {path.removeprefix(runs).lstrip("/").split("/")[0] for path in storage.list_files(runs, PLAN_FILE)}
-    return sorted(parse_day(name.removeprefix("ds=")) for name in named if name.startswith("ds="))
+    return list(plans_of_days(settings.training.runs))
 
 
 def _day(runs: str, ds: date) -> dict[str, Any]:

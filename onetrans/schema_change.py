@@ -16,7 +16,7 @@ from typing import Literal
 
 from onetrans import storage
 from onetrans.growth import growth
-from onetrans.plan import PLAN_FILE
+from onetrans.plan import plans_of_days
 from onetrans.schema import FeatureSchema
 
 Class = Literal["compatible", "rebuild", "refused"]
@@ -46,14 +46,18 @@ class Change:
 
 
 def planned_schema(runs: str) -> FeatureSchema | None:
-    """Return the schema of the newest day that was planned; None if there is none that can be read."""
-    found = [file for file in storage.list_files(runs, PLAN_FILE) if file.endswith(f"/{PLAN_FILE}")]
-    for file in sorted(found, key=lambda path: path.rsplit("/", 3)[1], reverse=True):
-        data = storage.read_json(file)
-        try:
-            return FeatureSchema.from_dict(data["schema"])
-        except (KeyError, TypeError, ValueError):
-            continue
+    """Return the schema of the newest day that was planned; None if there is none that can be read.
+
+    Of a day with several plans it is the newest plan's.  A training on plain files has a schema of its own, which says
+    nothing of the tables.
+    """
+    for _, files in reversed(plans_of_days(runs).items()):
+        plans = [storage.read_json(file) for file in files]
+        for plan in sorted(plans, key=lambda data: str(data.get("created_at", "")), reverse=True):
+            try:
+                return FeatureSchema.from_dict(plan["schema"])
+            except (KeyError, TypeError, ValueError):
+                continue
     return None
 
 

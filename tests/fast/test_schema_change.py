@@ -10,6 +10,7 @@ import pytest
 from worlds import small_schema
 
 from onetrans.growth import growth
+from onetrans.plan import NEXT_BATCH_FOLDER, PLAIN_FOLDER
 from onetrans.schema import Feature, FeatureSchema, Sequence
 from onetrans.schema_change import COMPATIBLE, REBUILD, REFUSED, planned_schema, schema_changes
 
@@ -113,5 +114,14 @@ def test_the_newest_planned_schema_is_found(tmp_path: Path) -> None:
         folder = tmp_path / f"ds={day}" / "abc"
         folder.mkdir(parents=True)
         (folder / "plan.json").write_text(json.dumps({"schema": small_schema(hash_size=size).to_dict()}))
-    found = planned_schema(str(tmp_path))
-    assert found == small_schema(hash_size=20)
+    for folder, size in ((PLAIN_FOLDER, 40), (NEXT_BATCH_FOLDER, 50)):
+        (tmp_path / folder / "abc").mkdir(parents=True)
+        (tmp_path / folder / "abc" / "plan.json").write_text(
+            json.dumps({"schema": small_schema(hash_size=size).to_dict()})
+        )
+    assert planned_schema(str(tmp_path)) == small_schema(hash_size=20), "a training of no day is of no day"
+    for name, hour, size in (("aaa", "12", 60), ("zzz", "11", 70)):
+        (tmp_path / "ds=2026-01-10" / name).mkdir()
+        plan = {"created_at": f"2026-01-11T{hour}:00:00+00:00", "schema": small_schema(hash_size=size).to_dict()}
+        (tmp_path / "ds=2026-01-10" / name / "plan.json").write_text(json.dumps(plan))
+    assert planned_schema(str(tmp_path)) == small_schema(hash_size=60), "the newest plan of the day"

@@ -19,7 +19,6 @@ from examples import train_example
 from onetrans.errors import EXIT_OK
 from onetrans.process import EXIT_CODES, Parser, exit_code_of
 from onetrans.serving import OneTransInferenceEngine
-from onetrans.serving.source import fixed_batch
 
 EXAMPLES = f"""examples:
   python -m examples.inference_example
@@ -30,7 +29,7 @@ EXAMPLES = f"""examples:
 
 def example_request(engine: OneTransInferenceEngine) -> dict[str, Any]:
     """Return a request that fits the model: one that was kept with it, or one of the small shop."""
-    kept = fixed_batch(engine.source)
+    kept = engine.source.kept
     if kept is not None:
         return {**kept[0][0], "user_id": "u1"}
     return train_example.request(np.random.default_rng(5), 0)[0]

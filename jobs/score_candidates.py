@@ -44,7 +44,7 @@ from onetrans.loader import batch_of
 from onetrans.models import RankingModel
 from onetrans.process import Parser
 from onetrans.schema import CONTEXT_FROM_CLOCK, FeatureSchema
-from onetrans.serving.source import ModelSource, resolve
+from onetrans.serving.source import ModelSource, opened
 
 TABLE = SCORES
 POPULAR = "popular"
@@ -214,8 +214,9 @@ def build(work: Workspace, ds: date) -> Staged:
         BadConfigError: if the champion reads a feature or a sequence that the log no longer has.
         BadDataError: if the champion's files are gone or damaged.
     """
-    source = resolve(f"models:/{work.settings.mlflow.registered_model}@champion", work.settings.mlflow)
-    files = model_files(source)
+    with opened(f"models:/{work.settings.mlflow.registered_model}@champion", work.settings.mlflow) as source:
+        files = model_files(source)
+    digest = hashlib.sha256(files["model.json"]).hexdigest()
     gone = lacking(FeatureSchema.from_dict(json.loads(files["model.json"])["schema"]), work.schema)
     if gone:
         raise BadConfigError(
@@ -225,14 +226,13 @@ def build(work: Workspace, ds: date) -> Staged:
     tables = ("impressions", "behaviors", "user_features", "item_features")
     reads = dict.fromkeys((*tables, "behavior_sequences") if work.schema.sequences else tables, (ds, ds))
     inputs = {table: snapshot for table in reads if (snapshot := work.lake.snapshot_id(table)) is not None}
-    key = _key(work, ds, source, inputs)
+    key = _key(work, ds, source.version, digest, inputs)
     path = storage.join(work.lake.warehouse, "data", TABLE, f"ds={ds}", key)
     finished = work.lake.built(path)
     if finished is not None and work.lake.staged(TABLE, ds).path == path:
         logger.info("%s %s: scored before by version %s, %s rows", TABLE, ds, source.version, f"{finished.rows:,}")
         return finished
     candidates = candidates_of(work, ds)
-    digest = hashlib.sha256(files["model.json"]).hexdigest()
     scored = score_with(work.spark.sparkContext.broadcast(files), digest, source.version)
     parts, rows, began, done = work.settings.scoring.parts, 0, time.monotonic(), 0
     for part in range(parts):
@@ -280,14 +280,22 @@ def lacking(champion: FeatureSchema, log: FeatureSchema) -> list[str]:
     return gone
 
 
-def _key(work: Workspace, ds: date, source: ModelSource, inputs: dict[str, int]) -> str:
-    """Return what the scores rest on, as the name of their folder."""
+def _key(work: Workspace, ds: date, version: str, digest: str, inputs: dict[str, int]) -> str:
+    """Return what the scores rest on, as the name of their folder.
+
+    Args:
+        work: the deployment.
+        ds: the day.
+        version: the champion's, which stands in every row.
+        digest: of its files, wherever they lie.
+        inputs: snapshot of every table that is read.
+    """
     scoring = work.settings.scoring
     candidates: object = (scoring.candidates, scoring.popular_items)
     if scoring.candidates != POPULAR:
         folder = storage.join(storage.resolve(scoring.candidates), f"ds={ds}")
         candidates = [(file, len(storage.read_bytes(file))) for file in storage.list_files(folder, ".parquet")]
-    rests = json.dumps([source.version, source.folder, inputs, candidates, scoring.parts])
+    rests = json.dumps([version, digest, inputs, candidates, scoring.parts])
     return hashlib.sha256(rests.encode()).hexdigest()[:16]
 
 

@@ -30,7 +30,7 @@ from onetrans.tracking import (
     TAG_MODEL_ID,
     TAG_PLAN,
     answering,
-    fetch_folder,
+    fetched_folder,
     folder_digest,
 )
 
@@ -95,14 +95,14 @@ def _load(settings: Settings, version: ModelVersion) -> tuple[RankingModel, Feat
 
     name = f"champion version {version.version} ({version.tags[TAG_DAY]})"
     try:
-        folder = fetch_folder(settings.mlflow, version.tags[TAG_MODEL_ID], MODEL_FOLDER)
-        digest = folder_digest(folder)
-        if digest != version.tags[TAG_MODEL_DIGEST]:
-            raise BadDataError(
-                f"its files are not those that were registered (SHA-256 {digest[:12]}, expected "
-                f"{version.tags[TAG_MODEL_DIGEST][:12]})"
-            )
-        model, schema, _ = load_model(folder)
+        with fetched_folder(settings.mlflow, version.tags[TAG_MODEL_ID], MODEL_FOLDER) as folder:
+            digest = folder_digest(folder)
+            if digest != version.tags[TAG_MODEL_DIGEST]:
+                raise BadDataError(
+                    f"its files are not those that were registered (SHA-256 {digest[:12]}, expected "
+                    f"{version.tags[TAG_MODEL_DIGEST][:12]})"
+                )
+            model, schema, _ = load_model(folder)
     except (OSError, MlflowException, BadDataError) as error:
         gone = getattr(error, "error_code", "") in ("", "RESOURCE_DOES_NOT_EXIST")
         if storage.is_lost(error) or not gone:

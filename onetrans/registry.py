@@ -54,7 +54,7 @@ from onetrans.tracking import (
     TAG_PLAN,
     answering,
     connect,
-    fetch_folder,
+    fetched_folder,
     find_model_run,
     folder_digest,
     log_promotion,
@@ -296,7 +296,8 @@ class Registry:
         if TAG_MODEL_ID not in version.tags or TAG_MODEL_DIGEST not in version.tags:
             return  # Others registered it, and nothing is known of its files.
         try:
-            digest = folder_digest(fetch_folder(self.settings, version.tags[TAG_MODEL_ID], MODEL_FOLDER))
+            with fetched_folder(self.settings, version.tags[TAG_MODEL_ID], MODEL_FOLDER) as folder:
+                digest = folder_digest(folder)
         except (OSError, MlflowException) as error:
             gone = getattr(error, "error_code", "") in ("", "RESOURCE_DOES_NOT_EXIST")
             if storage.is_lost(error) or not gone:
@@ -535,8 +536,9 @@ def _read_verdict(plan: Plan) -> dict[str, Any]:
 def _check_same_model(settings: Settings, plan: Plan, model_id: str, digest: str) -> None:
     """Refuse to promote anything but the files that were evaluated."""
     evaluated = storage.join(plan.model_path(CANDIDATE), MODEL_FOLDER)
-    logged = fetch_folder(settings.mlflow, model_id, MODEL_FOLDER)
-    for where, found in (("the run folder", folder_digest(evaluated)), ("MLflow", folder_digest(logged))):
+    with fetched_folder(settings.mlflow, model_id, MODEL_FOLDER) as folder:
+        logged = folder_digest(folder)
+    for where, found in (("the run folder", folder_digest(evaluated)), ("MLflow", logged)):
         if found != digest:
             raise BadDataError(
                 f"{CANDIDATE} of {plan.ds}: the model in {where} is not the one that was trained "

@@ -21,6 +21,7 @@ import os
 import tempfile
 import threading
 import time
+import urllib.parse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -536,7 +537,7 @@ class ModelRun:
         scores = score(model, requests)
         with tempfile.TemporaryDirectory(prefix="onetrans-model-") as scratch:
             model_id = _log_model(self, folder, requests, scores, Path(scratch), digest)
-        difference = compare_scores(model_id_uri(model_id), requests, scores)
+        difference = compare_scores(self.settings.mlflow, model_id, model_id_uri(model_id), requests, scores)
         if difference > SCORE_TOLERANCE:
             raise PipelineError(
                 f"{self.model_name} of {self.plan.ds}: the model logged to MLflow ({model_id}) differs from the "
@@ -683,17 +684,48 @@ def model_id_uri(model_id: str) -> str:
     return f"models:/{model_id}"
 
 
-def fetch_folder(settings: MlflowSettings, model_id: str, folder: str) -> str:
-    """Return the local path of a folder kept with a logged model: ``model``, or ``check``; downloaded if need be."""
+@contextmanager
+def fetched_folder(settings: MlflowSettings, model_id: str, folder: str) -> Iterator[str]:
+    """Give the local path of a folder kept with a logged model, ``model`` or ``check``, for as long as the block lasts.
+
+    Where MLflow's files are on this disk it is the folder itself; else a copy, which is removed at the end.
+    """
     import mlflow
 
+    location = _location(settings, model_id)
+    with _room_for(location) as room:
+        yield str(mlflow.artifacts.download_artifacts(f"{location}/artifacts/{folder}", dst_path=room))
+
+
+def _location(settings: MlflowSettings, model_id: str) -> str:
     client = connect(settings)
-    location = _again(lambda: client.get_logged_model(model_id)).artifact_location
-    return str(mlflow.artifacts.download_artifacts(f"{location}/artifacts/{folder}"))
+    return str(_again(lambda: client.get_logged_model(model_id)).artifact_location)
 
 
-def compare_scores(model_uri: str, requests: Sequence[Mapping[str, Any]], scores: pa.Table) -> float:
+@contextmanager
+def _room_for(location: str) -> Iterator[str | None]:
+    """Give a folder for what is downloaded from an address of MLflow's; None where that is read in place.
+
+    Without one MLflow makes a folder for each download, and never removes it.
+    """
+    if urllib.parse.urlsplit(location).scheme in ("", "file"):
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="onetrans-model-") as room:
+        yield room
+
+
+def compare_scores(
+    settings: MlflowSettings, model_id: str, model_uri: str, requests: Sequence[Mapping[str, Any]], scores: pa.Table
+) -> float:
     """Load a model from MLflow, score ``requests`` and return the largest difference from ``scores``.
+
+    Args:
+        settings: where MLflow is.
+        model_id: the logged model.
+        model_uri: by which it is loaded: its own address, or that of a version.
+        requests: what it is asked.
+        scores: what it should answer.
 
     Raises:
         BadDataError: if the loaded model answers for other candidates.
@@ -702,8 +734,10 @@ def compare_scores(model_uri: str, requests: Sequence[Mapping[str, Any]], scores
     import numpy as np
     import pandas as pd
 
-    model = mlflow.pyfunc.load_model(model_uri, suppress_warnings=True)  # else it compares package versions for 1 s
-    answer = model.predict(pd.DataFrame(list(requests)))
+    with _room_for(_location(settings, model_id)) as room:
+        # Else it compares package versions for a second.
+        model = mlflow.pyfunc.load_model(model_uri, suppress_warnings=True, dst_path=room)
+        answer = model.predict(pd.DataFrame(list(requests)))
     if answer["item_id"].tolist() != scores["item_id"].to_pylist():
         raise BadDataError(f"{model_uri} answers for other candidates than it was asked about")
     return max(float(np.abs(answer[task].to_numpy() - scores[task].to_numpy()).max()) for task in ("ctr", "cvr"))

@@ -19,13 +19,19 @@ from onetrans.gate import run_gate
 from onetrans.lake import Lake
 from onetrans.models import RankingModel, build_model
 from onetrans.plan import SCORES_FILE, Plan, make_plan
-from onetrans.settings import GateSettings, Settings
-from onetrans.tracking import log_evaluation, start_model
+from onetrans.settings import GateSettings, MlflowSettings, Settings
+from onetrans.tracking import fetched_folder, log_evaluation, start_model
 
 GATE = GateSettings(replicates=100, min_rows=50, min_positives=5, min_users=10, max_uauc_loss=1.0,
                     max_log_loss_increase=9.0, max_calibration_error=9.0)  # fmt: skip
 
 SCHEMA = small_schema(vectors=True)
+
+
+def kept_folder(settings: MlflowSettings, model_id: str, folder: str) -> Path:
+    """Return where MLflow keeps a folder of a logged model, on this disk."""
+    with fetched_folder(settings, model_id, folder) as kept:
+        return Path(kept)
 
 
 @dataclass(frozen=True)

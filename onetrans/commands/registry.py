@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -179,8 +180,9 @@ def _plan_of(registry: Registry, run: RunData) -> dict[str, Any]:
     parent = run.tags.get("mlflow.parentRunId")
     if parent is None:
         return {}
-    path = Path(registry.client.download_artifacts(parent, PLAN_FILE))
-    return dict(json.loads(path.read_text(encoding="utf-8")))
+    with tempfile.TemporaryDirectory(prefix="onetrans-plan-") as room:  # else MLflow leaves one of its own behind
+        path = Path(registry.client.download_artifacts(parent, PLAN_FILE, room))
+        return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
 def _changed(before: dict[str, Any], after: dict[str, Any]) -> dict[str, list[Any]]:
@@ -229,18 +231,18 @@ def verify(registry: Registry, version: ModelVersion) -> tuple[float, int]:
     import pyarrow as pa
 
     from onetrans import storage
-    from onetrans.tracking import TAG_MODEL_ID, compare_scores, fetch_folder
+    from onetrans.tracking import TAG_MODEL_ID, compare_scores, fetched_folder
 
     uri = f"models:/{registry.name}/{version.version}"
     if TAG_MODEL_ID not in version.tags:
         raise BadDataError(f"{uri} was not registered by this pipeline: it has no tag {TAG_MODEL_ID!r}")
     try:
-        folder = fetch_folder(registry.settings, version.tags[TAG_MODEL_ID], CHECK_FOLDER)
-        requests = storage.read_json(storage.join(folder, CHECK_REQUESTS))
-        scores = pa.Table.from_pylist(storage.read_json(storage.join(folder, CHECK_SCORES)))
+        with fetched_folder(registry.settings, version.tags[TAG_MODEL_ID], CHECK_FOLDER) as folder:
+            requests = storage.read_json(storage.join(folder, CHECK_REQUESTS))
+            scores = pa.Table.from_pylist(storage.read_json(storage.join(folder, CHECK_SCORES)))
     except (FileNotFoundError, mlflow.MlflowException) as error:
         raise BadDataError(f"no batch to check with is kept with {uri}: {error}") from error
-    return compare_scores(uri, requests, scores), len(requests)
+    return compare_scores(registry.settings, version.tags[TAG_MODEL_ID], uri, requests, scores), len(requests)
 
 
 def versions_table(versions: list[dict[str, Any]]) -> str:

@@ -48,7 +48,6 @@ from onetrans.serving.metrics import (
     render,
 )
 from onetrans.serving.pace import Pace
-from onetrans.serving.source import fixed_batch
 from onetrans.serving.watch import ServedModel
 
 logger = logging.getLogger(__name__)
@@ -334,7 +333,7 @@ class RankingService:
 
     def _describe(self, schema: dict[str, Any]) -> dict[str, Any]:
         engine = self.served.engine
-        kept = fixed_batch(engine.source)
+        kept = engine.source.kept
         first, last = (kept[0][0], kept[0][-1]) if kept else [example_request(engine.schema)] * 2
         content: dict[str, Any] = {
             "schema": call_schema(engine.schema, self.settings),

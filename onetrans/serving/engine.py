@@ -30,7 +30,7 @@ from onetrans.requests import RequestEncoder
 from onetrans.serving.cache import UserCache
 from onetrans.serving.packed import PackedOneTrans, packable
 from onetrans.serving.prefix import UserState, appendable, event_table, extend, join, reusable, split
-from onetrans.serving.source import ModelSource, fixed_batch, resolve
+from onetrans.serving.source import ModelSource, opened
 from onetrans.settings import ServingSettings, Settings, load_settings
 from onetrans.tracking import SCORE_TOLERANCE
 
@@ -68,11 +68,12 @@ class OneTransInferenceEngine:
             BadDataError: if the model is damaged or does not score as it did when it was logged.
         """
         settings = settings or load_settings()
-        self._load(resolve(model, settings.mlflow), settings.serving)
+        with opened(model, settings.mlflow) as source:
+            self._load(source, settings.serving)
 
     @classmethod
     def from_source(cls, source: ModelSource, serving: ServingSettings) -> OneTransInferenceEngine:
-        """Load a model whose address was resolved before; raises as the constructor does."""
+        """Load a model whose address was opened before; raises as the constructor does."""
         engine = cls.__new__(cls)
         engine._load(source, serving)
         return engine
@@ -94,7 +95,7 @@ class OneTransInferenceEngine:
 
     def _check(self) -> float | None:
         """Score the fixed batch that was kept with the model; return the largest difference, None without a batch."""
-        kept = fixed_batch(self.source)
+        kept = self.source.kept
         if kept is None:
             return None
         requests, scores = kept
@@ -115,7 +116,7 @@ class OneTransInferenceEngine:
     def warm(self) -> float:
         """Answer one request of every size that was kept with the model; return the seconds it took."""
         began = time.perf_counter()
-        kept = fixed_batch(self.source)
+        kept = self.source.kept
         if kept is not None:
             for _ in range(2):
                 self.score(self.encode(kept[0]), [None] * len(kept[0]))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from onetrans import storage
 from onetrans.errors import BadConfigError, BadDataError, NotReadyError
@@ -16,12 +18,16 @@ from onetrans.tracking import (
     TAG_DAY,
     TAG_MODEL_ID,
     connect,
-    fetch_folder,
+    fetched_folder,
     require_store,
     store_is_there,
 )
 
 _HEADER = "model.json"
+
+
+FixedBatch = tuple[list[dict[str, Any]], list[dict[str, Any]]]
+"""Requests kept with a model, and the scores that the trained model gave them."""
 
 
 @dataclass(frozen=True)
@@ -33,37 +39,30 @@ class ModelSource:
     version: str
     """Version in the registry; the model's id or folder where it has none. Stands in every answer."""
     folder: str
-    """Saved model (:mod:`onetrans.artifact`)."""
-    check: str | None
-    """Folder of the fixed batch and its scores; None if there is none."""
+    """Saved model (:mod:`onetrans.artifact`); a copy of one lies there while the block of :func:`opened` lasts."""
+    kept: FixedBatch | None
+    """The fixed batch; None if there is none."""
     day: str
     """Day it was evaluated on; empty if that is not known."""
 
 
-def resolve(address: str, mlflow: MlflowSettings) -> ModelSource:
-    """Return what an address names now; files in an object store or on a server are downloaded.
+@contextmanager
+def opened(address: str, mlflow: MlflowSettings) -> Iterator[ModelSource]:
+    """Give what an address names now; files in an object store or on a server are downloaded for the while.
 
     Raises:
         BadConfigError: if it is not understood or names nothing.
         NotReadyError: if it names an alias that no version has yet, or there is no registry yet; none is made.
+        BadDataError: if its files cannot be read.
     """
-    if address.startswith("models:/"):
-        return _registered(address, mlflow)
-    if address.startswith("runs:/"):
-        require_store(mlflow)
-        run_id = address.removeprefix("runs:/").split("/")[0]
-        tags = _asked(address, lambda: connect(mlflow).get_run(run_id)).data.tags
-        if TAG_MODEL_ID not in tags:
-            raise BadConfigError(f"{address}: no model was logged by this run")
-        return _logged(address, tags[TAG_MODEL_ID], tags[TAG_MODEL_ID], tags.get(TAG_DAY, ""), mlflow)
-    for folder in (address, storage.join(address, MODEL_FOLDER), storage.join(address, "artifacts", MODEL_FOLDER)):
-        if storage.exists(storage.join(folder, _HEADER)):
-            beside = storage.join(folder.rstrip("/").rpartition("/")[0] or ".", CHECK_FOLDER)
-            check = beside if storage.exists(storage.join(beside, CHECK_SCORES)) else None
-            return ModelSource(address, address, folder, check, "")
-    raise BadConfigError(
-        f"{address} names no model: it is no folder with {_HEADER}, and does not begin with models:/ or runs:/"
-    )
+    if not address.startswith(("models:/", "runs:/")):
+        yield _saved(address)
+        return
+    named = _registered(address, mlflow) if address.startswith("models:/") else _of_run(address, mlflow)
+    with ExitStack() as copies:
+        folder = _asked(address, lambda: copies.enter_context(fetched_folder(mlflow, named.model_id, MODEL_FOLDER)))
+        kept = _asked(address, lambda: _kept_with(address, named.model_id, mlflow))
+        yield ModelSource(address, named.version, folder, kept, named.day)
 
 
 def current_version(address: str, mlflow: MlflowSettings) -> str | None:
@@ -81,24 +80,50 @@ def current_version(address: str, mlflow: MlflowSettings) -> str | None:
     return None if version is None else str(version.version)
 
 
-def fixed_batch(source: ModelSource) -> tuple[list[dict[str, Any]], list[dict[str, Any]]] | None:
-    """Return the requests kept with a model and the scores the trained model gave them, or None.
+class _Named(NamedTuple):
+    """What an address of MLflow's names."""
 
-    Raises:
-        BadDataError: if only a part is there.
-    """
-    if source.check is None:
-        return None
+    version: str
+    model_id: str
+    day: str
+
+
+def _saved(address: str) -> ModelSource:
+    for folder in (address, storage.join(address, MODEL_FOLDER), storage.join(address, "artifacts", MODEL_FOLDER)):
+        if storage.exists(storage.join(folder, _HEADER)):
+            beside = storage.join(folder.rstrip("/").rpartition("/")[0] or ".", CHECK_FOLDER)
+            there = storage.exists(storage.join(beside, CHECK_SCORES))
+            return ModelSource(address, address, folder, _fixed_batch(address, beside) if there else None, "")
+    raise BadConfigError(
+        f"{address} names no model: it is no folder with {_HEADER}, and does not begin with models:/ or runs:/"
+    )
+
+
+def _fixed_batch(address: str, folder: str) -> FixedBatch:
     try:
         return (
-            storage.read_json(storage.join(source.check, CHECK_REQUESTS)),
-            storage.read_json(storage.join(source.check, CHECK_SCORES)),
+            storage.read_json(storage.join(folder, CHECK_REQUESTS)),
+            storage.read_json(storage.join(folder, CHECK_SCORES)),
         )
     except FileNotFoundError as error:
-        raise BadDataError(f"{source.address}: the batch to check with is not whole: {error}") from error
+        raise BadDataError(f"{address}: the batch to check with is not whole: {error}") from error
 
 
-def _registered(address: str, mlflow: MlflowSettings) -> ModelSource:
+def _kept_with(address: str, model_id: str, mlflow: MlflowSettings) -> FixedBatch:
+    with fetched_folder(mlflow, model_id, CHECK_FOLDER) as folder:
+        return _fixed_batch(address, folder)
+
+
+def _of_run(address: str, mlflow: MlflowSettings) -> _Named:
+    require_store(mlflow)
+    run_id = address.removeprefix("runs:/").split("/")[0]
+    tags = _asked(address, lambda: connect(mlflow).get_run(run_id)).data.tags
+    if TAG_MODEL_ID not in tags:
+        raise BadConfigError(f"{address}: no model was logged by this run")
+    return _Named(tags[TAG_MODEL_ID], tags[TAG_MODEL_ID], tags.get(TAG_DAY, ""))
+
+
+def _registered(address: str, mlflow: MlflowSettings) -> _Named:
     from onetrans.registry import Registry
 
     rest = address.removeprefix("models:/")
@@ -107,7 +132,7 @@ def _registered(address: str, mlflow: MlflowSettings) -> ModelSource:
     if not at:
         require_store(mlflow)
     if not at and not slash:
-        return _logged(address, rest, rest, "", mlflow)
+        return _Named(rest, rest, "")
     registry = Registry(replace(mlflow, registered_model=name))
     if at and not store_is_there(mlflow):
         version = None
@@ -121,13 +146,7 @@ def _registered(address: str, mlflow: MlflowSettings) -> ModelSource:
         raise BadDataError(
             f"{address}: version {version.version} was not registered by this pipeline: it has no tag {TAG_MODEL_ID!r}"
         )
-    return _logged(address, str(version.version), version.tags[TAG_MODEL_ID], version.tags.get(TAG_DAY, ""), mlflow)
-
-
-def _logged(address: str, version: str, model_id: str, day: str, mlflow: MlflowSettings) -> ModelSource:
-    folder = _asked(address, lambda: fetch_folder(mlflow, model_id, MODEL_FOLDER))
-    check = _asked(address, lambda: fetch_folder(mlflow, model_id, CHECK_FOLDER))
-    return ModelSource(address, version, folder, check, day)
+    return _Named(str(version.version), version.tags[TAG_MODEL_ID], version.tags.get(TAG_DAY, ""))
 
 
 def _asked(address: str, ask: Any) -> Any:

@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 
 from onetrans.errors import BadConfigError, BadDataError
 from onetrans.serving.engine import OneTransInferenceEngine
-from onetrans.serving.source import current_version, resolve
+from onetrans.serving.source import current_version, opened
 from onetrans.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,8 @@ class ServedModel:
 
     def _load(self) -> OneTransInferenceEngine:
         began = time.monotonic()
-        engine = OneTransInferenceEngine.from_source(resolve(self.address, self.settings.mlflow), self.settings.serving)
+        with opened(self.address, self.settings.mlflow) as source:
+            engine = OneTransInferenceEngine.from_source(source, self.settings.serving)
         warm_s = engine.warm()
         checked = (
             "no fixed batch is kept with it"

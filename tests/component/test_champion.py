@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from tracked_days import SCHEMA, Shop
+from tracked_days import SCHEMA, Shop, kept_folder
 
 from onetrans import storage
 from onetrans.artifact import load_model, save_model
@@ -22,7 +22,7 @@ from onetrans.registry import CHAMPION, Registry, promote
 from onetrans.report import report
 from onetrans.schema import Feature
 from onetrans.scores import champion_of, read_scores
-from onetrans.tracking import TAG_FORCED, TAG_MODEL_ID, fetch_folder, start_model
+from onetrans.tracking import TAG_FORCED, TAG_MODEL_ID, start_model
 from onetrans.trial import results_folder
 
 
@@ -257,7 +257,7 @@ def test_a_champion_whose_files_are_gone_stops_the_evaluation_and_the_promotion(
     _promote(shop, days["first"])
     registry = Registry(shop.settings.mlflow)
     model_id = registry.by_alias(CHAMPION).tags[TAG_MODEL_ID]
-    folder = Path(fetch_folder(shop.settings.mlflow, model_id, "model"))
+    folder = kept_folder(shop.settings.mlflow, model_id, "model")
     aside = folder.with_name("aside")
     folder.rename(aside)
     try:

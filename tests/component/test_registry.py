@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from tracked_days import Shop
+from tracked_days import Shop, kept_folder
 
 from onetrans import cli, progress, storage
 from onetrans.commands.registry import describe, verify, versions_table
@@ -22,7 +22,7 @@ from onetrans.gate import run_gate
 from onetrans.registry import CHALLENGER, CHAMPION, PREVIOUS, TAG_ROLLED_BACK, Registry, came_to_serve, promote
 from onetrans.report import report, table
 from onetrans.settings import as_environment
-from onetrans.tracking import TAG_FORCED, TAG_MODEL_DIGEST, TAG_MODEL_ID, fetch_folder, one_at_a_time, see_run
+from onetrans.tracking import TAG_FORCED, TAG_MODEL_DIGEST, TAG_MODEL_ID, one_at_a_time, see_run
 from tests import mlflow_server
 
 ROOT = Path(__file__).parents[2]
@@ -374,7 +374,7 @@ def test_verify_scores_the_batch_kept_with_a_version(shop, registry, better, mon
     assert cli.main(["registry", "verify"]) == 0
     if registry.settings.tracking_uri.startswith("http"):
         return  # what is fetched from a server is a copy, so there is nothing to damage
-    kept = Path(fetch_folder(registry.settings, version.tags[TAG_MODEL_ID], "check")) / "scores.json"
+    kept = kept_folder(registry.settings, version.tags[TAG_MODEL_ID], "check") / "scores.json"
     sound = kept.read_text()
     scores = json.loads(sound)
     scores[0]["ctr"] += 0.01

@@ -3,12 +3,11 @@
 import json
 import threading
 from dataclasses import replace
-from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 from served import SERVING, running
-from tracked_days import SCHEMA, Shop
+from tracked_days import SCHEMA, Shop, kept_folder
 
 from onetrans import storage
 from onetrans.errors import NotReadyError
@@ -17,7 +16,7 @@ from onetrans.requests import from_rows
 from onetrans.serving import OneTransInferenceEngine
 from onetrans.serving.app import RankingService
 from onetrans.serving.watch import ServedModel
-from onetrans.tracking import TAG_MODEL_ID, fetch_folder
+from onetrans.tracking import TAG_MODEL_ID
 
 CHAMPION = "models:/onetrans-ranker@champion"
 
@@ -81,7 +80,7 @@ def test_the_champion_is_followed_without_a_failed_request(shop, requests):
     # Addresses of one and the same model
     model_id = Registry(shop.settings.mlflow).version("2").tags[TAG_MODEL_ID]
     run_id = Registry(shop.settings.mlflow).version("2").run_id
-    folder = fetch_folder(shop.settings.mlflow, model_id, "model")
+    folder = str(kept_folder(shop.settings.mlflow, model_id, "model"))
     for address in (f"models:/{model_id}", f"runs:/{run_id}", folder):
         engine = OneTransInferenceEngine(address, shop.settings)
         assert engine.rank(kept)[0]["ctr"] == pytest.approx(offline[0]["ctr"], abs=1e-6)
@@ -90,7 +89,7 @@ def test_the_champion_is_followed_without_a_failed_request(shop, requests):
     third = shop.candidate(shop.days[4])
     promote(shop.settings, third)
     version = Registry(shop.settings.mlflow).version("3")
-    check = Path(fetch_folder(shop.settings.mlflow, version.tags[TAG_MODEL_ID], "check")) / "scores.json"
+    check = kept_folder(shop.settings.mlflow, version.tags[TAG_MODEL_ID], "check") / "scores.json"
     good = check.read_text()
     scores = json.loads(good)
     scores[0]["ctr"] += 0.01
@@ -106,7 +105,7 @@ def test_the_champion_is_followed_without_a_failed_request(shop, requests):
     assert not served.look()
     assert (served.engine.source.version, served.refused) == ("2", None)
     registry.promote_by_hand("3", "its files are mended")
-    weights = next(Path(fetch_folder(shop.settings.mlflow, version.tags[TAG_MODEL_ID], "model")).glob("*.safetensors"))
+    weights = next(kept_folder(shop.settings.mlflow, version.tags[TAG_MODEL_ID], "model").glob("*.safetensors"))
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1])
     assert not served.look()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tracked_days import Shop
+from tracked_days import Shop, kept_folder
 
 from onetrans import storage
 from onetrans.artifact import load_model, save_model
@@ -27,7 +27,6 @@ from onetrans.tracking import (
     TAG_MODEL_ID,
     connect,
     experiment_id,
-    fetch_folder,
     find_model_run,
     recorded_step,
     start_day,
@@ -163,7 +162,7 @@ def test_a_training_that_fails_says_so_and_the_next_attempt_goes_on_in_the_same_
 def test_the_logged_model_has_no_pickle_and_carries_signature_example_and_requirements(shop, tracked):
     plan, _ = tracked
     model_id = find_model_run(shop.settings, plan, "onetrans").data.tags[TAG_MODEL_ID]
-    folder = Path(fetch_folder(shop.settings.mlflow, model_id, "model")).parents[1]
+    folder = kept_folder(shop.settings.mlflow, model_id, "model").parents[1]
     kinds = {path.suffix for path in folder.rglob("*") if path.is_file()}
     assert kinds <= {".json", ".safetensors", ".py", ".yaml", ".txt", ""}
     assert {path.name for path in folder.rglob("*") if path.suffix == "" and path.is_file()} <= {
@@ -186,7 +185,7 @@ def test_the_example_answers_as_it_does_over_http(shop, tracked):
 
     plan, _ = tracked
     model_id = find_model_run(shop.settings, plan, "onetrans").data.tags[TAG_MODEL_ID]
-    folder = Path(fetch_folder(shop.settings.mlflow, model_id, "model")).parents[1]
+    folder = kept_folder(shop.settings.mlflow, model_id, "model").parents[1]
     model = mlflow.pyfunc.load_model(f"models:/{model_id}")
     body = json.loads((folder / "serving_input_example.json").read_text())
     answer = model.predict(infer_and_parse_data(body, model.metadata.get_input_schema())).to_dict("records")
@@ -195,7 +194,7 @@ def test_the_example_answers_as_it_does_over_http(shop, tracked):
     assert answer
 
     def scores_of(image):
-        asked = json.loads(Path(fetch_folder(shop.settings.mlflow, model_id, "check"), "requests.json").read_text())[:1]
+        asked = json.loads((kept_folder(shop.settings.mlflow, model_id, "check") / "requests.json").read_text())[:1]
         for candidate in asked[0]["candidates"]:
             candidate["image"] = image
         sent = {"dataframe_records": json.loads(json.dumps(asked))}
@@ -207,7 +206,7 @@ def test_the_example_answers_as_it_does_over_http(shop, tracked):
 def test_models_loaded_in_another_process_score_the_fixed_batch_as_the_trained_ones_did(shop, tracked):
     plan, models = tracked
     ids = [find_model_run(shop.settings, plan, name).data.tags[TAG_MODEL_ID] for name in models]
-    batches = [Path(fetch_folder(shop.settings.mlflow, model_id, "check")) / "requests.json" for model_id in ids]
+    batches = [kept_folder(shop.settings.mlflow, model_id, "check") / "requests.json" for model_id in ids]
     out, _ = _finish(
         _python(
             """

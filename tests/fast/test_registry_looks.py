@@ -15,7 +15,7 @@ from jobs import raw
 from jobs.sources.simulated import write
 from onetrans import cli, progress, tracking
 from onetrans.errors import EXIT_NOT_READY, EXIT_OK, NotReadyError
-from onetrans.serving.source import resolve
+from onetrans.serving.source import opened
 from onetrans.settings import load_settings
 
 
@@ -99,8 +99,8 @@ def test_what_is_not_there_yet_may_be_asked_for_again(folder: Path, command: lis
 
 @pytest.mark.parametrize("address", ["models:/onetrans-ranker@champion", "models:/m-1", "models:/x/1", "runs:/abc"])
 def test_serving_makes_no_store_of_its_own(folder: Path, address: str) -> None:
-    with pytest.raises(NotReadyError):
-        resolve(address, load_settings().mlflow)
+    with pytest.raises(NotReadyError), opened(address, load_settings().mlflow):
+        pass
     assert list(folder.iterdir()) == []
 
 

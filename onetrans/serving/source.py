@@ -53,7 +53,7 @@ def opened(address: str, mlflow: MlflowSettings) -> Iterator[ModelSource]:
     Raises:
         BadConfigError: if it is not understood or names nothing.
         NotReadyError: if it names an alias that no version has yet, or there is no registry yet; none is made.
-        BadDataError: if its files cannot be read.
+        BadDataError: if its files are gone or damaged; a connection or a disk that fails is none of that.
     """
     if not address.startswith(("models:/", "runs:/")):
         yield _saved(address)
@@ -159,4 +159,6 @@ def _asked(address: str, ask: Any) -> Any:
             raise BadConfigError(f"{address} names nothing in MLflow: {error.message}") from error
         raise
     except OSError as error:
+        if storage.is_lost(error):
+            raise
         raise BadDataError(f"{address}: the files of the model cannot be read: {error}") from error

@@ -127,3 +127,21 @@ def test_a_registry_that_is_away_does_not_matter(shop, monkeypatch):
     served.settings = replace(shop.settings, mlflow=away)
     assert not served.look()
     assert served.failed_looks == 1
+
+
+def test_a_disk_that_fails_refuses_no_version(tmp_path):
+    shop = Shop.open(tmp_path, days=4)
+    settings = replace(shop.settings, serving=SERVING)
+    promote(settings, shop.candidate(shop.days[2]))
+    served = ServedModel(CHAMPION, settings)
+    promote(settings, shop.candidate(shop.days[3]))
+    version = Registry(settings.mlflow).version("2")
+    check = kept_folder(settings.mlflow, version.tags[TAG_MODEL_ID], "check") / "scores.json"
+    whole = check.rename(tmp_path / "whole.json")
+    check.symlink_to("/proc/self/mem")  # which opens, and ends each read in an error of input and output
+    assert not served.look()
+    assert (served.engine.source.version, served.refused, served.refusals, served.failed_looks) == ("1", None, 0, 1)
+    check.unlink()
+    whole.rename(check)
+    assert served.look(), "the next look tries again"
+    assert served.engine.source.version == "2"

@@ -111,8 +111,8 @@ class LakeSettings:
     catalog_uri: str = ""
     """Address of the Iceberg catalog (SQLAlchemy or REST); empty: a SQLite file in ``warehouse``, or in ``var`` if that
     is in an object store."""
-    catalog_type: Literal["sql", "rest", "glue"] = "sql"
-    """Kind of Iceberg catalog."""
+    catalog_type: Literal["sql", "rest"] = "sql"
+    """Kind of Iceberg catalog: ``sql`` or ``rest``."""
     namespace: str = "ranking"
     """Iceberg namespace of the tables."""
     max_quarantine_share: float = 0.02
@@ -120,6 +120,8 @@ class LakeSettings:
 
     def __post_init__(self) -> None:
         _within("lake.max_quarantine_share", self.max_quarantine_share, 0.0, 1.0)
+        if self.catalog_type == "rest" and not self.catalog_uri:
+            raise BadConfigError("lake.catalog_type = 'rest' needs the server's address in lake.catalog_uri")
 
 
 @dataclass(frozen=True)

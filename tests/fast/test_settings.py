@@ -49,6 +49,9 @@ def test_settings_survive_the_environment(tmp_path: Path, monkeypatch: pytest.Mo
         ({"ONETRANS_SPARK_SHUFFLE_PARTITIONS": "0"}, "spark.shuffle_partitions = 0 must be at least 1"),
         ({"ONETRANS_TRAINING_RECOMPUTE": "yes"}, "ONETRANS_TRAINING_RECOMPUTE = 'yes' is neither true nor false"),
         ({"ONETRANS_TRAINING_PRECISION": "half"}, "'half' is none of auto, float32, bfloat16"),
+        # Nothing here finds a table in it: `Lake.exists` takes an empty address for a file on this disk.
+        ({"ONETRANS_LAKE_CATALOG_TYPE": "glue"}, "'glue' is none of sql, rest"),
+        ({"ONETRANS_LAKE_CATALOG_TYPE": "rest"}, "needs the server's address in lake.catalog_uri"),
         ({"ONETRANS_TRAINING_PRESET": "huge"}, "'huge' is none of tiny, small, base, large"),
         ({"ONETRANS_SPARK_MASTR": "x"}, "ONETRANS_SPARK_MASTR names no setting"),
         ({"ONETRANS_GATE_CONFIDENCE": "1.5"}, "gate.confidence = 1.5 must be"),

@@ -361,13 +361,14 @@ def _gpu(settings: Settings) -> Check:
         return Check("gpu", "skip", f"training.device = {device!r} asks for none")
     import torch  # seconds, so only where a GPU is asked for
 
-    if torch.cuda.is_available():
-        return Check("gpu", "ok", f"{torch.cuda.device_count()}: {torch.cuda.get_device_name(0)}")
-    build = torch.version.cuda or "none: a CPU build"
-    mend = "install a CUDA build of PyTorch and the driver, or set training.device = 'auto'"
-    return Check(
-        "gpu", "FAIL", f"training.device = {device!r}, but PyTorch {torch.__version__} sees none ({build})", mend
-    )
+    from onetrans.models.compute import choose_device
+
+    try:
+        found = choose_device("training.device", device)
+    except BadConfigError as error:
+        mend = "install a CUDA build of PyTorch and the driver, or set training.device = 'auto'"
+        return Check("gpu", "FAIL", str(error), mend)
+    return Check("gpu", "ok", f"{torch.cuda.device_count()}: {torch.cuda.get_device_name(found)}")
 
 
 # What the settings name

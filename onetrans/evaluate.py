@@ -42,7 +42,7 @@ from onetrans.lake import Lake
 from onetrans.loader import LoaderConfig, RequestData, prefetch
 from onetrans.metrics import Metrics
 from onetrans.models import RankingModel
-from onetrans.models.compute import Compute
+from onetrans.models.compute import Compute, choose_device
 from onetrans.plan import FINISHED_FILE, METRICS_FILE, TRUTH, Plan, add_day_arguments, plan_of
 from onetrans.process import add_json, print_json
 from onetrans.progress import Progress
@@ -61,7 +61,7 @@ from onetrans.scores import (
 )
 from onetrans.settings import Settings, load_settings
 from onetrans.tracking import log_evaluation
-from onetrans.train import MODEL_FOLDER, choose_compute, choose_device
+from onetrans.train import MODEL_FOLDER, choose_compute
 from onetrans.trial import forget_trials, is_trial, log_trial, results_folder, step_of_day
 
 logger = logging.getLogger(__name__)
@@ -305,7 +305,7 @@ def _scored_batches(
     """Return a table per batch, or per this process's share of each."""
     if settings.training.threads:
         torch.set_num_threads(settings.training.threads)
-    device = choose_device(settings.training.device)
+    device = choose_device("training.device", settings.training.device)
     # Every model reads the same batches and keeps of the events what its own configuration says.
     longest = max(model.config.max_seq_len for model in models.values())
     data = RequestData(files, schema, LoaderConfig(batch_size, longest), with_keys=True)

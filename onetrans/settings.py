@@ -237,6 +237,7 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         _one_of("training.preset", self.preset, get_args(Preset))
+        _device("training.device", self.device)
         _one_of("training.precision", self.precision, get_args(TrainingPrecision))
         _at_least("training.lookback_days", self.lookback_days, 1)
         _at_least("training.batch_size", self.batch_size, 1)
@@ -381,6 +382,7 @@ class ServingSettings:
     """Time between two looks at the alias the served model is named by."""
 
     def __post_init__(self) -> None:
+        _device("serving.device", self.device)
         _one_of("serving.precision", self.precision, get_args(ServingPrecision))
         _within("serving.port", self.port, 0, 65535)
         for name in ("threads", "cache_mib", "batch_wait_ms"):
@@ -633,3 +635,8 @@ def _at_least(name: str, value: float, low: float) -> None:
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise BadConfigError(f"{name} = {value!r} is none of {', '.join(choices)}")
+
+
+def _device(name: str, value: str) -> None:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+        raise BadConfigError(f"{name} = {value!r} must be auto, cpu, cuda or cuda:N")

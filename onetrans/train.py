@@ -51,7 +51,7 @@ from onetrans.loader import Cursor, Loaded, LoaderConfig, RequestData, Share, pr
 from onetrans.metrics import Metrics
 from onetrans.models import RankingModel, Scores, build_model
 from onetrans.models.batch_norm import share_batches
-from onetrans.models.compute import Compute, Precision
+from onetrans.models.compute import Compute, Precision, choose_device
 from onetrans.models.config import CONFIGS
 from onetrans.optim import GradientNorms, Optimizers, build_optimizers
 from onetrans.plan import FINISHED_FILE, LOCK_FILE, Plan, Recipe, add_day_arguments, plan_of
@@ -253,7 +253,7 @@ class Training:
         self.settings = settings
         self.model_plan = plan.models[model_name]
         self.folder = plan.model_path(model_name)
-        self.device = self.ranks.device(choose_device(settings.training.device))
+        self.device = self.ranks.device(choose_device("training.device", settings.training.device))
         self.data = self._open_data()
         sharded = sharding.tables_to_shard(plan.schema, settings.training.shard_rows, self.ranks)
         torch.manual_seed(plan.recipe.seed)
@@ -700,25 +700,6 @@ def _locked(file: IO[str]) -> bool:
     return True
 
 
-def choose_device(name: str) -> torch.device:
-    """Return the device of a setting; ``auto`` is the GPU where there is one.
-
-    Raises:
-        BadConfigError: if it is no device, or there is no such GPU.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise BadConfigError(f"training.device = {name!r} is no device: {error}") from error
-    if device.type not in ("cpu", "cuda"):
-        raise BadConfigError(f"training.device = {name!r} must be auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise BadConfigError(f"training.device = {name!r}, but {torch.cuda.device_count()} GPUs are visible")
-    return device
-
-
 def choose_compute(training: TrainingSettings, device: torch.device) -> Compute:
     """Return how models are computed on a device; ``auto`` is bfloat16 on a GPU and float32 on a CPU."""
     by_device: Precision = "bfloat16" if device.type == "cuda" else "float32"
@@ -813,7 +794,7 @@ def run(arguments: argparse.Namespace) -> int:
         return next_batch.run(arguments, settings)
     if settings.training.processes > 1 and not is_rank():
         return launch(settings.training.processes, "onetrans.train", arguments.given)
-    device = choose_device(settings.training.device)
+    device = choose_device("training.device", settings.training.device)
     with open_ranks(device, settings.training.rank_timeout_seconds) as ranks, stop_on_sigterm() as stop:
         return _run(arguments, settings, ranks, stop)
 

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from onetrans.artifact import load_model
 from onetrans.batch import RequestBatch
-from onetrans.errors import BadConfigError, BadDataError
+from onetrans.errors import BadDataError
 from onetrans.models import OneTrans, RankingModel
-from onetrans.models.compute import Compute
+from onetrans.models.compute import Compute, choose_device
 from onetrans.models.ranking import Scores
 from onetrans.requests import RequestEncoder
 from onetrans.serving.cache import UserCache
@@ -81,7 +81,7 @@ class OneTransInferenceEngine:
     def _load(self, source: ModelSource, serving: ServingSettings) -> None:
         self.source = source
         self.serving = serving
-        self.device = _device(serving.device)
+        self.device = choose_device("serving.device", serving.device)
         self.model: RankingModel
         self.model, self.schema, self.config = load_model(source.folder)
         self.encode = RequestEncoder(self.schema, self.config.max_seq_len)
@@ -321,11 +321,3 @@ def user_of(request: Mapping[str, Any]) -> str | None:
 
 BFLOAT16_TOLERANCE = 2e-2
 """Largest difference of a probability in bfloat16: 8 bits of mantissa through all blocks."""
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise BadConfigError(f"serving.device = {name!r}, but PyTorch sees no GPU here")
-    return torch.device(name)

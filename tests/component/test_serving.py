@@ -16,6 +16,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from served import SCHEMA, rows_of, running, save, serve_folder, settings_of
@@ -186,6 +187,13 @@ def test_bfloat16_scores_nearly_the_same_also_from_what_is_kept(folder, requests
             found = _scores({"items": engine.rank(request)})
             np.testing.assert_allclose(found, expected[request["request_id"]], atol=0.02)
     assert engine.cache.counts.equal > 5
+
+
+def test_a_gpu_that_is_not_there_is_told_with_its_setting(tmp_path):
+    save(tmp_path)
+    for device in (f"cuda:{torch.cuda.device_count()}", *(() if torch.cuda.is_available() else ("cuda",))):
+        with pytest.raises(BadConfigError, match=rf"serving\.device = '{device}', but PyTorch .* sees \d+ GPUs"):
+            OneTransInferenceEngine(str(tmp_path), settings_of(tmp_path, device=device))
 
 
 def test_a_model_that_scores_otherwise_is_refused(tmp_path):

@@ -24,6 +24,11 @@ def test_environment_beats_file_beats_default(tmp_path: Path) -> None:
     assert settings.spark.shuffle_partitions == 4
 
 
+def test_devices_that_are_taken() -> None:
+    for device in ("auto", "cpu", "cuda", "cuda:3"):
+        assert load_settings({"ONETRANS_SERVING_DEVICE": device}).serving.device == device
+
+
 def test_a_list_of_days_from_file_or_variable(tmp_path: Path) -> None:
     path = tmp_path / "c.toml"
     path.write_text('[source]\nabsent_days = ["2026-01-05", 2026-01-03]\n')
@@ -52,6 +57,9 @@ def test_settings_survive_the_environment(tmp_path: Path, monkeypatch: pytest.Mo
         # Nothing here finds a table in it: `Lake.exists` takes an empty address for a file on this disk.
         ({"ONETRANS_LAKE_CATALOG_TYPE": "glue"}, "'glue' is none of sql, rest"),
         ({"ONETRANS_LAKE_CATALOG_TYPE": "rest"}, "needs the server's address in lake.catalog_uri"),
+        ({"ONETRANS_TRAINING_DEVICE": "gpu"}, "training.device = 'gpu' must be auto, cpu, cuda or cuda:N"),
+        ({"ONETRANS_SERVING_DEVICE": "gpu"}, "serving.device = 'gpu' must be auto, cpu, cuda or cuda:N"),
+        ({"ONETRANS_TRAINING_DEVICE": "cuda:"}, "training.device = 'cuda:' must be"),
         ({"ONETRANS_TRAINING_PRESET": "huge"}, "'huge' is none of tiny, small, base, large"),
         ({"ONETRANS_SPARK_MASTR": "x"}, "ONETRANS_SPARK_MASTR names no setting"),
         ({"ONETRANS_GATE_CONFIDENCE": "1.5"}, "gate.confidence = 1.5 must be"),

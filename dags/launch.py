@@ -140,20 +140,25 @@ class LaunchStep(Step):
         if not template.is_file():
             self._bad(context, f"launch.pod_template = {str(template)!r} is not a file")
         try:
-            wanted = gpus(yaml.safe_load(template.read_text(encoding="utf-8")))
+            described = yaml.safe_load(template.read_text(encoding="utf-8"))
+            wanted = gpus(described)
         except (yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError) as error:
             self._bad(context, f"launch.pod_template = {str(template)!r} describes no pod ({error!r})")
         return StepPod(
             task_id=self.task_id,
             template=str(template),
             command=["python", *self.command[1:]],  # the image's Python, not this worker's
-            variables={**self._settings(context), **self.variables, **self._processes(wanted)},
+            variables={**self._settings(context, described), **self.variables, **self._processes(wanted)},
             execution_timeout=self.execution_timeout,
         )
 
-    def _settings(self, context: Any) -> dict[str, str]:
-        """Return the worker's settings as variables: a pod has no configuration file of its own."""
-        from onetrans.errors import PipelineError
+    def _settings(self, context: Any, template: Mapping[str, Any]) -> dict[str, str]:
+        """Return the worker's settings as variables: a pod has no configuration file of its own.
+
+        Whoever may look at pods reads them, so an address with a password is left to a secret of the pod's template.
+        """
+        from dags.pods import brings
+        from onetrans.errors import PipelineError, holds_password
         from onetrans.settings import as_environment, load_settings
 
         try:
@@ -175,6 +180,16 @@ class LaunchStep(Step):
                 "server of MLflow's, http://... or https://...",
             )
         taken = {name: text for name, text in as_environment(settings).items() if not name.startswith(_OWN)}
+        for name in [name for name, text in taken.items() if holds_password(text)]:
+            if not brings(template, name):
+                self._bad(
+                    context,
+                    f"{name} holds a password, which is not written into a pod for all to read, and the template in "
+                    "launch.pod_template names no secret that could bring it; name one with this variable in its "
+                    "envFrom, or take the password out of the address",
+                )
+            self.log.info("%s holds a password, so it is left to the secret that the pod's template names", name)
+            del taken[name]
         return {"ONETRANS_CONFIG": "", **taken}  # an image may name the file that a worker mounts
 
     def _processes(self, wanted: int) -> dict[str, str]:

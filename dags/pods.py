@@ -113,7 +113,23 @@ def gpus(template: Mapping[str, Any], container: str = "base") -> int:
         template: content of the YAML file.
         container: the container that trains.
     """
-    for described in template["spec"]["containers"]:
-        if described["name"] == container:
-            return int((described.get("resources", {}).get("limits") or {}).get(GPU, 0))
-    return 0
+    limits = _container(template, container).get("resources", {}).get("limits") or {}
+    return int(limits.get(GPU, 0))
+
+
+def brings(template: Mapping[str, Any], variable: str, container: str = "base") -> bool:
+    """Tell whether a pod's template may bring a variable: by its name, or in a secret whose content is not known here.
+
+    Args:
+        template: content of the YAML file.
+        variable: its name.
+        container: the container that trains.
+    """
+    described = _container(template, container)
+    return any(entry["name"] == variable for entry in described.get("env") or ()) or any(
+        "secretRef" in source for source in described.get("envFrom") or ()
+    )
+
+
+def _container(template: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    return next((described for described in template["spec"]["containers"] if described["name"] == name), {})

@@ -52,3 +52,8 @@ class BadConfigError(PipelineError):
 def without_login(text: str) -> str:
     """Return a text whose addresses have no user's name and password any more, to be shown or logged."""
     return re.sub(r"(?<=://)[^/@\s]+@", "", text)
+
+
+def holds_password(text: str) -> bool:
+    """Tell whether an address in a text has a user's password in it."""
+    return re.search(r"://[^/@\s]*:[^/@\s]+@", text) is not None

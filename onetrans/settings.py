@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from onetrans.days import parse_day
-from onetrans.errors import BadConfigError
+from onetrans.errors import BadConfigError, holds_password
 
 SOURCE_KINDS = ("files", "kuairand")
 """Sources of the repository; any other is a class elsewhere."""
@@ -529,7 +529,7 @@ def _refuse_secrets(data: Mapping[str, Any], path: str) -> None:
     """Refuse a password or key in the configuration file: it is copied, printed and kept in version control."""
     for section, name, instead in _ADDRESSES:
         value = data.get(section, {}).get(name, "") if isinstance(data.get(section), Mapping) else ""
-        if re.search(r"://[^/@]*:[^/@]+@", str(value)):
+        if holds_password(str(value)):
             raise BadConfigError(f"{path}: {section}.{name} holds a password; leave it out, and set {instead}")
     spark = data.get("spark", {})
     conf = spark.get("conf", {}) if isinstance(spark, Mapping) else {}

@@ -168,6 +168,46 @@ def test_the_library_reads_the_worker_s_settings_out_of_the_pod_s_variables(conf
     assert inside.training.preset == "large"
 
 
+SECRET_ADDRESS = "postgresql+psycopg://ranking:hunter2@postgres/lake"
+
+
+def test_an_address_with_a_password_is_left_to_the_secret_of_the_template(configure, tmp_path):
+    """Whoever may look at pods reads what stands in their descriptions."""
+    pytest.importorskip("airflow.providers.cncf.kubernetes")
+    mlflow = "http://ann:hunter2@mlflow:5000"
+    configure(ONETRANS_LAKE_CATALOG_URI=SECRET_ADDRESS, ONETRANS_MLFLOW_TRACKING_URI=mlflow)
+    pod = rendered(step())
+    assert "hunter2" not in str(pod)
+    (container,) = pod["spec"]["containers"]
+    names = {entry["name"] for entry in container["env"]}
+    assert not names & {"ONETRANS_LAKE_CATALOG_URI", "ONETRANS_MLFLOW_TRACKING_URI"}, (
+        "empty, they would hide the secret's"
+    )
+    assert "ONETRANS_LAKE_WAREHOUSE" in names
+    assert container["envFrom"] == [{"secretRef": {"name": "onetrans"}}]
+
+    def without_secret(container, _):
+        del container["envFrom"]
+
+    configure(ONETRANS_LAUNCH_POD_TEMPLATE=template_with(tmp_path, without_secret))
+    with pytest.raises(AirflowFailException, match=r"BAD CONFIGURATION\. ONETRANS_LAKE_CATALOG_URI holds a password"):
+        step().execute(context())
+
+    def by_name(container, _):
+        del container["envFrom"]
+        key = {"secretKeyRef": {"name": "onetrans", "key": "address"}}
+        names = ("ONETRANS_LAKE_CATALOG_URI", "ONETRANS_MLFLOW_TRACKING_URI")
+        container["env"] = [{"name": name, "valueFrom": key} for name in names]
+
+    configure(ONETRANS_LAUNCH_POD_TEMPLATE=template_with(tmp_path, by_name))
+    (container,) = rendered(step())["spec"]["containers"]
+    assert {
+        "name": "ONETRANS_LAKE_CATALOG_URI",
+        "valueFrom": {"secretKeyRef": {"name": "onetrans", "key": "address"}},
+    } in (container["env"])
+    assert "hunter2" not in str(container)
+
+
 @pytest.mark.parametrize(("asked", "parallel", "processes"), [(4, True, "4"), (4, False, "1"), (1, True, "1")])
 def test_a_training_has_a_process_for_each_gpu_of_the_pod(configure, tmp_path, asked, parallel, processes):
     pytest.importorskip("airflow.providers.cncf.kubernetes")

@@ -179,6 +179,13 @@ class LaunchStep(Step):
                 f"mlflow.tracking_uri = {settings.mlflow.tracking_uri!r} is a file of this machine; pods need a "
                 "server of MLflow's, http://... or https://...",
             )
+        catalog, warehouse = settings.lake.catalog_uri, settings.lake.warehouse
+        if catalog.startswith("sqlite:") or not (catalog or warehouse.startswith(("/", "file:"))):
+            self._bad(
+                context,
+                f"lake.catalog_uri = {catalog!r}: the catalog of tables is a SQLite file of this machine; pods need a "
+                "database, postgresql+psycopg://..., or a REST catalog",
+            )
         taken = {name: text for name, text in as_environment(settings).items() if not name.startswith(_OWN)}
         for name in [name for name, text in taken.items() if holds_password(text)]:
             if not brings(template, name):

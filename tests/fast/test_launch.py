@@ -96,6 +96,8 @@ def test_a_place_that_is_none_is_refused(configure):
         ({"ONETRANS_TRAINING_RUNS": "var/runs"}, "training.runs = 'var/runs' is a folder of this machine"),
         ({"ONETRANS_LAKE_WAREHOUSE": "var/lake"}, "lake.warehouse = 'var/lake' is a folder of this machine"),
         ({"ONETRANS_MLFLOW_TRACKING_URI": "sqlite:////data/mlflow.db"}, "pods need a server"),
+        ({"ONETRANS_LAKE_WAREHOUSE": "s3://bucket/lake"}, "the catalog of tables is a SQLite file of this machine"),
+        ({"ONETRANS_LAKE_CATALOG_URI": "sqlite:////data/catalog.db"}, "the catalog of tables is a SQLite file of this"),
         ({"ONETRANS_LAUNCH_POD_TEMPLATE": "/nowhere.yaml"}, "launch.pod_template = '/nowhere.yaml' is not a file"),
     ],
 )

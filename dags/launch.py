@@ -24,7 +24,6 @@ from dags.configured import configured
 from dags.steps import EXIT_BAD_CONFIG, Ended, Step
 
 PLACES = ("worker", "kubernetes")
-TEMPLATE = Path(__file__).resolve().parents[1] / "infra" / "kubernetes" / "training_pod.yaml"
 _SHARED = (("training", "runs"), ("lake", "warehouse"))
 """Settings that name what workers and pods both read and write."""
 
@@ -136,7 +135,14 @@ class LaunchStep(Step):
                 f"launch.place = 'kubernetes' needs a package that is not installed here ({error}); in a checkout "
                 "`make env` brings it, elsewhere: pip install 'PATH/TO/onetrans.whl[kubernetes]'",
             )
-        template = Path(configured("launch", "pod_template", "") or TEMPLATE)
+        named = configured("launch", "pod_template", "")
+        if not named:
+            self._bad(
+                context,
+                "launch.place = 'kubernetes' needs launch.pod_template: copy infra/kubernetes/training_pod.yaml, "
+                "change what is marked CHANGE, and name the copy",
+            )
+        template = Path(named)
         if not template.is_file():
             self._bad(context, f"launch.pod_template = {str(template)!r} is not a file")
         try:

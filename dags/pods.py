@@ -47,7 +47,7 @@ class StepPod(KubernetesPodOperator):
 
         Args:
             task_id: of the step.
-            template: path of the pod's YAML, ``infra/kubernetes/training_pod.yaml`` or a copy.
+            template: path of the pod's YAML, a copy of ``infra/kubernetes/training_pod.yaml``.
             command: program and arguments.
             variables: environment variables on top of the template's.
             execution_timeout: after which it is deleted.

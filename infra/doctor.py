@@ -72,6 +72,9 @@ _JAVA_HINT = (
 )
 """As infra/setup.sh says it, which runs before there is a Python to ask; a test holds the two together."""
 
+_EXAMPLE_REGISTRY = "registry.example.com"
+"""Where the files in infra/ have their images, for a person to change."""
+
 _ILL = {
     "metadatabase": "without its database Airflow starts nothing",
     "scheduler": "no task starts",
@@ -371,6 +374,24 @@ def _gpu(settings: Settings) -> Check:
     return Check("gpu", "ok", f"{torch.cuda.device_count()}: {torch.cuda.get_device_name(found)}")
 
 
+def _pods(settings: Settings) -> Check:
+    """Look at the template of a training's pod: as it comes with this code it names an image that nobody has."""
+    if settings.launch.place != "kubernetes":
+        return Check("pods", "skip", f"launch.place = {settings.launch.place!r}: trainings are processes of the worker")
+    named = settings.launch.pod_template
+    mend = "copy infra/kubernetes/training_pod.yaml, change what is marked CHANGE, and name the copy there"
+    if not named:
+        return Check("pods", "FAIL", "launch.place = 'kubernetes', but launch.pod_template names no template", mend)
+    try:
+        text = Path(named).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        return Check("pods", "FAIL", f"launch.pod_template = {named}: {error}", mend)
+    images = re.findall(r"^\s*(?:- )?image:\s*(\S+)", text, re.MULTILINE)
+    if any(image.strip("'\"").startswith(_EXAMPLE_REGISTRY) for image in images):
+        return Check("pods", "FAIL", f"{named} still names an image of {_EXAMPLE_REGISTRY}, the example's", mend)
+    return Check("pods", "ok", f"{named}, image {', '.join(images)}")
+
+
 # What the settings name
 
 
@@ -602,6 +623,7 @@ LOOKS: dict[str, tuple[Look, bool]] = {
     "disk": (_disk, True),
     "ports": (_ports, True),
     "gpu": (_gpu, True),
+    "pods": (_pods, True),
     "log": (_log, True),
     "catalog": (look_at_catalog, True),
     "store": (_store, True),

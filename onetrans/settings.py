@@ -423,7 +423,8 @@ class LaunchSettings:
     place: Place = "worker"
     """``worker``: processes of the Airflow worker; ``kubernetes``: a pod of its own for each."""
     pod_template: str = ""
-    """The pod, as a YAML file: image, GPUs, nodes, secrets, memory; empty: ``infra/kubernetes/training_pod.yaml``."""
+    """The pod, as a YAML file, for ``kubernetes``: your copy of ``infra/kubernetes/training_pod.yaml``, with image,
+    GPUs, nodes, secrets and memory of your cluster."""
 
     def __post_init__(self) -> None:
         _one_of("launch.place", self.place, get_args(Place))

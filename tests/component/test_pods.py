@@ -33,6 +33,8 @@ from tests.tracked_days import Shop
 
 pytest.importorskip("airflow.providers.cncf.kubernetes")
 
+TEMPLATE = str(REPOSITORY / "infra" / "kubernetes" / "training_pod.yaml")
+
 PROGRAM = """
 import os, pathlib, sys, time
 from onetrans.settings import load_settings
@@ -62,6 +64,7 @@ def cluster(tmp_path, monkeypatch):
         "PYTHONPATH": str(REPOSITORY),
         "AIRFLOW_CONN_KUBERNETES_DEFAULT": cluster.connection(),
         "ONETRANS_LAUNCH_PLACE": "kubernetes",
+        "ONETRANS_LAUNCH_POD_TEMPLATE": TEMPLATE,
         "ONETRANS_TRAINING_RUNS": str(tmp_path),
         "ONETRANS_LAKE_WAREHOUSE": str(tmp_path / "lake"),
         "ONETRANS_MLFLOW_TRACKING_URI": "http://127.0.0.1:1",
@@ -242,6 +245,7 @@ def test_a_training_whose_pod_is_lost_comes_to_the_same_weights(cluster, monkeyp
     for name, value in as_environment(unlike_a_file).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("ONETRANS_LAUNCH_PLACE", "kubernetes")
+    monkeypatch.setenv("ONETRANS_LAUNCH_POD_TEMPLATE", TEMPLATE)
     checkpoint = storage.local_path(plan.model_path("onetrans")) / "checkpoint" / "checkpoint.json"
 
     def training():

@@ -121,6 +121,30 @@ def test_a_server_of_mlflow_with_a_login_is_asked_as_its_client_would(
         server.shutdown()
 
 
+def test_the_template_of_pods_is_a_copy_of_ones_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert looked(capsys, "pods")[1][0]["state"] == "skip"
+    monkeypatch.setenv("ONETRANS_LAUNCH_PLACE", "kubernetes")
+    example = doctor.REPOSITORY / "infra" / "kubernetes" / "training_pod.yaml"
+    for named, told in (
+        ("", "names no template"),
+        ("gone.yaml", "No such file"),
+        (str(example), "registry.example.com"),
+    ):
+        monkeypatch.setenv("ONETRANS_LAUNCH_POD_TEMPLATE", named)
+        code, (check,) = looked(capsys, "pods")
+        assert (code, check["state"]) == (EXIT_BAD_CONFIG, "FAIL")
+        assert told in check["found"]
+        assert "copy infra/kubernetes/training_pod.yaml" in check["mend"]
+    text = example.read_text(encoding="utf-8").replace("registry.example.com", "registry.shop.test")
+    (tmp_path / "pod.yaml").write_text(text, encoding="utf-8")
+    monkeypatch.setenv("ONETRANS_LAUNCH_POD_TEMPLATE", str(tmp_path / "pod.yaml"))
+    code, (check,) = looked(capsys, "pods")
+    assert (code, check["state"]) == (0, "ok")
+    assert "image registry.shop.test/onetrans-training:" in check["found"]
+
+
 def test_a_taken_port_is_named_with_its_holder(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,6 +4,7 @@ import os
 import tempfile
 from copy import deepcopy
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,11 +15,15 @@ os.environ.setdefault("AIRFLOW_HOME", tempfile.mkdtemp(prefix="airflow-"))
 import yaml
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
 
-from dags.launch import PLACES, TEMPLATE, LaunchStep
+from dags.launch import PLACES, LaunchStep
 from dags.ranking_model import dag as ranking_model
 from tests.images import image_environment
 
+INFRA = Path(__file__).parents[2] / "infra"
+TEMPLATE = INFRA / "kubernetes" / "training_pod.yaml"
+
 SHARED = {
+    "ONETRANS_LAUNCH_POD_TEMPLATE": str(TEMPLATE),
     "ONETRANS_LAUNCH_PLACE": "kubernetes",
     "ONETRANS_TRAINING_RUNS": "s3://bucket/runs",
     "ONETRANS_LAKE_WAREHOUSE": "/shared/lake",
@@ -98,6 +103,7 @@ def test_a_place_that_is_none_is_refused(configure):
         ({"ONETRANS_MLFLOW_TRACKING_URI": "sqlite:////data/mlflow.db"}, "pods need a server"),
         ({"ONETRANS_LAKE_WAREHOUSE": "s3://bucket/lake"}, "the catalog of tables is a SQLite file of this machine"),
         ({"ONETRANS_LAKE_CATALOG_URI": "sqlite:////data/catalog.db"}, "the catalog of tables is a SQLite file of this"),
+        ({"ONETRANS_LAUNCH_POD_TEMPLATE": ""}, "copy infra/kubernetes/training_pod.yaml, change what is marked CHANGE"),
         ({"ONETRANS_LAUNCH_POD_TEMPLATE": "/nowhere.yaml"}, "launch.pod_template = '/nowhere.yaml' is not a file"),
     ],
 )
@@ -107,6 +113,19 @@ def test_what_a_pod_could_not_see_is_refused_before_it_is_made(configure, variab
     with pytest.raises(AirflowFailException, match="BAD CONFIGURATION") as refused:
         step().execute(context())
     assert why in str(refused.value)
+
+
+def test_airflow_in_a_cluster_names_the_template_that_is_mounted():
+    """The values say that trainings run in pods, so they say of which template: the copy in the ConfigMap."""
+    values = yaml.safe_load((INFRA / "kubernetes" / "airflow-values.yaml").read_text(encoding="utf-8"))
+    variables = {entry["name"]: entry["value"] for entry in values["env"]}
+    (mount,) = values["volumeMounts"]
+    assert variables["ONETRANS_LAUNCH_PLACE"] == "kubernetes"
+    assert variables["ONETRANS_LAUNCH_POD_TEMPLATE"] == f"{mount['mountPath']}/training_pod.yaml"
+    page = (INFRA.parent / "docs" / "production.md").read_text(encoding="utf-8")
+    (volume,) = values["volumes"]
+    assert f"create configmap {volume['configMap']['name']} --namespace ranking" in page
+    assert "--from-file=training_pod.yaml" in page
 
 
 def rendered(made):

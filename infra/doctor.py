@@ -435,7 +435,7 @@ def look_at_catalog(settings: Settings) -> Check:
     lake = settings.lake
     if not Lake(lake).exists():
         return Check("catalog", "ok", f"none yet; {Lake(lake).catalog_file} is made with the first day")
-    where = without_login(lake.catalog_uri) if lake.catalog_uri else str(Lake(lake).catalog_file)
+    where = Lake(lake).catalog_shown
     tables = _in_time(lambda: _tables(lake))
     if isinstance(tables, str):
         mend = f"is the {lake.catalog_type} catalog up, lake.catalog_uri its address, and the password in PGPASSWORD?"
@@ -447,10 +447,9 @@ def _tables(lake: LakeSettings) -> list[Any]:
     from pyiceberg.catalog import load_catalog
     from pyiceberg.exceptions import NoSuchNamespaceError
 
-    uri = lake.catalog_uri or f"sqlite:///{Lake(lake).catalog_file}"
-    properties = {"type": lake.catalog_type, "uri": uri, "warehouse": storage.resolve(lake.warehouse)}
+    properties = Lake(lake).catalog_properties | {"init_catalog_tables": "false"}  # a look makes none
     try:
-        return list(load_catalog(CATALOG, **properties, init_catalog_tables="false").list_tables(lake.namespace))
+        return list(load_catalog(CATALOG, **properties).list_tables(lake.namespace))
     except NoSuchNamespaceError:
         return []
 

@@ -191,6 +191,24 @@ class Lake:
         folder = storage.local_path(self.warehouse if storage.is_local(self.warehouse) else LOCAL_CATALOG)
         return folder.absolute() / CATALOG_FILE
 
+    @property
+    def catalog_address(self) -> str:
+        """Address of the catalog: that of the settings, else of a SQLite file, whose writers wait for one another."""
+        if self.settings.catalog_uri:
+            return self.settings.catalog_uri
+        return URL.create("sqlite", database=str(self.catalog_file), query={"timeout": "60"}).render_as_string()
+
+    @property
+    def catalog_shown(self) -> str:
+        """Where the catalog is, for a person: without a login."""
+        return without_login(self.settings.catalog_uri) or str(self.catalog_file)
+
+    @property
+    def catalog_properties(self) -> dict[str, str]:
+        """What PyIceberg is told of the catalog."""
+        told = {"type": self.settings.catalog_type, "uri": self.catalog_address, "warehouse": self.warehouse}
+        return told if storage.is_local(self.warehouse) else told | {"py-io-impl": _FILES_IN_A_STORE}
+
     @cached_property
     def catalog(self) -> Catalog:
         """The Iceberg catalog; made, with its namespace, on first use.
@@ -198,14 +216,11 @@ class Lake:
         Raises:
             CatalogAwayError: if it does not answer.
         """
-        uri = self.settings.catalog_uri
-        if not uri:
+        if not self.settings.catalog_uri:
             self.catalog_file.parent.mkdir(parents=True, exist_ok=True)
-            address = URL.create("sqlite", database=str(self.catalog_file), query={"timeout": "60"})
-            uri = address.render_as_string()
         for attempt in range(1, _COMMIT_TRIES + 1):
             try:
-                catalog = load_catalog(CATALOG, **self._properties(uri))
+                catalog = load_catalog(CATALOG, **self.catalog_properties)
                 with contextlib.suppress(NamespaceAlreadyExistsError):
                     catalog.create_namespace(self.settings.namespace)
                 return catalog
@@ -222,19 +237,11 @@ class Lake:
         raise AssertionError("unreachable")
 
     def _away(self, error: OperationalError) -> CatalogAwayError:
-        where = without_login(self.settings.catalog_uri) or str(self.catalog_file)
-        return CatalogAwayError(f"the catalog {where} does not answer: {str(error.orig).splitlines()[0]}")
+        return CatalogAwayError(f"the catalog {self.catalog_shown} does not answer: {str(error.orig).splitlines()[0]}")
 
     def migrate_catalog(self) -> None:
         """Bring the tables of a SQL catalog that an older PyIceberg made to today's; nothing happens if they are."""
-        uri = self.settings.catalog_uri or f"sqlite:///{self.catalog_file}"
-        load_catalog(CATALOG, **self._properties(uri), schema_version="v1")
-
-    def _properties(self, uri: str) -> dict[str, str]:
-        properties = {"type": self.settings.catalog_type, "uri": uri, "warehouse": self.warehouse}
-        if storage.is_local(self.warehouse):
-            return properties
-        return properties | {"py-io-impl": _FILES_IN_A_STORE}
+        load_catalog(CATALOG, **self.catalog_properties, schema_version="v1")
 
     # Staging
 

@@ -87,11 +87,6 @@ def mlflow_database(settings: Settings, environ: Mapping[str, str] = os.environ)
     return environ.get("MLFLOW_BACKEND_STORE_URI", "") if uri.startswith(("http://", "https://")) else uri
 
 
-def catalog_address(lake: Lake) -> str:
-    """Return the address of the catalog's database."""
-    return lake.settings.catalog_uri or f"sqlite:///{lake.catalog_file}"
-
-
 def _by_alembic(name: str, address: str, package: str, *folders: str) -> Part:
     spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:
@@ -130,7 +125,7 @@ def _revision(address: str) -> str:
 
 
 def _catalog(settings: Settings) -> Part:
-    address = catalog_address(Lake(settings.lake))
+    address = Lake(settings.lake).catalog_address
     found = ""
     if (file := storage.sqlite_file(address)) is None or file.exists():
         engine = create_engine(_driver(address))
@@ -202,7 +197,7 @@ def _to_copy(settings: Settings, changed: list[Part], environ: Mapping[str, str]
     every: dict[str, Callable[[], str]] = {
         "airflow": lambda: environ["AIRFLOW__DATABASE__SQL_ALCHEMY_CONN"],
         "mlflow": lambda: mlflow_database(settings, environ),
-        "catalog": lambda: catalog_address(Lake(settings.lake)),
+        "catalog": lambda: Lake(settings.lake).catalog_address,
     }
     names = {"Airflow": "airflow", "MLflow": "mlflow"}
     needed = {names.get(part.name, "catalog") for part in changed if part.state == "older"}
@@ -292,4 +287,5 @@ def _driver(address: str) -> str:
 
 
 def _shown(address: str) -> str:
-    return make_url(address).render_as_string(hide_password=True)
+    file = storage.sqlite_file(address)
+    return f"sqlite:///{file}" if file is not None else make_url(address).render_as_string(hide_password=True)

@@ -23,7 +23,7 @@ from jobs.objects import JARS
 from onetrans import __version__
 from onetrans.lake import Lake
 from onetrans.settings import Settings, load_settings
-from onetrans.upgrade import catalog_address, mlflow_database
+from onetrans.upgrade import mlflow_database
 from tests.compose_file import SECRETS, compose, services
 from tests.images import DOCKERFILE, image_environment, stages
 
@@ -367,7 +367,7 @@ def test_an_upgrade_looks_at_the_databases_that_are_made_and_used(system: dict[s
     settings, variables = _deployed(), system["airflow-scheduler"]["environment"]
     mlflow = mlflow_database(settings, variables)
     assert f"--backend-store-uri={mlflow}" in system["mlflow"]["command"]
-    addresses = (variables["AIRFLOW__DATABASE__SQL_ALCHEMY_CONN"], mlflow, catalog_address(Lake(settings.lake)))
+    addresses = (variables["AIRFLOW__DATABASE__SQL_ALCHEMY_CONN"], mlflow, Lake(settings.lake).catalog_address)
     assert all(address.startswith("postgresql+psycopg:///") for address in addresses)
     made = re.findall(r"CREATE DATABASE (\w+);", (INFRA / "production" / "databases.sql").read_text(encoding="utf-8"))
     assert sorted(address.rsplit("/", 1)[1] for address in addresses) == sorted(made)

@@ -40,8 +40,8 @@ says the day.
 
 **When a step fails:** its log ends with one paragraph: table, day, what is wrong with an example, whether published
 data is affected, what to do. `BAD DATA` and `BAD CONFIGURATION` are not retried, anything else is. Correct the cause,
-then *Clear* the task: what follows it runs too; then clear the days after it that waited for it. Single bad rows do
-not fail a step: they go to the table `quarantine`, with the reason.
+then *Clear* the task that it names: what follows it runs too; then clear the days after it that waited for it. Single
+bad rows do not fail a step: they go to the table `quarantine`, with the reason.
 """
 
 from __future__ import annotations
@@ -144,6 +144,8 @@ with DAG(
         module="onetrans.cli",
         arguments=["published", *NEEDS, "--ds", PREVIOUS_DAY, "--or-absent"],
         where_none=["--or-first"],
+        # A day that the log lost is skipped, but ends after the day before it, as the one after it waits for its end.
+        trigger_rule="none_failed",
         others=[DAY_BEFORE],
         others_of_a_backfill=[BEFORE_IN_A_BACKFILL],
         execution_timeout=timedelta(minutes=10),
@@ -153,6 +155,7 @@ with DAG(
     groups: dict[str, TaskGroup] = {}
     for table, needed in NEEDS.items():
         with TaskGroup(group_id=table, tooltip=ABOUT[table]) as groups[table]:
+            taken_in = f"clear {table}.build, and what follows it runs too"  # what was staged is read as it is
             build = Step(
                 task_id="build",
                 module=f"jobs.{table}",
@@ -166,7 +169,7 @@ with DAG(
                 module="expectations.audit",
                 pool=SPARK_POOL,
                 arguments=[table, "--ds", DAY],
-                taken_in_by=f"{table}.build",
+                clear=taken_in,
                 execution_timeout=timedelta(hours=1),
                 doc_md=f"Judges the staged files of `{table}`.\n\n"
                 f"By hand: `python -m expectations.audit {table} --ds DAY`",
@@ -175,7 +178,7 @@ with DAG(
                 task_id="publish",
                 module="onetrans.cli",
                 arguments=["publish", table, "--ds", DAY],
-                taken_in_by=f"{table}.build",
+                clear=taken_in,
                 execution_timeout=timedelta(minutes=30),
                 outlets=[table_asset(table)],
                 unharmed=f"Readers see the day as it was, or whole as it is now; `onetrans lake {table}` tells which.",
@@ -189,4 +192,4 @@ with DAG(
             wait_for_log >> build
             wait_for_day_before >> audit
         elif not needed:
-            wait_for_day_before >> groups[table]
+            [wait_for_log, wait_for_day_before] >> groups[table]

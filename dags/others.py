@@ -72,10 +72,18 @@ class Seen:
     states: tuple[State, ...] = ()
     """State of each other run, in the order of the question."""
 
+    behind_failure: bool = False
+    """Whether the reason is another run's failure, which people are told of by itself."""
+
     @property
-    def behind_failure(self) -> bool:
-        """Whether one of them has failed, which people are told of by itself."""
-        return "failed" in self.states
+    def nothing_before(self) -> bool:
+        """Whether one of them is not there, or has ended well: there may be nothing that it should have made."""
+        return bool({"none", "done"} & set(self.states))
+
+    def stops_for(self, missing: str) -> str:
+        """Return why there is nothing to wait for, and what the look found missing."""
+        said = missing.strip().rpartition("\n")[2].removeprefix("NotReadyError: ").rstrip(".")
+        return f"{self.unless_ready} What is missing: {said}." if said else self.unless_ready
 
 
 class NotStartedError(AirflowFailException):
@@ -100,10 +108,12 @@ def look_at(others: Sequence[Mapping[str, Any]]) -> Seen:
         state_of(other["dag_id"], other["task_id"], other["day"], other.get("run_ids", ())) for other in others
     )
     seen = {"stop": "", "unless_ready": "", "waiting": "", "queued": ""}
+    behind = False
     for other, state in zip(others, states, strict=True):
         name = name_of(other)
         if state == "failed" and other["if_failed"] != "go on":
             kind = "stop" if other["if_failed"] == "stop" else "unless_ready"
+            behind = behind or not (seen["stop"] or seen["unless_ready"])
             all_the_same = " If what it makes is published all the same, mark this task as success to go on with that."
             seen[kind] = seen[kind] or (
                 f"{_failed(other)}. {other['why']} Clear that run when its cause is mended, then clear this task. "
@@ -111,8 +121,8 @@ def look_at(others: Sequence[Mapping[str, Any]]) -> Seen:
             )
         elif state == "done" and other.get("if_done", "go on") != "go on":
             seen["unless_ready"] = seen["unless_ready"] or (
-                f"{name} has ended, and what it makes is not published: was it marked as success, or did retention "
-                f"remove it? {other['why']} Clear that run, then clear this task. {_LEFT_OUT}"
+                f"{name} has ended, and what it makes is not published: was it marked as success? {other['why']} Clear "
+                f"that run, then clear this task. {_LEFT_OUT}"
             )
         elif state == "none" and other.get("if_none", "go on") != "go on":
             seen["unless_ready"] = seen["unless_ready"] or (
@@ -123,7 +133,7 @@ def look_at(others: Sequence[Mapping[str, Any]]) -> Seen:
             words = "queued, and cannot begin" if state == "stuck" else state
             kind = "waiting" if state == "running" or other.get("if_queued", "wait") == "wait" else "queued"
             seen[kind] = seen[kind] or f"{name} is {words}. {other['why']}"
-    return Seen(**seen, states=states)
+    return Seen(**seen, states=states, behind_failure=behind)
 
 
 def _failed(other: Mapping[str, Any]) -> str:

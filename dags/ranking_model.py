@@ -37,7 +37,7 @@ stands at 5 May in the grid; one triggered by hand is named after the moment of 
 says the day.
 
 **When a step fails:** its log ends with one paragraph that says what to do. `BAD DATA` and `BAD CONFIGURATION` are not
-retried, anything else is. *Clear* the task to run it again: a step that was finished finds its own work.
+retried, anything else is. *Clear* the task that it names: a step that was finished finds its own work.
 """
 
 from __future__ import annotations
@@ -55,7 +55,18 @@ from dags.days import DAILY, START, day_param, is_backfill
 from dags.launch import LaunchStep
 from dags.notify import day_undecided, run_failed
 from dags.others import Other
-from dags.steps import DAY, DEFAULT_POOL, DEFAULTS, GPU_POOL, NOTHING_TO_DO, REGISTRY_POOL, SPARK_POOL, Step, WaitStep
+from dags.steps import (
+    CLEAR,
+    DAY,
+    DEFAULT_POOL,
+    DEFAULTS,
+    GPU_POOL,
+    NOTHING_TO_DO,
+    REGISTRY_POOL,
+    SPARK_POOL,
+    Step,
+    WaitStep,
+)
 
 AS_CONFIGURED = "as configured"
 """Choice of the form that leaves a setting as the deployment has it."""
@@ -83,6 +94,9 @@ gate_mode, gate_variable = choice(
     ["enabled", "dry_run", "off"],
     "enabled: promote a winner; dry_run: judge, but leave the alias; off: do not judge.",
 )
+PINNED = f"{CLEAR}; but what `plan` pins (tables, days, preset, recipe) is taken in by clearing `plan`"
+"""What is to be done once data or settings of a step that reads the plan are corrected."""
+
 VARIABLES = {**preset_variable, **gate_variable}
 
 FORCE = "{{ '--force=' ~ params.force_reason if params.force_reason else '' }}"
@@ -203,7 +217,7 @@ with DAG(
         unharmed: str = UNHARMED,
         step: Callable[..., Step] = Step,
         pool: str = DEFAULT_POOL,
-        taken_in_by: str = "",
+        clear: str = CLEAR,
     ) -> Step:
         """Return the step that runs one `onetrans` command with the choices of the form."""
         return step(
@@ -215,7 +229,7 @@ with DAG(
             outlets=list(outlets),
             unharmed=unharmed,
             pool=pool,
-            taken_in_by=taken_in_by,
+            clear=clear,
             doc_md=doc,
         )
 
@@ -246,7 +260,7 @@ with DAG(
             timeout=timedelta(hours=12),
             step=partial(LaunchStep, parallel=True),
             pool=GPU_POOL,
-            taken_in_by="plan",
+            clear=PINNED,
             doc=f"Trains `{model}` on the plan's days. By hand: `onetrans train --plan PLAN --model {model}`",
         )
         for model in ("onetrans", "dcnv2_din")
@@ -257,7 +271,7 @@ with DAG(
         timeout=timedelta(hours=3),
         step=LaunchStep,
         pool=GPU_POOL,
-        taken_in_by="plan",
+        clear=PINNED,
         doc="Both models and the champion score the same rows of the day. By hand: `onetrans evaluate --plan PLAN`",
     )
     gate = command(

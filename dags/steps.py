@@ -47,7 +47,7 @@ from airflow.sdk.exceptions import (
 from dags.days import is_backfill, run_day
 from dags.exit_codes import EXIT_BAD_CONFIG, EXIT_BAD_DATA, EXIT_NOT_READY, EXIT_OK, FINAL
 from dags.notify import task_failed
-from dags.others import NotStartedError, Other, by_hand, look_at
+from dags.others import NotStartedError, Other, Seen, by_hand, look_at
 from dags.triggers import NOTHING_AHEAD, StepTrigger
 
 DAY = "{{ day }}"
@@ -80,6 +80,9 @@ NOTHING_TO_DO = "nothing to do"
 
 UNHARMED = "Published data is as it was."
 """What a step that fails says of published data, unless the step knows better."""
+
+CLEAR = "clear this task"
+"""What is to be done once data or settings are corrected, unless another task takes them in."""
 
 _GRACE_S = 3.0
 """Seconds between asking a step to end and killing it; Airflow kills the task itself after five."""
@@ -116,7 +119,7 @@ class Step(BaseOperator):
         arguments: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
         unharmed: str = UNHARMED,
-        taken_in_by: str = "",
+        clear: str = CLEAR,
         dated: bool = True,
         nothing_done: str = "",
         **kwargs: Any,
@@ -128,7 +131,7 @@ class Step(BaseOperator):
             arguments: its arguments; templated, with :data:`DAY` for the run's day; one that renders empty is left out.
             environment: variables set on top of the worker's; templated; one that renders empty is left as it is.
             unharmed: what a failure of this step leaves as it was, a sentence.
-            taken_in_by: task before it that takes in data or settings once they are corrected; empty: this one.
+            clear: what to clear once data or settings are corrected: the task that takes them in.
             dated: whether it works on a day; one that does not also runs where the run names none.
             nothing_done: how its result begins where there was nothing to do; the task is then skipped, and what
                 follows it, so its assets hear of nothing.  Empty: there always is.
@@ -141,7 +144,7 @@ class Step(BaseOperator):
         self.arguments = list(arguments)
         self.environment = dict(environment or {})
         self.unharmed = unharmed
-        self.taken_in_by = taken_in_by
+        self.clear = clear
         self._group: int | None = None
 
     def render_template_fields(self, context: Any, jinja_env: Any = None) -> None:
@@ -261,7 +264,7 @@ class Step(BaseOperator):
         timer.start()
 
     def _raise_for(self, context: Any, ended: Ended) -> None:
-        raise_for(self._title(context), ended, self.unharmed, *_tries(context), taken_in_by=self.taken_in_by)
+        raise_for(self._title(context), ended, self.unharmed, *_tries(context), clear=self.clear)
 
     def _title(self, context: Any) -> str:
         return f"{self.task_id} of {run_day(context)}" if self.dated else self.task_id
@@ -299,7 +302,7 @@ class WaitStep(Step):
             module: what ``python -m`` runs to look; empty: other runs are all there is to wait for.
             others: other runs that matter.
             others_of_a_backfill: those that matter to a run of a backfill; None: the same.
-            where_none: arguments that the process gets besides where an other run is not there, or has ended well.
+            where_none: arguments that the process gets besides where another run is not there, or has ended well.
             refuse: returns why a run as it was asked for cannot be; empty: it can. Asked before anything is waited for.
             **kwargs: those of :class:`Step`.
         """
@@ -330,17 +333,15 @@ class WaitStep(Step):
             raise
         if seen.stop:
             self._stop(context, seen.stop, seen.behind_failure)
-        if {"none", "done"} & set(seen.states):
-            self.arguments += self.where_none
         if not seen.waiting:
-            ended = self._ended(context) if self.module else Ended(EXIT_OK, NOTHING_AHEAD, "")
+            ended = self._look(context, seen) if self.module else Ended(EXIT_OK, NOTHING_AHEAD, "")
             if ended.code in FINAL or (seen.unless_ready and ended.code != EXIT_NOT_READY):
                 # With nothing to wait for, a catalog that is away is a matter of the next try.
                 self._raise_for(context, ended)
                 self._skip_if_nothing_done(context, ended)
                 return ended.result
             if seen.unless_ready:
-                self._stop(context, seen.unless_ready, seen.behind_failure)
+                self._stop(context, seen.stops_for(ended.error), seen.behind_failure)
         waiting = seen.waiting or seen.queued
         self.log.info("%s", f"{waiting} not ready yet; the triggerer waits for it, at most {self.at_most}".strip())
         self.defer(
@@ -349,15 +350,24 @@ class WaitStep(Step):
                 variables=self.variables,
                 until=(datetime.now(UTC) + self.at_most).isoformat(),
                 others=others,
+                where_none=self.where_none,
             ),
             method_name="resume",
         )
+
+    def _look(self, context: Any, seen: Seen) -> Ended:
+        given = self.arguments
+        self.arguments = [*given, *(self.where_none if seen.nothing_before else ())]
+        try:
+            return self._ended(context)
+        finally:
+            self.arguments = given
 
     def resume(self, context: Any, event: Mapping[str, Any]) -> str | None:
         """Take over from the triggerer once it is ready, too late, or there is nothing to wait for."""
         ended = Ended(event["code"], event["result"], event["error"])
         if event["stop"]:
-            self._stop(context, event["stop"], event["behind_failure"])
+            self._stop(context, event["stop"], event.get("behind_failure", False))
         if event["late"]:
             raise AirflowFailException(
                 f"{self._title(context)}: still not ready after {self.at_most}. {ended.error} {self.unharmed} "
@@ -403,7 +413,7 @@ def ended_by(code: int, text: str, why: str = "") -> Ended:
 
 
 def raise_for(
-    title: str, ended: Ended, unharmed: str = UNHARMED, this_try: int = 0, tries: int = 0, *, taken_in_by: str = ""
+    title: str, ended: Ended, unharmed: str = UNHARMED, this_try: int = 0, tries: int = 0, *, clear: str = CLEAR
 ) -> None:
     """Turn a failed process into the exception that makes Airflow do what the exit code asks for.
 
@@ -415,7 +425,7 @@ def raise_for(
         unharmed: what the failure leaves as it was, a sentence.
         this_try: number of this try, from 1.
         tries: tries the task has in all.
-        taken_in_by: task before it that takes in data or settings once they are corrected; empty: the step itself.
+        clear: what to clear once data or settings are corrected.
 
     Raises:
         AirflowFailException: bad data or bad configuration; not retried.
@@ -431,7 +441,6 @@ def raise_for(
     error = error if not error or error[-1] in ".!?" else f"{error}."
     found = " ".join(filter(None, [ended.why, error, *hints, "" if unharmed in error else unharmed]))
     see = f" See {ended.see}" if ended.see else ""
-    clear = f"clear {taken_in_by}, and what follows it runs too" if taken_in_by else "clear this task"
     if ended.code == EXIT_BAD_DATA:
         raise AirflowFailException(
             f"{title}: BAD DATA. {found} Airflow does not retry this: correct the data, then {clear}.{see}"

@@ -20,6 +20,9 @@ from dags.others import Seen, State, look_at, name_of
 NOTHING_AHEAD = "no other run has to end first"
 """Result of a wait for other runs alone."""
 
+_GOES_WELL_S = 60.0
+"""Seconds after which a command that breaks had gone well before: it looks for as long as it is told to."""
+
 _GIVEN_UP: dict[State, tuple[str, str]] = {
     "none": ("has not been run", "Run it first"),
     "queued": ("has been queued", "It begins when those before it have ended; wait for its end"),
@@ -52,6 +55,7 @@ class StepTrigger(BaseTrigger):
         pause_s: float = 30.0,
         look_s: float = 5.0,
         broken_s: float = 3600.0,
+        where_none: Sequence[str] = (),
     ) -> None:
         """Describe the wait.
 
@@ -63,6 +67,7 @@ class StepTrigger(BaseTrigger):
             pause_s: seconds before the command is started again.
             look_s: seconds between two looks at other runs.
             broken_s: seconds for which the command may break, try after try, before people have to be told.
+            where_none: arguments that the command gets besides where another run is not there, or has ended well.
         """
         super().__init__()
         self.command = list(command)
@@ -72,6 +77,7 @@ class StepTrigger(BaseTrigger):
         self.pause_s = pause_s
         self.look_s = look_s
         self.broken_s = broken_s
+        self.where_none = list(where_none)
         self._broken_since: float | None = None
         self._since: dict[int, tuple[State, float]] = {}
         self._left_aside: set[int] = set()
@@ -88,6 +94,7 @@ class StepTrigger(BaseTrigger):
                 "pause_s": self.pause_s,
                 "look_s": self.look_s,
                 "broken_s": self.broken_s,
+                "where_none": self.where_none,
             },
         )
 
@@ -96,14 +103,17 @@ class StepTrigger(BaseTrigger):
         told = ""
         while True:
             seen = await self._others()
-            code, result, error, pause = -1, None, seen.waiting, self.look_s
+            code, result, error, pause = EXIT_NOT_READY, None, seen.waiting, self.look_s
+            began = time.monotonic()
             if not (seen.stop or seen.waiting):
                 answer = await self._answer(seen)
                 if answer is None:
                     continue
                 (code, result, error), pause = answer, self.pause_s
-                self._note(code)
-            stop = seen.stop or (seen.unless_ready if code == EXIT_NOT_READY else "")
+            self._note(code, began)
+            stop = seen.stop
+            if seen.unless_ready and not seen.waiting and code == EXIT_NOT_READY:
+                stop = stop or seen.stops_for(error)
             final = code in FINAL or self._broken_for() >= self.broken_s
             if stop or final or self._left() <= 0:
                 late = not (stop or final)
@@ -112,16 +122,15 @@ class StepTrigger(BaseTrigger):
                 yield TriggerEvent({**event, "behind_failure": behind})
                 return
             if error != told:
-                broken = self._broken_since is not None and not seen.waiting
-                self.log.log(logging.WARNING if broken else logging.INFO, "not yet: %s", error)
+                self.log.log(logging.WARNING if self._broken_since else logging.INFO, "not yet: %s", error)
                 told = error
             await asyncio.sleep(min(pause, max(self._left(), 0.0)))
 
-    def _note(self, code: int) -> None:
-        """Remember since when the command breaks instead of answering."""
+    def _note(self, code: int, began: float) -> None:
+        """Remember since when the command does nothing but break; one that broke after a while had gone well."""
         if code in (*FINAL, EXIT_NOT_READY):
             self._broken_since = None
-        elif self._broken_since is None:
+        elif self._broken_since is None or time.monotonic() - began > _GOES_WELL_S:
             self._broken_since = time.monotonic()
 
     def _broken_for(self) -> float:
@@ -160,9 +169,10 @@ class StepTrigger(BaseTrigger):
 
     async def _answer(self, before: Seen) -> tuple[int, str | None, str] | None:
         """Return what the command says; None if another run has changed what is asked meanwhile."""
+        more = self.where_none if before.nothing_before else []
         if before.unless_ready:
-            return await self._look(0.0)
-        looking = asyncio.create_task(self._look(max(self._left(), 0.0)))
+            return await self._look(more, 0.0)
+        looking = asyncio.create_task(self._look(more, max(self._left(), 0.0)))
         try:
             while True:
                 done, _ = await asyncio.wait({looking}, timeout=self.look_s if self.others else None)
@@ -177,11 +187,12 @@ class StepTrigger(BaseTrigger):
                 with suppress(asyncio.CancelledError):
                     await looking
 
-    async def _look(self, seconds: float) -> tuple[int, str | None, str]:
+    async def _look(self, more: Sequence[str], seconds: float) -> tuple[int, str | None, str]:
         if not self.command:
             return 0, NOTHING_AHEAD, ""
         process = await asyncio.create_subprocess_exec(
             *self.command,
+            *more,
             "--wait",
             f"{seconds:.0f}",
             env={**os.environ, **self.variables},

@@ -159,7 +159,7 @@ def test_every_table_is_built_audited_and_published_after_what_it_needs():
     assert tasks["wait_for_day_before"].upstream_task_ids == {"wait_for_log"}
     for table, needed in NEEDS.items():
         alone = table in FROM_THE_LOG_ALONE
-        before = {"wait_for_log" if alone else "wait_for_day_before"}
+        before = {"wait_for_log"} if alone else {"wait_for_log", "wait_for_day_before"}  # the first skips a lost day
         before = {f"{other}.publish" for other in needed} or before
         assert tasks[f"{table}.build"].upstream_task_ids == before
         assert tasks[f"{table}.audit"].upstream_task_ids == {
@@ -423,8 +423,8 @@ def test_an_exit_code_decides_whether_airflow_retries(code, kind, text):
         (feature_tables, "impressions.audit", 65, "then clear impressions.build, and what follows it runs too."),
         (feature_tables, "behaviors.publish", 65, "then clear behaviors.build, and what follows it runs too."),
         # The plan pins files, recipe and what a training goes on from.
-        (ranking_model, "train_onetrans", 65, "then clear plan, and what follows it runs too."),
-        (ranking_model, "evaluate", 78, "correct it, then clear plan, and what follows it runs too."),
+        (ranking_model, "train_onetrans", 65, "then clear this task; but what `plan` pins (tables, days, preset, "),
+        (ranking_model, "evaluate", 78, "correct it, then clear this task; but what `plan` pins"),
         (ranking_model, "gate", 78, "correct it, then clear this task."),
     ],
 )
@@ -835,7 +835,10 @@ def test_a_day_that_the_log_lost_is_skipped(script):
     for dag, task_id in ((feature_tables, "wait_for_log"), (ranking_model, "wait_for_day")):
         look = by_id(dag)[task_id]
         assert (look.nothing_done, look.arguments[-1]) == ("nothing to do", "--unless-absent")
-        assert {task.trigger_rule for task in dag.tasks} == {"all_success"}, "what follows is skipped too"
+        rules = {task.trigger_rule for task in dag.tasks if task.task_id != "wait_for_day_before"}
+        assert rules == {"all_success"}, "what follows is skipped too"
+    # Were this wait skipped too, the day after would begin before its past is built.
+    assert by_id(feature_tables)["wait_for_day_before"].trigger_rule == "none_failed"
 
 
 def test_an_answer_from_the_triggerer_ends_the_wait():
@@ -991,7 +994,11 @@ def test_a_failure_elsewhere_ends_a_wait_that_is_under_way(stands, tmp_path):
 def test_a_day_before_that_a_person_marked_as_success_is_asked_for_its_tables(script, stands, there, run_type):
     """Without them this day would be published by half: what counts over earlier days would not be built."""
     stands.append("done")
-    program = f"import sys; sys.exit(0 if sys.argv[1:] == ['--or-first'] and {there} else 75)"
+    program = (
+        "import sys\n"
+        "print('NotReadyError: behaviors 2022-05-03 is not published; published are none', file=sys.stderr)\n"
+        f"sys.exit(0 if sys.argv[1:] == ['--or-first'] and {there} else 75)"
+    )
     rules = {"others": [TONIGHT], "where_none": ["--or-first"]}
     step = script(program, cls=WaitStep, at_most=timedelta(hours=2), **rules)
     given = context(logical_date=LOGICAL, dag_run=dag_run(run_type))
@@ -1004,6 +1011,7 @@ def test_a_day_before_that_a_person_marked_as_success_is_asked_for_its_tables(sc
     assert (
         "NOT STARTED. feature_tables of 2022-05-03 has ended, and what it makes is not published: was it mark" in text
     )
+    assert "What is missing: behaviors 2022-05-03 is not published; published are none. Published data is" in text
     assert "If the log lost that day, name it in source.absent_days first." in text
     assert "mark this task" not in text, "that would publish this day by half"
     assert not raised.value.behind_failure
@@ -1111,6 +1119,28 @@ def test_a_queued_run_that_a_person_marked_as_success_is_not_waited_for(stands, 
     assert not payload["behind_failure"]
 
 
+def test_a_wait_that_goes_well_between_two_breaks_is_not_broken(stands, tmp_path, monkeypatch):
+    """A catalog that blips, another run that takes hours, one more blip: only what does nothing but break is broken."""
+    from dags import triggers
+
+    tries = tmp_path / "tries"
+    program = (
+        "import pathlib, sys, time\n"
+        f"tries = pathlib.Path({str(tries)!r}); n = len(tries.read_text()) if tries.exists() else 0\n"
+        "tries.write_text('x' * (n + 1)); time.sleep(1.5 if n == 1 else 0); sys.exit(1 if n < 3 else 0)"
+    )
+    until = (datetime.now(UTC) + timedelta(minutes=5)).isoformat()
+    monkeypatch.setattr(triggers, "_GOES_WELL_S", 1.2)
+    payload = look(StepTrigger([sys.executable, "-c", program], {}, until, pause_s=0.1, broken_s=1.4))
+    assert (payload["code"], payload["late"]) == (0, False), "the second look broke after a while, and counted on"
+
+    tries.unlink()
+    stands += ["none", *["running"] * 20, "none"]
+    trigger = waiting(program.replace("n < 3", "n < 1").replace("1.5", "0"), DAY_BEFORE, pause_s=0.1, broken_s=1.5)
+    payload = look(trigger)
+    assert (payload["code"], payload["stop"]) == (0, ""), "what another run took counted as broken"
+
+
 @pytest.mark.parametrize("breaks", ["always", "once"])
 def test_a_look_that_is_broken_for_good_does_not_wait_in_silence(script, capsys, tmp_path, breaks):
     """An import that fails in the triggerer, a password that is wrong: nobody would hear of it for two days."""
@@ -1133,6 +1163,13 @@ def test_a_look_that_is_broken_for_good_does_not_wait_in_silence(script, capsys,
     with pytest.raises(AirflowException, match=r"FAILED with exit code 1\. ImportError: no module\.") as raised:
         step.resume(context(logical_date=LOGICAL), payload)
     assert not isinstance(raised.value, AirflowFailException), "it is tried again, and then people are told"
+
+
+def test_what_may_be_the_first_day_is_asked_for_as_one_whenever_that_is_known(stands):
+    """A run that is under way at the first look, and has ended well at a later one."""
+    stands += ["running", "done"]
+    program = "import sys; print('first'); sys.exit(0 if '--or-first' in sys.argv else 75)"
+    assert look(waiting(program, TONIGHT, where_none=["--or-first"]))["result"] == "first"
 
 
 def test_a_run_that_cannot_begin_is_not_waited_for_without_end(stands):

@@ -120,7 +120,9 @@ def test_a_day_in_an_object_store(object_store: ObjectStore, tmp_path: Path, mon
     # Nothing but databases stayed on this disk, and no process left a copy behind.
     stayed = {path.name for path in (tmp_path / "in-s3" / "var").rglob("*") if path.is_file()}
     assert {name for name in stayed if not name.startswith(("catalog.db", "mlflow.db"))} == set()
-    assert [path.name for path in (tmp_path / "in-s3" / "tmp").iterdir()] == []
+    left = {path.name for path in (tmp_path / "in-s3" / "tmp").iterdir()}
+    # One file for all of a user's sessions of Spark, and PyTorch's own folder.
+    assert {name for name in left if not name.startswith(("onetrans-log4j2-", "torchinductor_"))} == set()
     keys = object_store.keys(f"{bucket}/prod")
     for part in ("lake/data/", "lake/staged/", "runs/", "data_docs/index.html", "mlflow/artifacts/"):
         assert any(key.startswith(part) for key in keys), part

@@ -31,7 +31,7 @@ document on stdout with `--json`; logs, progress and errors go to stderr. Settin
 | {EXIT_BAD_DATA} | the log or a staged table is wrong | not before the data are corrected |
 | {EXIT_NOT_READY} | something is not there yet, or MLflow (in `onetrans doctor`, anything) does not answer | yes |
 | {EXIT_BAD_CONFIG} | a setting, a schema file or an argument is wrong | not before it is corrected |
-| {EXIT_FAILED} | anything else, as a catalog or a store that does not answer | yes: taken for transient |
+| {EXIT_FAILED} | anything else, as a catalog or a store that cannot be used | yes: taken for transient |
 | {EXIT_INTERRUPTED} | Ctrl-C | |
 
 An error is one paragraph: what is wrong, with an example, and what to do. `--debug`, or `{TRACEBACK}=1`, shows where

@@ -39,7 +39,7 @@ class NotReadyError(PipelineError):
 
 
 class CatalogAwayError(PipelineError):
-    """The catalog of tables does not answer.  Whether a day is published is not known then, so it is no
+    """The catalog of tables does not answer, or refuses.  Whether a day is published is not known then, so it is no
     :class:`NotReadyError`, which a wait takes for "not published"; like any failure it is tried again."""
 
 

@@ -214,7 +214,7 @@ class Lake:
         """The Iceberg catalog; made, with its namespace, on first use.
 
         Raises:
-            CatalogAwayError: if it does not answer.
+            CatalogAwayError: if it cannot be used.
         """
         if not self.settings.catalog_uri:
             self.catalog_file.parent.mkdir(parents=True, exist_ok=True)
@@ -237,7 +237,7 @@ class Lake:
         raise AssertionError("unreachable")
 
     def _away(self, error: OperationalError) -> CatalogAwayError:
-        return CatalogAwayError(f"the catalog {self.catalog_shown} does not answer: {str(error.orig).splitlines()[0]}")
+        return CatalogAwayError(f"the catalog {self.catalog_shown} cannot be used: {str(error.orig).splitlines()[0]}")
 
     def migrate_catalog(self) -> None:
         """Bring the tables of a SQL catalog that an older PyIceberg made to today's; nothing happens if they are."""
@@ -431,7 +431,7 @@ class Lake:
 
         Raises:
             NoSuchTableError: if nothing was ever published to it.
-            CatalogAwayError: if the catalog does not answer.
+            CatalogAwayError: if the catalog cannot be used.
         """
         catalog = self.catalog
         try:

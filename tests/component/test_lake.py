@@ -405,17 +405,17 @@ def test_a_catalog_that_does_not_answer_is_told_in_a_line_and_is_not_an_unpublis
         assert cli(command) == EXIT_FAILED
     printed, told = capsys.readouterr()
     (line,) = [line for line in told.splitlines() if line.startswith("CatalogAwayError: ")]
-    assert line.startswith(f"CatalogAwayError: the catalog postgresql+psycopg://{address} does not answer: ")
+    assert line.startswith(f"CatalogAwayError: the catalog postgresql+psycopg://{address} cannot be used: ")
     assert "refused" in line
     assert "Traceback" not in told
     assert "secret" not in printed + told
 
 
-def test_a_catalog_that_goes_away_meanwhile_is_told_likewise(lake: Lake) -> None:
+def test_a_catalog_that_answers_and_cannot_be_used_is_told_likewise(lake: Lake) -> None:
     publish(lake, rows(D1, 3), D1)
     with sqlite3.connect(lake.catalog_file) as database:
         database.execute("drop table iceberg_tables")
-    with pytest.raises(CatalogAwayError, match=r"the catalog .*catalog\.db does not answer: no such table"):
+    with pytest.raises(CatalogAwayError, match=r"the catalog .*catalog\.db cannot be used: no such table"):
         lake.published(TABLE)
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NoReturn
 
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
@@ -24,10 +23,6 @@ from dags.configured import configured
 from dags.steps import EXIT_BAD_CONFIG, Ended, Step
 
 PLACES = ("worker", "kubernetes")
-_SHARED = (("training", "runs"), ("lake", "warehouse"))
-"""Settings that name what workers and pods both read and write."""
-
-
 _NOT_AS_ASKED = (400, 401, 403, 404, 422)
 """Answers to a pod's creation that no next try changes: rights, a namespace, what the template says."""
 
@@ -65,11 +60,13 @@ class LaunchStep(Step):
     def trigger_reentry(self, context: Any, event: Mapping[str, Any]) -> None:
         """Take over from the triggerer: the pod has ended, or its time is up."""
         self._pod = self._make_pod(context)
-        from dags.pods import PodEndedError
+        from dags.pods import PodEndedError, PodNotMadeError
 
         try:
             with self._cluster_tells(context):
                 self._pod.trigger_reentry(context, dict(event))
+        except PodNotMadeError as error:
+            self._bad(context, str(error))
         except PodEndedError as error:
             if event["status"] == "timeout":
                 raise AirflowException(self._late(context, str(event["message"]))) from error
@@ -126,84 +123,31 @@ class LaunchStep(Step):
 
     def _make_pod(self, context: Any) -> Any:
         try:
-            import yaml
-
-            from dags.pods import StepPod, gpus
+            from dags.pods import StepPod
         except ImportError as error:
             self._bad(
                 context,
                 f"launch.place = 'kubernetes' needs a package that is not installed here ({error}); in a checkout "
                 "`make env` brings it, elsewhere: pip install 'PATH/TO/onetrans.whl[kubernetes]'",
             )
-        named = configured("launch", "pod_template", "")
-        if not named:
-            self._bad(
-                context,
-                "launch.place = 'kubernetes' needs launch.pod_template: copy infra/kubernetes/training_pod.yaml, "
-                "change what is marked CHANGE, and name the copy",
-            )
-        template = Path(named)
-        if not template.is_file():
-            self._bad(context, f"launch.pod_template = {str(template)!r} is not a file")
-        try:
-            described = yaml.safe_load(template.read_text(encoding="utf-8"))
-            wanted = gpus(described)
-        except (yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError) as error:
-            self._bad(context, f"launch.pod_template = {str(template)!r} describes no pod ({error!r})")
-        return StepPod(
-            task_id=self.task_id,
-            template=str(template),
-            command=["python", *self.command[1:]],  # the image's Python, not this worker's
-            variables={**self._settings(context, described), **self.variables, **self._processes(wanted)},
-            execution_timeout=self.execution_timeout,
-        )
-
-    def _settings(self, context: Any, template: Mapping[str, Any]) -> dict[str, str]:
-        """Return the worker's settings as variables: a pod has no configuration file of its own.
-
-        Whoever may look at pods reads them, so an address with a password is left to a secret of the pod's template.
-        """
-        from dags.pods import brings
-        from onetrans.errors import PipelineError, holds_password
-        from onetrans.settings import as_environment, load_settings
+        from onetrans.errors import PipelineError
+        from onetrans.pods import pod_of
+        from onetrans.settings import load_settings
 
         try:
-            settings = load_settings()
+            pod = pod_of(load_settings())
         except PipelineError as error:
             self._bad(context, str(error))
-        for section, field in _SHARED:
-            value = str(getattr(getattr(settings, section), field))
-            if not value.startswith("/") and "://" not in value:
-                self._bad(
-                    context,
-                    f"{section}.{field} = {value!r} is a folder of this machine, which a pod does not see; name an "
-                    "address (s3://...), or the absolute path of a volume that workers and pods mount",
-                )
-        if settings.mlflow.tracking_uri.startswith("sqlite:"):
-            self._bad(
-                context,
-                f"mlflow.tracking_uri = {settings.mlflow.tracking_uri!r} is a file of this machine; pods need a "
-                "server of MLflow's, http://... or https://...",
-            )
-        catalog, warehouse = settings.lake.catalog_uri, settings.lake.warehouse
-        if catalog.startswith("sqlite:") or not (catalog or warehouse.startswith(("/", "file:"))):
-            self._bad(
-                context,
-                f"lake.catalog_uri = {catalog!r}: the catalog of tables is a SQLite file of this machine; pods need a "
-                "database, postgresql+psycopg://..., or a REST catalog",
-            )
-        taken = {name: text for name, text in as_environment(settings).items() if not name.startswith(_OWN)}
-        for name in [name for name, text in taken.items() if holds_password(text)]:
-            if not brings(template, name):
-                self._bad(
-                    context,
-                    f"{name} holds a password, which is not written into a pod for all to read, and the template in "
-                    "launch.pod_template names no secret that could bring it; name one with this variable in its "
-                    "envFrom, or take the password out of the address",
-                )
-            self.log.info("%s holds a password, so it is left to the secret that the pod's template names", name)
-            del taken[name]
-        return {"ONETRANS_CONFIG": "", **taken}  # an image may name the file that a worker mounts
+        for name, secret in pod.secrets.items():
+            self.log.info("%s", f"{name} holds a password, so the pod reads it from the secret {secret!r}")
+        return StepPod(
+            task_id=self.task_id,
+            template=pod.template,
+            command=["python", *self.command[1:]],  # the image's Python, not this worker's
+            variables={**pod.variables, **self.variables, **self._processes(pod.gpus)},
+            secrets=pod.secrets,
+            execution_timeout=self.execution_timeout,
+        )
 
     def _processes(self, wanted: int) -> dict[str, str]:
         """Return how many processes a pod trains with: one for each of its GPUs, whatever fits the worker."""
@@ -220,7 +164,3 @@ def _message(body: str | bytes | None) -> str:
         return str(json.loads(body or "{}")["message"])
     except (ValueError, KeyError, TypeError):
         return str(body or "no reason given")[:200]
-
-
-_OWN = ("ONETRANS_AIRFLOW_", "ONETRANS_LAUNCH_", "ONETRANS_SERVING_")
-"""Variables that mean nothing in a pod."""

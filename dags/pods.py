@@ -12,14 +12,23 @@ from typing import Any
 
 from airflow.providers.cncf.kubernetes.operators.pod import KubernetesPodOperator
 from airflow.sdk.exceptions import AirflowException
+from kubernetes.client import V1EnvVar, V1EnvVarSource, V1SecretKeySelector
 
 from dags.steps import Ended, ended_by
 
-GPU = "nvidia.com/gpu"
 LOGS_EVERY_S = 30
 """Seconds after which the triggerer copies new lines of the pod's log into the task's."""
 START_S = 3600
 """Seconds a pod may wait for a free GPU; Airflow's default of two minutes is for pods that fit anywhere."""
+CREATE_S = 1800
+"""Seconds its node may then take to fetch the image and make the container."""
+
+_NOT_MADE = ("CreateContainerConfigError", "InvalidImageName")
+"""Why a container waits that no waiting will make: a secret or a key of it is not there, or what the template says."""
+
+
+class PodNotMadeError(AirflowException):
+    """The pod's description asks for what the cluster does not have; its text says for what."""
 
 
 class PodEndedError(AirflowException):
@@ -40,6 +49,7 @@ class StepPod(KubernetesPodOperator):
         template: str,
         command: Sequence[str],
         variables: Mapping[str, str],
+        secrets: Mapping[str, str],
         execution_timeout: timedelta | None,
         **kwargs: Any,
     ) -> None:
@@ -50,6 +60,7 @@ class StepPod(KubernetesPodOperator):
             template: path of the pod's YAML, a copy of ``infra/kubernetes/training_pod.yaml``.
             command: program and arguments.
             variables: environment variables on top of the template's.
+            secrets: further ones, and the secret that holds each under its name.
             execution_timeout: after which it is deleted.
             **kwargs: what Airflow adds to every operator.
         """
@@ -59,10 +70,14 @@ class StepPod(KubernetesPodOperator):
             pod_template_file=template,
             cmds=list(command[:1]),
             arguments=list(command[1:]),
-            env_vars=dict(variables),
+            env_vars=[
+                *(V1EnvVar(name=name, value=text) for name, text in variables.items()),
+                *(V1EnvVar(name=name, value_from=_in_secret(secret, name)) for name, secret in secrets.items()),
+            ],
             deferrable=True,
             logging_interval=LOGS_EVERY_S,
-            startup_timeout_seconds=START_S,
+            schedule_timeout_seconds=START_S,
+            startup_timeout_seconds=CREATE_S,
             termination_message_policy="FallbackToLogsOnError",
             # The whole pod in the log would bury the one paragraph that matters; its state is in the events.
             log_pod_spec_on_failure=False,
@@ -80,12 +95,40 @@ class StepPod(KubernetesPodOperator):
         """Delete the pod as ever, and tell how its process ended.
 
         Raises:
+            PodNotMadeError: if it never began, and never would.
             PodEndedError: if it failed.
         """
         try:
             super().cleanup(pod, remote_pod, xcom_result, context)
         except AirflowException as error:
+            lacks = not_made(remote_pod, self.base_container_name)
+            if lacks:
+                raise PodNotMadeError(lacks) from error
             raise PodEndedError(how_it_ended(remote_pod, self.base_container_name)) from error
+
+
+def _in_secret(secret: str, key: str) -> V1EnvVarSource:
+    return V1EnvVarSource(secret_key_ref=V1SecretKeySelector(name=secret, key=key))
+
+
+def not_made(pod: Any, container: str) -> str:
+    """Return what a pod's container asks for that the cluster does not have; empty: nothing.
+
+    Args:
+        pod: what Kubernetes last said of it.
+        container: its container.
+    """
+    found = _status(pod, container)
+    waiting = found.state.waiting if found is not None and found.state else None
+    if waiting is None or waiting.reason not in _NOT_MADE:
+        return ""
+    return (
+        f"Kubernetes does not make pod {pod.metadata.name} ({waiting.reason}): {waiting.message or 'it says no more'}"
+    )
+
+
+def _status(pod: Any, container: str) -> Any:
+    return next((c for c in (pod.status.container_statuses or []) if c.name == container), None)
 
 
 def how_it_ended(pod: Any, container: str) -> Ended:
@@ -95,7 +138,7 @@ def how_it_ended(pod: Any, container: str) -> Ended:
         pod: what Kubernetes last said of it.
         container: its container.
     """
-    found = next((c for c in (pod.status.container_statuses or []) if c.name == container), None)
+    found = _status(pod, container)
     ended = found.state.terminated if found is not None and found.state else None
     if ended is None:
         reason = f"{pod.status.reason or pod.status.phase}: {pod.status.message or 'its process did not begin'}"
@@ -104,32 +147,3 @@ def how_it_ended(pod: Any, container: str) -> Ended:
     if ended.reason == "OOMKilled":
         why = "The container passed its memory limit (OOMKilled): raise it in the pod's template."
     return ended_by(int(ended.exit_code), ended.message or "", why)
-
-
-def gpus(template: Mapping[str, Any], container: str = "base") -> int:
-    """Return the GPUs a pod's template asks for; 0 if none.
-
-    Args:
-        template: content of the YAML file.
-        container: the container that trains.
-    """
-    limits = _container(template, container).get("resources", {}).get("limits") or {}
-    return int(limits.get(GPU, 0))
-
-
-def brings(template: Mapping[str, Any], variable: str, container: str = "base") -> bool:
-    """Tell whether a pod's template may bring a variable: by its name, or in a secret whose content is not known here.
-
-    Args:
-        template: content of the YAML file.
-        variable: its name.
-        container: the container that trains.
-    """
-    described = _container(template, container)
-    return any(entry["name"] == variable for entry in described.get("env") or ()) or any(
-        "secretRef" in source for source in described.get("envFrom") or ()
-    )
-
-
-def _container(template: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    return next((described for described in template["spec"]["containers"] if described["name"] == name), {})

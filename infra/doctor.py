@@ -40,6 +40,7 @@ from onetrans.errors import EXIT_BAD_CONFIG, EXIT_NOT_READY, EXIT_OK, BadConfigE
 from onetrans.lake import CATALOG, Lake
 from onetrans.object_store import problem_with
 from onetrans.plan import configured_models
+from onetrans.pods import PodRefusedError, pod_of
 from onetrans.process import add_json, print_json
 from onetrans.schema import load_schema
 from onetrans.settings import NOT_SETTINGS, LakeSettings, Settings, config_file, load_settings
@@ -71,9 +72,6 @@ _JAVA_HINT = (
     "macOS: brew install openjdk@17; then set JAVA_HOME if another Java stands before it on PATH"
 )
 """As infra/setup.sh says it, which runs before there is a Python to ask; a test holds the two together."""
-
-_EXAMPLE_REGISTRY = "registry.example.com"
-"""Where the files in infra/ have their images, for a person to change."""
 
 _ILL = {
     "metadatabase": "without its database Airflow starts nothing",
@@ -374,22 +372,17 @@ def _gpu(settings: Settings) -> Check:
     return Check("gpu", "ok", f"{torch.cuda.device_count()}: {torch.cuda.get_device_name(found)}")
 
 
-def _pods(settings: Settings) -> Check:
-    """Look at the template of a training's pod: as it comes with this code it names an image that nobody has."""
+def _pods(settings: Settings) -> list[Check]:
+    """Ask what a step asks before it makes a pod; what its secrets hold, the cluster alone knows."""
     if settings.launch.place != "kubernetes":
-        return Check("pods", "skip", f"launch.place = {settings.launch.place!r}: trainings are processes of the worker")
-    named = settings.launch.pod_template
-    mend = "copy infra/kubernetes/training_pod.yaml, change what is marked CHANGE, and name the copy there"
-    if not named:
-        return Check("pods", "FAIL", "launch.place = 'kubernetes', but launch.pod_template names no template", mend)
+        found = f"launch.place = {settings.launch.place!r}: trainings are processes of the worker"
+        return [Check("pods", "skip", found)]
     try:
-        text = Path(named).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        return Check("pods", "FAIL", f"launch.pod_template = {named}: {error}", mend)
-    images = re.findall(r"^\s*(?:- )?image:\s*(\S+)", text, re.MULTILINE)
-    if any(image.strip("'\"").startswith(_EXAMPLE_REGISTRY) for image in images):
-        return Check("pods", "FAIL", f"{named} still names an image of {_EXAMPLE_REGISTRY}, the example's", mend)
-    return Check("pods", "ok", f"{named}, image {', '.join(images)}")
+        pod = pod_of(settings)
+    except PodRefusedError as error:
+        return [Check("pods", "FAIL", found, mend) for found, mend in error.refusals]
+    wanted = "".join(f"; the secret {secret!r} has to hold {name}" for name, secret in pod.secrets.items())
+    return [Check("pods", "ok", f"{pod.template}, image {pod.image}{wanted}")]
 
 
 # What the settings name

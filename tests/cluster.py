@@ -40,6 +40,10 @@ class Cluster:
         self._listening: dict[str, threading.Thread] = {}
         self.made: list[str] = []
         """Names of all pods that were ever created."""
+        self.secrets: dict[str, dict[str, str]] = {"onetrans": {}}
+        """The secrets of the namespace."""
+        self.lacking: dict[str, str] = {}
+        """What the node says of each pod that asks for a secret, or a key of one, that is not there."""
         self.full = False
         """Whether no node takes another pod: those created now stay pending."""
         self.refuses: tuple[int, str] | None = None
@@ -99,10 +103,14 @@ class Cluster:
         pod["metadata"] |= {"uid": name, "creationTimestamp": "2022-05-05T00:00:00Z", "resourceVersion": "1"}
         command = [*container["command"], *container["args"]]
         command[0] = sys.executable if command[0] == "python" else command[0]
-        variables = {entry["name"]: entry.get("value", "") for entry in container["env"]}
         self.pods[name] = pod
         self.made.append(name)
         if self.full:
+            return pod
+        try:
+            variables = self._variables(container, pod["metadata"]["namespace"])
+        except LookupError as error:
+            self.lacking[name] = str(error.args[0])
             return pod
         process = subprocess.Popen(
             command,
@@ -123,6 +131,23 @@ class Cluster:
         self.processes[name] = process  # from now on it is asked for its log
         return pod
 
+    def _variables(self, container: dict, namespace: str) -> dict[str, str]:
+        """Return the variables of a container; those of whole secrets first, as the others win."""
+        variables: dict[str, str] = {}
+        for source in container.get("envFrom", ()):
+            variables |= self._secret(source["secretRef"]["name"])
+        for entry in container["env"]:
+            asked = entry.get("valueFrom", {}).get("secretKeyRef")
+            if asked and asked["key"] not in self._secret(asked["name"]):
+                raise LookupError(f"couldn't find key {asked['key']} in Secret {namespace}/{asked['name']}")
+            variables[entry["name"]] = self._secret(asked["name"])[asked["key"]] if asked else entry.get("value", "")
+        return variables
+
+    def _secret(self, name: str) -> dict[str, str]:
+        if name not in self.secrets:
+            raise LookupError(f'secret "{name}" not found')
+        return self.secrets[name]
+
     def _log(self, name: str, stamped: bool = False, seconds: float = math.inf) -> str:
         """Return what a pod's process wrote, in the last seconds alone, each line behind its time if ``stamped``."""
         if self.processes[name].poll() is not None:
@@ -132,6 +157,16 @@ class Cluster:
         return "".join(f"{when.isoformat()} {line}" if stamped else line for when, line in lines)
 
     def _seen(self, name: str) -> dict:
+        if name in self.lacking:
+            state = {"waiting": {"reason": "CreateContainerConfigError", "message": self.lacking[name]}}
+            status = {
+                "phase": "Pending",
+                "conditions": [{"type": "PodScheduled", "status": "True"}],
+                "containerStatuses": [
+                    {"name": "base", "state": state, "ready": False, "restartCount": 0, "image": "x", "imageID": ""}
+                ],
+            }
+            return {**self.pods[name], "status": status}
         if name not in self.processes:
             return {**self.pods[name], "status": {"phase": "Pending"}}
         code = self.processes[name].poll()

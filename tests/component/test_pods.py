@@ -29,11 +29,10 @@ from onetrans.plan import Plan
 from onetrans.settings import as_environment
 from onetrans.train import train
 from tests.images import image_environment
+from tests.pod_template import own_template
 from tests.tracked_days import Shop
 
 pytest.importorskip("airflow.providers.cncf.kubernetes")
-
-TEMPLATE = str(REPOSITORY / "infra" / "kubernetes" / "training_pod.yaml")
 
 PROGRAM = """
 import os, pathlib, sys, time
@@ -41,6 +40,8 @@ from onetrans.settings import load_settings
 load_settings()
 checkpoint = pathlib.Path(os.environ["ONETRANS_TRAINING_RUNS"]) / "checkpoint"
 print("goes on from", checkpoint.read_text() if checkpoint.exists() else "fresh weights", flush=True)
+if sys.argv[1] == "catalog":
+    print("the tables are in", load_settings().lake.catalog_uri, flush=True)
 if sys.argv[1] == "killed" and not checkpoint.exists():
     checkpoint.write_text("step 7")
     time.sleep(600)
@@ -64,7 +65,7 @@ def cluster(tmp_path, monkeypatch):
         "PYTHONPATH": str(REPOSITORY),
         "AIRFLOW_CONN_KUBERNETES_DEFAULT": cluster.connection(),
         "ONETRANS_LAUNCH_PLACE": "kubernetes",
-        "ONETRANS_LAUNCH_POD_TEMPLATE": TEMPLATE,
+        "ONETRANS_LAUNCH_POD_TEMPLATE": str(own_template(tmp_path)),
         "ONETRANS_TRAINING_RUNS": str(tmp_path),
         "ONETRANS_LAKE_WAREHOUSE": str(tmp_path / "lake"),
         "ONETRANS_MLFLOW_TRACKING_URI": "http://127.0.0.1:1",
@@ -169,6 +170,42 @@ def test_a_pod_that_no_node_takes_is_not_told_of_as_slow(cluster, step, monkeypa
     assert cluster.pods == {}
 
 
+SECRET_ADDRESS = "postgresql+psycopg://ranking:hunter2@postgres/lake"
+
+
+def test_a_pod_reads_an_address_with_a_password_from_the_secret(cluster, step, monkeypatch, capsys):
+    monkeypatch.setenv("ONETRANS_LAKE_CATALOG_URI", SECRET_ADDRESS)
+    cluster.secrets["onetrans"] = {"ONETRANS_LAKE_CATALOG_URI": SECRET_ADDRESS}
+    run(step("catalog"))
+    assert f"the tables are in {SECRET_ADDRESS}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("secrets", "says"),
+    [
+        (
+            {"onetrans": {"AWS_ACCESS_KEY_ID": "x"}},
+            "couldn't find key ONETRANS_LAKE_CATALOG_URI in Secret ranking/onetrans",
+        ),
+        ({}, 'secret "onetrans" not found'),
+    ],
+)
+def test_a_secret_that_lacks_the_address_ends_the_step_and_the_pod_never_takes_the_default(
+    cluster, step, monkeypatch, secrets, says
+):
+    monkeypatch.setattr("dags.pods.CREATE_S", 1)
+    monkeypatch.setenv("ONETRANS_LAKE_CATALOG_URI", SECRET_ADDRESS)
+    cluster.secrets = secrets
+    with pytest.raises(AirflowFailException) as raised:
+        run(step("catalog"))
+    told = str(raised.value)
+    assert told.startswith("train_onetrans of 2022-05-04: BAD CONFIGURATION. Kubernetes does not make pod train-onetr")
+    assert f"(CreateContainerConfigError): {says}. " in told
+    assert told.endswith("Airflow does not retry this: correct it, then clear this task.")
+    assert cluster.processes == {}
+    assert cluster.pods == {}
+
+
 FORBIDDEN = "pods is forbidden: User airflow cannot create resource pods in the namespace ranking"
 QUOTA = "pods train is forbidden: exceeded quota: gpus, requested: 1, used: 4, limited: 4"
 
@@ -245,7 +282,7 @@ def test_a_training_whose_pod_is_lost_comes_to_the_same_weights(cluster, monkeyp
     for name, value in as_environment(unlike_a_file).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("ONETRANS_LAUNCH_PLACE", "kubernetes")
-    monkeypatch.setenv("ONETRANS_LAUNCH_POD_TEMPLATE", TEMPLATE)
+    monkeypatch.setenv("ONETRANS_LAUNCH_POD_TEMPLATE", str(own_template(tmp_path)))
     checkpoint = storage.local_path(plan.model_path("onetrans")) / "checkpoint" / "checkpoint.json"
 
     def training():

@@ -11,6 +11,7 @@ from cluster import Cluster
 
 from infra.local.airflow import REPOSITORY, LocalAirflow
 from tests.images import image_environment
+from tests.pod_template import own_template
 
 pytest.importorskip("airflow.providers.cncf.kubernetes")
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(600)]
@@ -55,7 +56,7 @@ def test_pods_end_as_their_exit_codes_say_and_a_lost_one_is_replaced(tmp_path: P
     environment = {
         "AIRFLOW_CONN_KUBERNETES_DEFAULT": cluster.connection(),
         "ONETRANS_LAUNCH_PLACE": "kubernetes",
-        "ONETRANS_LAUNCH_POD_TEMPLATE": str(REPOSITORY / "infra" / "kubernetes" / "training_pod.yaml"),
+        "ONETRANS_LAUNCH_POD_TEMPLATE": str(own_template(tmp_path)),
         "ONETRANS_TRAINING_RUNS": str(tmp_path / "runs"),
         "ONETRANS_LAKE_WAREHOUSE": str(tmp_path / "lake"),
         "ONETRANS_MLFLOW_TRACKING_URI": "http://127.0.0.1:1",

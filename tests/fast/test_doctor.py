@@ -19,6 +19,15 @@ import pytest
 from infra import doctor
 from onetrans import cli
 from onetrans.errors import EXIT_BAD_CONFIG, EXIT_NOT_READY
+from tests.pod_template import EXAMPLE, own_template
+
+SHARED = {
+    "ONETRANS_LAUNCH_PLACE": "kubernetes",
+    "ONETRANS_TRAINING_RUNS": "s3://bucket/runs",
+    "ONETRANS_LAKE_WAREHOUSE": "/shared/lake",
+    "ONETRANS_MLFLOW_TRACKING_URI": "http://mlflow:5000",
+}
+"""What workers and pods both see."""
 
 
 @pytest.fixture(autouse=True)
@@ -125,24 +134,63 @@ def test_the_template_of_pods_is_a_copy_of_ones_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert looked(capsys, "pods")[1][0]["state"] == "skip"
-    monkeypatch.setenv("ONETRANS_LAUNCH_PLACE", "kubernetes")
-    example = doctor.REPOSITORY / "infra" / "kubernetes" / "training_pod.yaml"
+    for name, value in SHARED.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "list.yaml").write_text("- 1", encoding="utf-8")
+    other = EXAMPLE.read_text(encoding="utf-8").replace("- name: base", "- name: trainer")
+    (tmp_path / "other.yaml").write_text(other, encoding="utf-8")
     for named, told in (
         ("", "names no template"),
         ("gone.yaml", "No such file"),
-        (str(example), "registry.example.com"),
+        (str(EXAMPLE), "registry.example.com"),
+        ("list.yaml", "'list.yaml' describes no pod"),
+        ("other.yaml", "none of its containers is called 'base'"),
     ):
         monkeypatch.setenv("ONETRANS_LAUNCH_POD_TEMPLATE", named)
         code, (check,) = looked(capsys, "pods")
         assert (code, check["state"]) == (EXIT_BAD_CONFIG, "FAIL")
         assert told in check["found"]
         assert "copy infra/kubernetes/training_pod.yaml" in check["mend"]
-    text = example.read_text(encoding="utf-8").replace("registry.example.com", "registry.shop.test")
-    (tmp_path / "pod.yaml").write_text(text, encoding="utf-8")
-    monkeypatch.setenv("ONETRANS_LAUNCH_POD_TEMPLATE", str(tmp_path / "pod.yaml"))
+    monkeypatch.setenv("ONETRANS_LAUNCH_POD_TEMPLATE", str(own_template(tmp_path)))
     code, (check,) = looked(capsys, "pods")
     assert (code, check["state"]) == (0, "ok")
     assert "image registry.shop.test/onetrans-training:" in check["found"]
+
+
+def test_what_a_step_in_a_pod_refuses_is_told_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ONETRANS_LAUNCH_PLACE", "kubernetes")
+    monkeypatch.setenv("ONETRANS_LAUNCH_POD_TEMPLATE", str(own_template(tmp_path)))
+    code, checks = looked(capsys, "pods")
+    assert code == EXIT_BAD_CONFIG
+    for check, setting in zip(
+        checks, ("training.runs", "lake.warehouse", "mlflow.tracking_uri", "lake.catalog_uri"), strict=True
+    ):
+        assert check["state"] == "FAIL"
+        assert check["found"].startswith(f"{setting} = ")
+        assert "of this machine" in check["found"]
+        assert check["mend"]
+
+
+def test_what_the_secret_of_pods_has_to_hold_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    template = own_template(tmp_path)
+    for name, value in {
+        **SHARED,
+        "ONETRANS_LAUNCH_POD_TEMPLATE": str(template),
+        "ONETRANS_LAKE_CATALOG_URI": "postgresql+psycopg://ann:hunter2@db/lake",
+    }.items():
+        monkeypatch.setenv(name, value)
+    code, (check,) = looked(capsys, "pods")
+    assert code == 0
+    assert check["found"].endswith("; the secret 'onetrans' has to hold ONETRANS_LAKE_CATALOG_URI")
+    template.write_text(template.read_text(encoding="utf-8").replace("secretRef", "configMapRef"), encoding="utf-8")
+    code, (check,) = looked(capsys, "pods")
+    assert code == EXIT_BAD_CONFIG
+    assert check["found"].startswith("ONETRANS_LAKE_CATALOG_URI holds a password")
+    assert "hunter2" not in str(check)
 
 
 def test_a_taken_port_is_named_with_its_holder(

@@ -18,12 +18,11 @@ from airflow.sdk.exceptions import AirflowException, AirflowFailException
 from dags.launch import PLACES, LaunchStep
 from dags.ranking_model import dag as ranking_model
 from tests.images import image_environment
+from tests.pod_template import EXAMPLE, own_template
 
 INFRA = Path(__file__).parents[2] / "infra"
-TEMPLATE = INFRA / "kubernetes" / "training_pod.yaml"
 
 SHARED = {
-    "ONETRANS_LAUNCH_POD_TEMPLATE": str(TEMPLATE),
     "ONETRANS_LAUNCH_PLACE": "kubernetes",
     "ONETRANS_TRAINING_RUNS": "s3://bucket/runs",
     "ONETRANS_LAKE_WAREHOUSE": "/shared/lake",
@@ -38,7 +37,8 @@ def configure(monkeypatch, tmp_path):
     monkeypatch.delenv("ONETRANS_CONFIG", raising=False)
 
     def settings(**variables):
-        for name, value in {**SHARED, **variables}.items():
+        template = {"ONETRANS_LAUNCH_POD_TEMPLATE": str(own_template(tmp_path))}
+        for name, value in {**SHARED, **template, **variables}.items():
             monkeypatch.setenv(name, value)
 
     return settings
@@ -68,7 +68,7 @@ def step(**kwargs):
 
 
 def template_with(tmp_path, change):
-    pod = yaml.safe_load(TEMPLATE.read_text(encoding="utf-8"))
+    pod = yaml.safe_load(own_template(tmp_path).read_text(encoding="utf-8"))
     change(pod["spec"]["containers"][0], pod["spec"])
     path = tmp_path / "pod.yaml"
     path.write_text(yaml.safe_dump(pod), encoding="utf-8")
@@ -104,7 +104,11 @@ def test_a_place_that_is_none_is_refused(configure):
         ({"ONETRANS_LAKE_WAREHOUSE": "s3://bucket/lake"}, "the catalog of tables is a SQLite file of this machine"),
         ({"ONETRANS_LAKE_CATALOG_URI": "sqlite:////data/catalog.db"}, "the catalog of tables is a SQLite file of this"),
         ({"ONETRANS_LAUNCH_POD_TEMPLATE": ""}, "copy infra/kubernetes/training_pod.yaml, change what is marked CHANGE"),
-        ({"ONETRANS_LAUNCH_POD_TEMPLATE": "/nowhere.yaml"}, "launch.pod_template = '/nowhere.yaml' is not a file"),
+        (
+            {"ONETRANS_LAUNCH_POD_TEMPLATE": "/nowhere.yaml"},
+            "launch.pod_template = '/nowhere.yaml' cannot be read: No such file",
+        ),
+        ({"ONETRANS_LAUNCH_POD_TEMPLATE": str(EXAMPLE)}, "still names an image of registry.example.com"),
     ],
 )
 def test_what_a_pod_could_not_see_is_refused_before_it_is_made(configure, variables, why):
@@ -113,6 +117,31 @@ def test_what_a_pod_could_not_see_is_refused_before_it_is_made(configure, variab
     with pytest.raises(AirflowFailException, match="BAD CONFIGURATION") as refused:
         step().execute(context())
     assert why in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("warehouse", "catalog", "taken"),
+    [
+        ("/shared/lake", "sqlite:////shared/lake/catalog.db", True),
+        ("/shared/lake", "sqlite:////shared/lake/catalog.db?timeout=60", True),
+        ("file:///shared/lake/", "sqlite:////shared/lake/of/tables.db", True),
+        ("/shared/lake", "sqlite:////shared/lake/../catalog.db", False),
+        ("/shared/lake", "sqlite:////shared/lake2/catalog.db", False),
+        ("/shared/lake", "sqlite:///catalog.db", False),
+        ("/shared/lake", "sqlite+pysqlite:////data/catalog.db", False),
+        ("s3://bucket/lake", "sqlite:////shared/lake/catalog.db", False),
+        ("s3://bucket/lake", "postgresql+psycopg:///lake", True),
+    ],
+)
+def test_a_sqlite_catalog_is_taken_on_the_volume_of_the_tables(configure, warehouse, catalog, taken):
+    """Where nobody names it, it lies there too."""
+    pytest.importorskip("airflow.providers.cncf.kubernetes")
+    configure(ONETRANS_LAKE_WAREHOUSE=warehouse, ONETRANS_LAKE_CATALOG_URI=catalog)
+    if taken:
+        assert rendered(step())
+        return
+    with pytest.raises(AirflowFailException, match=r"BAD CONFIGURATION\. lake.catalog_uri = 'sqlite.*a SQLite file"):
+        step().execute(context())
 
 
 def test_airflow_in_a_cluster_names_the_template_that_is_mounted():
@@ -144,17 +173,17 @@ def test_the_pod_is_one_kubernetes_takes(configure):
     configure()
     pod = rendered(step())
     validate(pod, "1.34", strict=True)
-    validate(yaml.safe_load(TEMPLATE.read_text(encoding="utf-8")), "1.34", strict=True)
+    validate(yaml.safe_load(EXAMPLE.read_text(encoding="utf-8")), "1.34", strict=True)
     broken = deepcopy(pod)
     broken["spec"]["containers"][0]["resources"]["limit"] = {}
     with pytest.raises(Exception, match="limit"):
         validate(broken, "1.34", strict=True)
 
 
-def test_the_pod_is_the_template_with_the_step_in_it(configure):
+def test_the_pod_is_the_template_with_the_step_in_it(configure, tmp_path):
     pytest.importorskip("airflow.providers.cncf.kubernetes")
     configure(ONETRANS_AIRFLOW_NOTIFY="slack", ONETRANS_GATE_SEED="3")
-    pod, template = rendered(step()), yaml.safe_load(TEMPLATE.read_text(encoding="utf-8"))
+    pod, template = rendered(step()), yaml.safe_load(own_template(tmp_path).read_text(encoding="utf-8"))
     (container,) = pod["spec"]["containers"]
     (described,) = template["spec"]["containers"]
     assert [*container["command"], *container["args"]] == [
@@ -192,40 +221,58 @@ def test_the_library_reads_the_worker_s_settings_out_of_the_pod_s_variables(conf
 SECRET_ADDRESS = "postgresql+psycopg://ranking:hunter2@postgres/lake"
 
 
-def test_an_address_with_a_password_is_left_to_the_secret_of_the_template(configure, tmp_path):
-    """Whoever may look at pods reads what stands in their descriptions."""
+def test_an_address_with_a_password_is_read_from_the_secret_of_the_template(configure):
+    """Whoever may look at pods reads what stands in their descriptions; without the key, Kubernetes starts no pod."""
     pytest.importorskip("airflow.providers.cncf.kubernetes")
+    validate = pytest.importorskip("kubernetes_validate").validate
     mlflow = "http://ann:hunter2@mlflow:5000"
     configure(ONETRANS_LAKE_CATALOG_URI=SECRET_ADDRESS, ONETRANS_MLFLOW_TRACKING_URI=mlflow)
     pod = rendered(step())
+    validate(pod, "1.34", strict=True)
     assert "hunter2" not in str(pod)
     (container,) = pod["spec"]["containers"]
-    names = {entry["name"] for entry in container["env"]}
-    assert not names & {"ONETRANS_LAKE_CATALOG_URI", "ONETRANS_MLFLOW_TRACKING_URI"}, (
-        "empty, they would hide the secret's"
-    )
-    assert "ONETRANS_LAKE_WAREHOUSE" in names
+    for name in ("ONETRANS_LAKE_CATALOG_URI", "ONETRANS_MLFLOW_TRACKING_URI"):
+        (entry,) = (entry for entry in container["env"] if entry["name"] == name)
+        assert entry == {"name": name, "valueFrom": {"secretKeyRef": {"name": "onetrans", "key": name}}}
+    assert {"name": "ONETRANS_LAKE_WAREHOUSE", "value": "/shared/lake"} in container["env"]
     assert container["envFrom"] == [{"secretRef": {"name": "onetrans"}}]
 
-    def without_secret(container, _):
-        del container["envFrom"]
 
-    configure(ONETRANS_LAUNCH_POD_TEMPLATE=template_with(tmp_path, without_secret))
-    with pytest.raises(AirflowFailException, match=r"BAD CONFIGURATION\. ONETRANS_LAKE_CATALOG_URI holds a password"):
+@pytest.mark.parametrize(
+    ("sources", "told"),
+    [
+        ([], "names no secret in the envFrom"),
+        ([{"prefix": "MY_", "secretRef": {"name": "onetrans"}}], "names no secret in the envFrom"),
+        ([{"configMapRef": {"name": "onetrans"}}], "names no secret in the envFrom"),
+        ([{"secretRef": {"name": "keys"}}, {"secretRef": {"name": "addresses"}}], "several secrets (keys, addresses)"),
+    ],
+)
+def test_a_password_that_no_secret_is_named_for_is_refused(configure, tmp_path, sources, told):
+    pytest.importorskip("airflow.providers.cncf.kubernetes")
+
+    def bring(container, _):
+        container["envFrom"] = sources
+
+    configure(ONETRANS_LAKE_CATALOG_URI=SECRET_ADDRESS, ONETRANS_LAUNCH_POD_TEMPLATE=template_with(tmp_path, bring))
+    with pytest.raises(AirflowFailException, match=r"BAD CONFIGURATION\. ONETRANS_LAKE_CATALOG_URI holds a pass") as no:
         step().execute(context())
+    assert told in str(no.value)
+    assert "hunter2" not in str(no.value)
+
+
+def test_a_variable_that_the_template_names_itself_is_left_to_it(configure, tmp_path):
+    pytest.importorskip("airflow.providers.cncf.kubernetes")
+    named = {
+        "name": "ONETRANS_LAKE_CATALOG_URI",
+        "valueFrom": {"secretKeyRef": {"name": "addresses", "key": "catalog"}},
+    }
 
     def by_name(container, _):
-        del container["envFrom"]
-        key = {"secretKeyRef": {"name": "onetrans", "key": "address"}}
-        names = ("ONETRANS_LAKE_CATALOG_URI", "ONETRANS_MLFLOW_TRACKING_URI")
-        container["env"] = [{"name": name, "valueFrom": key} for name in names]
+        container["env"] = [named]
 
-    configure(ONETRANS_LAUNCH_POD_TEMPLATE=template_with(tmp_path, by_name))
+    configure(ONETRANS_LAKE_CATALOG_URI=SECRET_ADDRESS, ONETRANS_LAUNCH_POD_TEMPLATE=template_with(tmp_path, by_name))
     (container,) = rendered(step())["spec"]["containers"]
-    assert {
-        "name": "ONETRANS_LAKE_CATALOG_URI",
-        "valueFrom": {"secretKeyRef": {"name": "onetrans", "key": "address"}},
-    } in (container["env"])
+    assert [entry for entry in container["env"] if entry["name"] == named["name"]] == [named]
     assert "hunter2" not in str(container)
 
 

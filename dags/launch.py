@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
 
 from dags.configured import configured
-from dags.steps import EXIT_BAD_CONFIG, Ended, Step
+from dags.steps import EXIT_BAD_CONFIG, Ended, Step, raise_for
 
 PLACES = ("worker", "kubernetes")
 _NOT_AS_ASKED = (400, 401, 403, 404, 422)
@@ -154,7 +154,8 @@ class LaunchStep(Step):
         return {"ONETRANS_TRAINING_PROCESSES": str(max(1, wanted) if self.parallel else 1)}
 
     def _bad(self, context: Any, why: str) -> NoReturn:
-        self._raise_for(context, Ended(EXIT_BAD_CONFIG, None, why))
+        """Refuse what is read anew in each try, whatever has to be cleared for what the step itself refuses."""
+        raise_for(self._title(context), Ended(EXIT_BAD_CONFIG, None, why), self.unharmed)
         raise AssertionError("unreachable: the exit code says that it failed")
 
 

@@ -144,6 +144,19 @@ def test_a_sqlite_catalog_is_taken_on_the_volume_of_the_tables(configure, wareho
         step().execute(context())
 
 
+def test_what_makes_no_pod_is_corrected_without_another_plan(configure):
+    """The plan pins what the process is given; where and in what it runs is read anew."""
+    pytest.importorskip("airflow.providers.cncf.kubernetes")
+    from dags.pods import how_it_ended
+
+    configure(ONETRANS_LAUNCH_POD_TEMPLATE="")
+    made = step(clear="clear plan, and what follows it runs too")
+    with pytest.raises(AirflowFailException, match=r"correct it, then clear this task\.$"):
+        made.execute(context())
+    with pytest.raises(AirflowFailException, match=r"correct it, then clear plan, and what follows it runs too\.$"):
+        made._raise_for(context(), how_it_ended(ended_pod(exit_code=78), "base"))
+
+
 def test_airflow_in_a_cluster_names_the_template_that_is_mounted():
     """The values say that trainings run in pods, so they say of which template: the copy in the ConfigMap."""
     values = yaml.safe_load((INFRA / "kubernetes" / "airflow-values.yaml").read_text(encoding="utf-8"))

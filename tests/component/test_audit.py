@@ -406,7 +406,7 @@ def test_a_failed_audit_s_task_ends_with_the_address_of_its_page(
     text = str(raised.value)
     assert text.startswith(f"impressions.audit of {DS}: BAD DATA. BadDataError: impressions {DS}: 1 critical expect")
     link = f"http://127.0.0.1:8088/validations/impressions/{DS}.html"
-    assert text.endswith(f"correct the data, then clear this task. See {link}")
+    assert text.endswith(f"then clear impressions.build, and what follows it runs too. See {link}")
     assert text.count(UNHARMED) == 1
 
 

@@ -1022,8 +1022,8 @@ def test_a_day_before_that_a_person_marked_as_success_is_asked_for_its_tables(sc
     [
         (0, ""),
         (75, "NOT STARTED. feature_tables of 2022-05-03 has no run by the clock or of a backfill. Tails are built"),
-        (1, "FAILED with exit code 1. OperationalError: the catalog is away."),
-        (78, "BAD CONFIGURATION. OperationalError: the catalog is away."),
+        (1, "FAILED with exit code 1. CatalogAwayError: the catalog is away."),
+        (78, "BAD CONFIGURATION. CatalogAwayError: the catalog is away."),
     ],
 )
 def test_a_day_before_that_was_never_run_is_asked_for_its_tables(script, stands, code, outcome):
@@ -1032,7 +1032,7 @@ def test_a_day_before_that_was_never_run_is_asked_for_its_tables(script, stands,
     step = script(
         f"""
         import sys
-        print("OperationalError: the catalog is away", file=sys.stderr)
+        print("CatalogAwayError: the catalog is away", file=sys.stderr)
         sys.exit({code} if sys.argv[1:] == ["--or-first"] else 99)
         """,
         cls=WaitStep,

@@ -61,6 +61,8 @@ class Log:
     """Days run through Airflow."""
     preset: str
     """Size of both models."""
+    minutes: int
+    """About how long the demo takes on two free cores (benchmarks/results/demo.md)."""
     batch_size: int = 256
     """Impressions of a step: a pass over so small a log must still be many steps."""
     dense_lr: float = 0.0
@@ -75,7 +77,7 @@ class Log:
 def simulated() -> Log:
     """Return the simulated shop: nine days of history, then three days."""
     first = date(2026, 1, 1)
-    return Log("files", HOME / "raw", first, _three_days(first + timedelta(days=9)), "tiny")
+    return Log("files", HOME / "raw", first, _three_days(first + timedelta(days=9)), "tiny", 10)
 
 
 def kuairand(path: Path) -> Log:
@@ -87,7 +89,7 @@ def kuairand(path: Path) -> Log:
     if not path.is_dir():
         raise BadConfigError(f"--data {path} is not a folder; give the folder of the KuaiRand release")
     log = Log(
-        "kuairand", path.resolve(), date(2022, 4, 25), _three_days(date(2022, 5, 4)), "tiny", **_TUNED_ON_KUAIRAND
+        "kuairand", path.resolve(), date(2022, 4, 25), _three_days(date(2022, 5, 4)), "tiny", 15, **_TUNED_ON_KUAIRAND
     )
     _require_days(log)
     return log
@@ -181,7 +183,15 @@ def main(argv: list[str] | None = None) -> int:
 
     def ran() -> int:
         arguments = parser.parse_args(argv)
-        run(kuairand(arguments.data) if arguments.data else simulated())
+        log = kuairand(arguments.data) if arguments.data else simulated()
+        try:
+            run(log)
+        except KeyboardInterrupt:
+            say(
+                f"what is built so far stays in {_short(HOME)}: {_make_ui(HOME / 'onetrans.toml')} shows it; make demo "
+                "begins from nothing"
+            )
+            raise
         return EXIT_OK
 
     return exit_code_of(ran)
@@ -214,6 +224,10 @@ def run(log: Log) -> Costs:
     watch = Stopwatch()
     begun = time.monotonic()
     config = _start_clean(log)
+    say(
+        f"The history of {(log.history_to - log.history_from).days + 1} days in one session, then {len(log.days)} days "
+        f"through Airflow: about {log.minutes} minutes on two free cores. Logs: {_short(HOME / 'logs')}"
+    )
     environment = {"ONETRANS_CONFIG": str(config)}
     airflow = LocalAirflow(airflow_home(config), environment)
     with MemoryWatch(every=1.0) as memory:
@@ -289,7 +303,7 @@ def _process(environment: Mapping[str, str], module: str, *arguments: str, shown
     log.parent.mkdir(exist_ok=True)
     command = [sys.executable, "-m", module, *arguments]
     with (
-        log.open("w", encoding="utf-8") as file,
+        log.open("w", encoding="utf-8", buffering=1) as file,  # whoever waits looks into it
         subprocess.Popen(
             command, env=dict(environment), cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, errors="replace"
         ) as process,

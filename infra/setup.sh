@@ -65,14 +65,15 @@ fi
 log=.venv/setup.log
 install() { # pip, with a line now and then instead of its hundreds
   PYTHONWARNINGS=ignore .venv/bin/python -m pip install --progress-bar off "$@" >>"$log" 2>&1 &
-  local pip=$! started=$SECONDS
+  local pip=$! started=$SECONDS packages
+  packages=$(grep -c '==' constraints.txt)
   while kill -0 "$pip" 2>/dev/null; do
     sleep 1
     (((SECONDS - started) % 20 == 0)) || continue
     if grep -q '^Installing collected' "$log"; then
-      echo "setup: $((SECONDS - started)) s, $(find .venv -maxdepth 4 -name '*.dist-info' | wc -l) of $(grep '^Installing collected' "$log" | tail -1 | tr -cd ',' | wc -c) packages written"
+      echo "setup: $SECONDS s, $(find .venv -maxdepth 4 -name '*.dist-info' | wc -l) of about $packages packages written"
     else
-      echo "setup: $((SECONDS - started)) s, $(grep -c '^Collecting' "$log" || true) of about $(grep -c '==' constraints.txt) packages found"
+      echo "setup: $SECONDS s, $(grep -c '^Collecting' "$log" || true) of about $packages packages fetched"
     fi
   done
   wait "$pip" || { tail -15 "$log" >&2; fail "pip could not install; all it said is in $log"; }

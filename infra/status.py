@@ -393,16 +393,16 @@ def _troubled_part(airflow: Mapping[str, Any] | None) -> dict[str, str]:
     lines: list[str] = []
     troubled = (airflow or {}).get("troubled") or {"tasks": (), "more": 0}
     if "error" in troubled:
-        return {"Failed": f"not known: {troubled['error'].partition(': ')[2]}"}
+        return {"Failed, or tried again": f"not known: {troubled['error'].partition(': ')[2]}"}
     for task in troubled["tasks"]:
-        outcome = "FAILED" if task["state"] == "failed" else "waits for its next try"
+        outcome = "FAILED" if task["state"] == "failed" else "is tried again by itself"
         tried = [f"try {task['try']} of {task['tries']}"] if task["task_id"] else []
         when = ", ".join([*tried, *([f"{task['ended'][:16]}Z"] if task["ended"] else [])])
         lines.append(f"{task['dag_id']} {task['run_id']}: {task['task_id'] or 'the run'} {outcome} ({when})")
         lines.append(f"  {task['link']}")
     if troubled["more"]:
         lines.append(f"and {troubled['more']} more")
-    return {"Failed": "\n".join(lines)} if lines else {}
+    return {"Failed, or tried again": "\n".join(lines)} if lines else {}
 
 
 def _running_text(running: Any, airflow: Mapping[str, Any] | None) -> str:

@@ -99,13 +99,13 @@ def run() -> None:
 
 
 def _newest_day(settings: Settings, others: Sequence[pages.Page]) -> list[str]:
-    """Return where to look at the newest day that has a verdict; nothing where there is none, or MLflow is away."""
+    """Return where to look at the newest day that has a verdict, or why there is nothing to look at."""
     mlflow = settings.mlflow.address or next(page.address for page in others if page.title == "MLflow")
     try:
         plan = newest_judged(settings)
         found = [("Verdict", verdict_page(plan)), ("Models", comparison(settings, plan, mlflow))]
-    except NotReadyError:
-        return []
+    except NotReadyError as error:
+        return [f"no verdict to show yet: {error}"]
     except Exception as error:  # whatever it is, the servers run and are what was asked for
         return [f"where the newest verdict is, cannot be told: {error}"]
     return [f"{plan.ds}, the newest day with a verdict:", *(f"  {title:<10} {address}" for title, address in found)]

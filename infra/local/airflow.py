@@ -214,8 +214,11 @@ class LocalAirflow:
         for left in reversed(range(_PORTS_TRIED)):
             # Not before: minutes may have gone by since this object was made, and another may have taken the port.
             self.port = named or free_port(_PREFERRED_PORT)
+            if self.port != (named or _PREFERRED_PORT):
+                print(f"  port {_PREFERRED_PORT} is taken, so Airflow listens on {self.port}", flush=True)
             self.api = AirflowApi(self.address)
             self._write_configuration()
+            print("  its database is made, or brought to this version", flush=True)
             self._prepare_database()
             try:
                 self._start_servers(seconds)

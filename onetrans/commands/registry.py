@@ -246,7 +246,9 @@ def verify(registry: Registry, version: ModelVersion) -> tuple[float, int]:
 
 
 def versions_table(versions: list[dict[str, Any]]) -> str:
-    """Return the versions as text, a line each."""
+    """Return the versions as text, a line each under a header; a word where there is none."""
+    if not versions:
+        return "no version yet: a day's first model that the gate judges is registered"
     lines = [f"{'version':>7}  {'day':<10}  {'plan':<12}  {'decision':<9}  {'created':<25}  aliases"]
     for version in versions:
         tags = version["tags"]

@@ -164,7 +164,7 @@ def test_status_leads_to_the_tasks_that_failed(address: str, monkeypatch: pytest
     monkeypatch.setenv(reach.TOKEN, "good")
     run = "backfill__2022-05-04T00:00:00+00:00"
     link = f"{address}/dags/ranking_model/runs/backfill__2022-05-04T00%3A00%3A00%2B00%3A00/tasks/gate"
-    lines = status._troubled_part(status._airflow(7))["Failed"].splitlines()
+    lines = status._troubled_part(status._airflow(7))["Failed, or tried again"].splitlines()
     assert lines[:4] == [
         f"ranking_model {run}: gate FAILED (try 4 of 4, 2022-05-05T03:12Z)",
         f"  {link}",
@@ -174,11 +174,11 @@ def test_status_leads_to_the_tasks_that_failed(address: str, monkeypatch: pytest
     assert lines[4].startswith("ranking_model backfill__2022-05-01: wait_for_day FAILED")
     assert lines[-1] == "and 22 more"
     monkeypatch.setenv("AIRFLOW__API__BASE_URL", "https://airflow.example/")
-    lines = status._troubled_part(status._airflow(7))["Failed"].splitlines()
+    lines = status._troubled_part(status._airflow(7))["Failed, or tried again"].splitlines()
     assert lines[1] == f"  {link.replace(address, 'https://airflow.example')}", "where a browser opens it"
     _Broken.set()
     try:
-        told = status._troubled_part(status._airflow(7))["Failed"]
+        told = status._troubled_part(status._airflow(7))["Failed, or tried again"]
     finally:
         _Broken.clear()
     assert told.startswith("not known: Airflow answered 500 to GET /api/v2/dags/retention/")

@@ -30,7 +30,7 @@ def test_a_list_of_no_store_is_empty(folder: Path, capsys: pytest.CaptureFixture
     assert cli.main(["registry", "list", "--json"]) == EXIT_OK
     assert json.loads(capsys.readouterr().out) == []
     assert cli.main(["registry", "list"]) == EXIT_OK
-    assert capsys.readouterr().out.split()[:2] == ["version", "day"]
+    assert capsys.readouterr().out.startswith("no version yet: ")
     assert list(folder.iterdir()) == []
 
 

@@ -134,8 +134,8 @@ def _failure(verdict: dict[str, Any]) -> str:
     broken = [_told(finding) for finding in verdict["findings"] if finding["severity"] == "critical"]
     return (
         f"{verdict['table']} {verdict['ds']}: {len(broken)} critical expectation{'s' * (len(broken) > 1)} not met. "
-        f"{' | '.join(broken)}. {UNHARMED} Data Docs: {verdict['data_docs']}. After correcting "
-        f"the cause, run the job again: python -m jobs.{verdict['table']} --ds {verdict['ds']}"
+        f"{' | '.join(broken)}. {UNHARMED} Data Docs: {verdict['data_docs']} (the job that builds it, by hand: "
+        f"python -m jobs.{verdict['table']} --ds {verdict['ds']})"
     )
 
 

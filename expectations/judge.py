@@ -153,7 +153,7 @@ def finding_of(outcome: ExpectationValidationResult) -> Finding:
     if "unexpected_count" in seen:
         observed = f"not so in {seen['unexpected_count']:,} of {seen['element_count']:,} {unit}"
     else:
-        observed = f"seen: {_value(seen.get('observed_value'))}"
+        observed = f"seen: {_in_unit(seen.get('observed_value'), config.description or '')}"
     return Finding(
         severity=severity_of(outcome),
         column=", ".join(columns) or "the table",
@@ -172,6 +172,12 @@ def severity_of(outcome: ExpectationValidationResult) -> str:
 
 def _plain(row: dict[str, Any]) -> dict[str, Any]:
     return {name: _value(value) for name, value in row.items() if not pd.isna(value)}
+
+
+def _in_unit(value: Any, expected: str) -> Any:
+    """Return what was seen as the expectation's own sentence writes its bounds: a share of 1 is 100 %, not one."""
+    share = "%" in expected and isinstance(value, int | float)
+    return f"{value:.2%}" if share else _value(value)
 
 
 def _value(value: Any) -> Any:

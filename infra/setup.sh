@@ -79,7 +79,11 @@ install() { # pip, with a line now and then instead of its hundreds
   wait "$pip" || { tail -15 "$log" >&2; fail "pip could not install; all it said is in $log"; }
 }
 
-echo "setup: installing into .venv with $("$python" --version) (a few minutes, once)"
+if [ -f "$stamp" ]; then
+  echo "setup: pyproject.toml or constraints.txt has changed; .venv is brought up to date (a minute or so)"
+else
+  echo "setup: installing into .venv with $("$python" --version) (a few minutes, once)"
+fi
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 : >"$log"
 install --upgrade pip

@@ -396,7 +396,12 @@ def _troubled_part(airflow: Mapping[str, Any] | None) -> dict[str, str]:
         return {"Failed, or tried again": f"not known: {troubled['error'].partition(': ')[2]}"}
     for task in troubled["tasks"]:
         outcome = "FAILED" if task["state"] == "failed" else "is tried again by itself"
-        tried = [f"try {task['try']} of {task['tries']}"] if task["task_id"] else []
+        final = task["state"] == "failed"  # bad data has tries that are never made
+        tried = (
+            [f"after try {task['try']}" if final else f"try {task['try']} of {task['tries']}"]
+            if task["task_id"]
+            else []
+        )
         when = ", ".join([*tried, *([f"{task['ended'][:16]}Z"] if task["ended"] else [])])
         lines.append(f"{task['dag_id']} {task['run_id']}: {task['task_id'] or 'the run'} {outcome} ({when})")
         lines.append(f"  {task['link']}")

@@ -575,7 +575,8 @@ def _move_champion(
     tags = version.tags
     if champion is not None and champion.version == version.version:
         # Repeated: what it replaced was noted the first time.
-        return _Move(tags.get(TAG_REPLACED), "promoted", "is the champion")
+        since = f" since {tags[TAG_PROMOTED]}; nothing was changed" if TAG_PROMOTED in tags else ""
+        return _Move(tags.get(TAG_REPLACED), "promoted", f"is the champion{since}")
     declined = verdict["verdict"] != "promoted"
     if declined and not force:
         return _Move(before, "declined", verdict["reason"])

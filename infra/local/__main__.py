@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             run()
         except KeyboardInterrupt:
-            print("\nstopped")
+            print("stopped")
         return EXIT_OK
 
     return exit_code_of(started)
@@ -94,6 +94,7 @@ def run() -> None:
             for server in servers:
                 server.check()
     finally:
+        print("\nstopping", flush=True)
         airflow.stop()
         stop(servers)
 

@@ -342,7 +342,7 @@ def test_the_command_names_table_day_column_count_and_example(
         "click = 7",
         "request_id = r1",
         "Published data is as it was. Data Docs: file://",
-        "run the job again: python -m jobs.impressions --ds 2024-02-29",
+        "2024-02-29.html (the job that builds it, by hand: python -m jobs.impressions --ds 2024-02-29)",
     ):
         assert part in told, part
     assert told.count("\n") == 1

@@ -166,7 +166,7 @@ def test_status_leads_to_the_tasks_that_failed(address: str, monkeypatch: pytest
     link = f"{address}/dags/ranking_model/runs/backfill__2022-05-04T00%3A00%3A00%2B00%3A00/tasks/gate"
     lines = status._troubled_part(status._airflow(7))["Failed, or tried again"].splitlines()
     assert lines[:4] == [
-        f"ranking_model {run}: gate FAILED (try 4 of 4, 2022-05-05T03:12Z)",
+        f"ranking_model {run}: gate FAILED (after try 4, 2022-05-05T03:12Z)",
         f"  {link}",
         "ranking_model late: the run FAILED (2022-05-05T03:12Z)",
         f"  {address}/dags/ranking_model/runs/late",

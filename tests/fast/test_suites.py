@@ -240,5 +240,5 @@ def test_the_index_shows_the_latest_days_newest_first(tmp_path: Path) -> None:
     assert "2024-01-31" not in text
     assert text.index("2024-03-31") < text.index("2024-03-30") < text.index("2024-03-01")
     assert 'href="validations/impressions/2024-03-31.html"' in text
-    assert "5 rows, 2 critical, 1 warning" in " ".join(text.split())
+    assert "5 rows</span>, 2 critical, 1 warning" in " ".join(text.split())
     assert (tmp_path / "validations" / "behaviors" / "2024-01-31.html").is_file()

@@ -143,7 +143,7 @@ with DAG(
         at_most=WAIT_AT_MOST,
         module="onetrans.cli",
         arguments=["published", *NEEDS, "--ds", PREVIOUS_DAY, "--or-absent"],
-        where_none=["--or-first"],
+        if_nothing_before=["--or-first"],
         # A day that the log lost is skipped, but ends after the day before it, as the one after it waits for its end.
         trigger_rule="none_failed",
         others=[DAY_BEFORE],

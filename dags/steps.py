@@ -291,7 +291,7 @@ class WaitStep(Step):
         module: str = "",
         others: Sequence[Other] = (),
         others_of_a_backfill: Sequence[Other] | None = None,
-        where_none: Sequence[str] = (),
+        if_nothing_before: Sequence[str] = (),
         refuse: Callable[[Mapping[str, Any]], str] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -302,7 +302,7 @@ class WaitStep(Step):
             module: what ``python -m`` runs to look; empty: other runs are all there is to wait for.
             others: other runs that matter.
             others_of_a_backfill: those that matter to a run of a backfill; None: the same.
-            where_none: arguments that the process gets besides where another run is not there, or has ended well.
+            if_nothing_before: arguments that the process gets besides where no earlier run is open or has failed.
             refuse: returns why a run as it was asked for cannot be; empty: it can. Asked before anything is waited for.
             **kwargs: those of :class:`Step`.
         """
@@ -310,7 +310,7 @@ class WaitStep(Step):
         self.at_most = at_most
         self.others = list(others)
         self.others_of_a_backfill = list(others if others_of_a_backfill is None else others_of_a_backfill)
-        self.where_none = list(where_none)
+        self.if_nothing_before = list(if_nothing_before)
         self.refuse = refuse
 
     def execute(self, context: Any) -> str | None:
@@ -350,14 +350,14 @@ class WaitStep(Step):
                 variables=self.variables,
                 until=(datetime.now(UTC) + self.at_most).isoformat(),
                 others=others,
-                where_none=self.where_none,
+                if_nothing_before=self.if_nothing_before,
             ),
             method_name="resume",
         )
 
     def _look(self, context: Any, seen: Seen) -> Ended:
         given = self.arguments
-        self.arguments = [*given, *(self.where_none if seen.nothing_before else ())]
+        self.arguments = [*given, *(self.if_nothing_before if seen.nothing_before else ())]
         try:
             return self._ended(context)
         finally:

@@ -55,7 +55,7 @@ class StepTrigger(BaseTrigger):
         pause_s: float = 30.0,
         look_s: float = 5.0,
         broken_s: float = 3600.0,
-        where_none: Sequence[str] = (),
+        if_nothing_before: Sequence[str] = (),
     ) -> None:
         """Describe the wait.
 
@@ -67,7 +67,7 @@ class StepTrigger(BaseTrigger):
             pause_s: seconds before the command is started again.
             look_s: seconds between two looks at other runs.
             broken_s: seconds for which the command may break, try after try, before people have to be told.
-            where_none: arguments that the command gets besides where another run is not there, or has ended well.
+            if_nothing_before: arguments that the command gets besides where no earlier run is open or has failed.
         """
         super().__init__()
         self.command = list(command)
@@ -77,7 +77,7 @@ class StepTrigger(BaseTrigger):
         self.pause_s = pause_s
         self.look_s = look_s
         self.broken_s = broken_s
-        self.where_none = list(where_none)
+        self.if_nothing_before = list(if_nothing_before)
         self._broken_since: float | None = None
         self._since: dict[int, tuple[State, float]] = {}
         self._left_aside: set[int] = set()
@@ -94,7 +94,7 @@ class StepTrigger(BaseTrigger):
                 "pause_s": self.pause_s,
                 "look_s": self.look_s,
                 "broken_s": self.broken_s,
-                "where_none": self.where_none,
+                "if_nothing_before": self.if_nothing_before,
             },
         )
 
@@ -169,7 +169,7 @@ class StepTrigger(BaseTrigger):
 
     async def _answer(self, before: Seen) -> tuple[int, str | None, str] | None:
         """Return what the command says; None if another run has changed what is asked meanwhile."""
-        more = self.where_none if before.nothing_before else []
+        more = self.if_nothing_before if before.nothing_before else []
         if before.unless_ready:
             return await self._look(more, 0.0)
         looking = asyncio.create_task(self._look(more, max(self._left(), 0.0)))

@@ -395,8 +395,8 @@ def _troubled_part(airflow: Mapping[str, Any] | None) -> dict[str, str]:
     if "error" in troubled:
         return {"Failed, or tried again": f"not known: {troubled['error'].partition(': ')[2]}"}
     for task in troubled["tasks"]:
-        outcome = "FAILED" if task["state"] == "failed" else "is tried again by itself"
         final = task["state"] == "failed"  # bad data has tries that are never made
+        outcome = "FAILED" if final else "is tried again by itself"
         tried = (
             [f"after try {task['try']}" if final else f"try {task['try']} of {task['tries']}"]
             if task["task_id"]

@@ -71,6 +71,8 @@ class Case:
     """Beginnings of the expectations that cannot but fire with it."""
     example: str = ""
     """Part of the first example, as it is told."""
+    observed: str = ""
+    """What was seen, as it is told."""
 
 
 def put(column: str, value: Any, row: int = 3) -> Callable[[Rows], None]:
@@ -314,6 +316,7 @@ CASES = [
         "between 0.05% and 95.00%",
         "click",
         put_all("click", 1),
+        observed="seen: 100.00%",
     ),
     Case(
         "impressions",
@@ -322,6 +325,7 @@ CASES = [
         "conversion",
         put_all("conversion", 0),
         severity="warning",
+        observed="seen: 0",
     ),
     Case(
         "impressions",
@@ -702,6 +706,8 @@ def test_broken_data_fires_its_expectation(case: Case, lake: Lake) -> None:
     assert finding["column"] == case.column
     if case.example:
         assert case.example in ", ".join(f"{k} = {v}" for k, v in finding["examples"][0].items())
+    if case.observed:
+        assert finding["observed"] == case.observed
     assert verdict["passed"] == (case.severity == "warning")
     assert lake.verdict(lake.staged(case.table, DS)) == verdict
 

@@ -128,6 +128,10 @@ def test_a_repeated_step_registers_nothing_twice(shop, registry, better):
     assert promote(settings, better[2])["version"] == first["version"]
     assert [str(v.version) for v in registry.versions()] == ["2", "1"]
     assert _champion(registry) == "2"
+    again = _promote(shop, registry, better[3])
+    assert (again["decision"], again["champion_after"]) == ("promoted", "2")
+    assert again["reason"].startswith("is the champion since ")
+    assert again["reason"].endswith("; nothing was changed")
 
 
 def test_one_that_is_declined_is_challenger_and_the_champion_stays(shop, registry, better, worse):

@@ -84,7 +84,7 @@ with DAG("night", params={"ds": day_param()}, **COMMON):
         task_id="wait",
         module="probe",
         arguments=["whole", PREVIOUS_DAY],
-        where_none=["--or-first"],
+        if_nothing_before=["--or-first"],
         others=[last_night],
         others_of_a_backfill=[replace(last_night, if_failed="stop", if_queued="wait")],
         at_most=timedelta(minutes=5),

@@ -999,7 +999,7 @@ def test_a_day_before_that_a_person_marked_as_success_is_asked_for_its_tables(sc
         "print('NotReadyError: behaviors 2022-05-03 is not published; published are none', file=sys.stderr)\n"
         f"sys.exit(0 if sys.argv[1:] == ['--or-first'] and {there} else 75)"
     )
-    rules = {"others": [TONIGHT], "where_none": ["--or-first"]}
+    rules = {"others": [TONIGHT], "if_nothing_before": ["--or-first"]}
     step = script(program, cls=WaitStep, at_most=timedelta(hours=2), **rules)
     given = context(logical_date=LOGICAL, dag_run=dag_run(run_type))
     if there:
@@ -1038,7 +1038,7 @@ def test_a_day_before_that_was_never_run_is_asked_for_its_tables(script, stands,
         cls=WaitStep,
         at_most=timedelta(hours=2),
         others=[replace(TONIGHT, if_none="stop unless ready")],
-        where_none=["--or-first"],
+        if_nothing_before=["--or-first"],
     )
     if not outcome:
         step.execute(context(logical_date=LOGICAL))
@@ -1065,7 +1065,7 @@ def test_a_backfill_waits_for_the_day_before_where_tonights_run_takes_what_is_pu
 def test_the_real_dags_wait_that_way():
     before = by_id(feature_tables)["wait_for_day_before"]
     assert before.arguments == ["published", *NEEDS, "--ds", "{{ previous_day }}", "--or-absent"]
-    assert before.where_none == ["--or-first"]
+    assert before.if_nothing_before == ["--or-first"]
     for other in (*before.others, *before.others_of_a_backfill):
         assert (other.if_none, other.if_done) == ("stop unless ready", "stop unless ready")
     ((tonight,), (made_up,)) = before.others, before.others_of_a_backfill
@@ -1169,7 +1169,7 @@ def test_what_may_be_the_first_day_is_asked_for_as_one_whenever_that_is_known(st
     """A run that is under way at the first look, and has ended well at a later one."""
     stands += ["running", "done"]
     program = "import sys; print('first'); sys.exit(0 if '--or-first' in sys.argv else 75)"
-    assert look(waiting(program, TONIGHT, where_none=["--or-first"]))["result"] == "first"
+    assert look(waiting(program, TONIGHT, if_nothing_before=["--or-first"]))["result"] == "first"
 
 
 def test_a_run_that_cannot_begin_is_not_waited_for_without_end(stands):

@@ -16,6 +16,7 @@ import pytest
 
 from examples import demo
 from onetrans.errors import EXIT_BAD_CONFIG
+from onetrans.process import EXIT_INTERRUPTED
 from onetrans.settings import load_settings
 
 LONG = "import os, sys, time; print(os.getpid(), file=sys.stderr, flush=True); time.sleep(600)"
@@ -105,3 +106,23 @@ def test_a_failed_stage_shows_the_end_of_its_log(tmp_path: Path, monkeypatch: py
     (tmp_path / "failing.py").write_text("raise SystemExit('the disk is full')", encoding="utf-8")
     with pytest.raises(demo.DemoError, match=r"(?s)exit code 1.*the disk is full"):
         demo._process({**os.environ, "PYTHONPATH": str(tmp_path)}, "failing")
+
+
+def test_it_says_how_long_it_takes_and_what_a_stop_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "HOME", tmp_path)
+    monkeypatch.setattr(demo, "_process", stopped)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert demo.main([]) == EXIT_INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    first, second, *_, last = capsys.readouterr().out.splitlines()
+    assert first == f"== empty {tmp_path}: tables, runs and models of an earlier demo go"
+    assert "about 10 minutes on two free cores" in second
+    assert last.startswith(f"what is built so far stays in {tmp_path}: ")
+    assert last.endswith(" make ui shows it; make demo begins from nothing")

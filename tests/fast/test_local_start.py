@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 from pathlib import Path
 
@@ -108,6 +109,46 @@ def test_what_is_missing_or_too_old_is_named_with_the_command_that_installs_it(
     assert not (tmp_path / ".venv").exists()
 
 
+def test_the_environment_is_installed_once_and_again_only_when_its_files_change(tmp_path: Path) -> None:
+    """Whoever pulls a newer version and waits is told why."""
+    (tmp_path / "infra").mkdir()
+    shutil.copy(REPOSITORY / "infra" / "setup.sh", tmp_path / "infra")
+    for name in ("pyproject.toml", "constraints.txt"):
+        shutil.copy(REPOSITORY / name, tmp_path)
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    # A Python whose pip installs nothing: what is asked is when and why it is called.
+    making = 'mkdir -p .venv/bin && cp "$0" .venv/bin/python'
+    told = (
+        f"""case "$*" in --version) echo Python 3.11.9;; "-m venv .venv") {making};; *pip*) echo "$@" >>calls;; esac"""
+    )
+    for name, text in {"java": "echo 'openjdk version \"17.0.9\" 2023-10-17' >&2", "python3.11": told}.items():
+        (programs / name).write_text(f"#!/bin/sh\n{text}\n")
+        (programs / name).chmod(0o755)
+
+    def set_up() -> list[str]:
+        done = subprocess.run(
+            [shutil.which("bash") or "bash", str(tmp_path / "infra" / "setup.sh")],
+            env={"PATH": os.pathsep.join([str(programs), os.environ["PATH"]]), "PYTHON": "python3.11"},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        )
+        return done.stdout.splitlines()
+
+    first = ["setup: installing into .venv with Python 3.11.9 (a few minutes, once)", "setup: done"]
+    assert set_up() == first
+    assert "--constraint constraints.txt --editable .[dev]" in (tmp_path / "calls").read_text()
+    assert set_up() == []
+    with (tmp_path / "constraints.txt").open("a", encoding="utf-8") as file:
+        file.write("# newer\n")
+    changed, done = set_up()
+    assert changed.startswith("setup: pyproject.toml or constraints.txt has changed; .venv is brought up to date")
+    assert done == "setup: done"
+    assert set_up() == []
+
+
 def test_a_folder_that_database_addresses_cannot_name_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadConfigError, match="100% done/airflow has a '%' in its path"):
         LocalAirflow(tmp_path / "100% done" / "airflow")
@@ -187,3 +228,22 @@ def test_airflow_is_ready_when_every_file_of_dags_was_parsed(tmp_path: Path, mon
     assert not airflow._parsed()
     there |= {"feature_tables.py", "ranking_model.py"}
     assert airflow._parsed()
+
+
+def test_another_port_is_named_where_the_usual_one_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_further() -> None:
+        raise ServerError("enough")
+
+    airflow = LocalAirflow(tmp_path, {})
+    monkeypatch.setattr(airflow, "_prepare_database", no_further)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        taken = other.getsockname()[1]
+        monkeypatch.setattr("infra.local.airflow._PREFERRED_PORT", taken)
+        with pytest.raises(ServerError, match="enough"):
+            airflow.start()
+    assert airflow.port != taken
+    assert f"port {taken} is taken, so Airflow listens on {airflow.port}" in capsys.readouterr().out

@@ -27,8 +27,8 @@ runs none of them again; *Missing and Errored Runs* runs the failed ones, *All R
 again replaces its rows and gives the same ones. Days of a backfill run in order, whatever *Max Active Runs* says: each
 waits for the day before, and if that fails, those after it do not start. *Run Backwards* cannot work: a day does not
 start while the one before is queued. Only the reading of logs goes on side by side. **Tonight's run** and one by hand
-wait for the day before while it runs; where a backfill has it queued, or it failed, they go on if its six tables are
-published, and else say so.
+wait for the day before while it is at work; where a backfill has it queued or waiting for its turn, or it failed, they
+go on if its six tables are published, and else say so.
 
 **Tables and model of a day again, by hand:** *Trigger* `feature_tables` with that *Day*, and when it runs,
 `ranking_model` with the same *Day*: it waits for the tables. If they fail it takes those that are published before; to
@@ -104,12 +104,14 @@ DAY_BEFORE = replace(
     BEFORE_IN_A_BACKFILL,
     if_failed="stop unless ready",
     if_queued="wait unless ready",
+    # A backfill may have let all its days in, each to wait for the one before.
+    begins_with="wait_for_day_before",
     patience_s={"stuck": 15 * 60},
 )
 """The same by the clock or by hand, but tables that are published are enough.
 
-A month's backfill that ends yesterday has yesterday's run queued for as long as it takes, and failed if one of its
-days fails.
+A month's backfill that ends yesterday has yesterday's run queued, or waiting for its turn, for as long as it takes, and
+failed if one of its days fails.
 """
 
 WAIT_AT_MOST = timedelta(hours=50)

@@ -111,8 +111,9 @@ def run_failed(context: Mapping[str, Any]) -> None:
 async def day_undecided(context: Mapping[str, Any], decided_by: str) -> None:
     """Tell that a day has no verdict at its deadline; Airflow calls this in the triggerer.
 
-    Airflow's deadline is about the run, which goes on after the verdict.  A run that was asked for when the deadline
-    had passed makes up for a day: nobody waits for it at a set hour.
+    Airflow's deadline is about the run, which goes on after the verdict.  A run by hand that was asked for when the
+    deadline had passed makes up for a day: nobody waits for it at a set hour.  One by the clock that is made so late,
+    as another run held its slot, is told of.
 
     Args:
         context: what Airflow says of the run and of the deadline.
@@ -123,7 +124,7 @@ async def day_undecided(context: Mapping[str, Any], decided_by: str) -> None:
     run, deadline = context["dag_run"], context["deadline"]["deadline_time"]
     due = deadline if isinstance(deadline, datetime) else datetime.fromisoformat(str(deadline))
     asked_for = datetime.fromisoformat(str(run["queued_at"] or run["run_after"]).replace("Z", "+00:00"))
-    if run["run_type"] == "backfill" or asked_for > due:
+    if run["run_type"] == "backfill" or (run["run_type"] == "manual" and asked_for > due):
         logger.info("%s %s was started after its deadline, %s; nobody is told", run["dag_id"], run["dag_run_id"], due)
         return
     try:

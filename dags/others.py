@@ -46,6 +46,8 @@ class Other:
     """What it means that there is no such run: nothing, or stop unless what is waited for is there all the same."""
     if_done: Unless = "go on"
     """What its success means, which may be a person's mark: nothing, or stop unless what is waited for is there."""
+    begins_with: str = ""
+    """Its task that waits for its turn: until that has ended, a run under way counts as queued; empty: it does not."""
     why: str = ""
     """Why it matters, a sentence for the person who reads that it failed."""
     patience_s: Mapping[State, float] | None = None
@@ -105,7 +107,10 @@ def look_at(others: Sequence[Mapping[str, Any]]) -> Seen:
         others: what :meth:`Other.of` gave.
     """
     states = tuple(
-        state_of(other["dag_id"], other["task_id"], other["day"], other.get("run_ids", ())) for other in others
+        state_of(
+            other["dag_id"], other["task_id"], other["day"], other.get("run_ids", ()), other.get("begins_with", "")
+        )
+        for other in others
     )
     seen = {"stop": "", "unless_ready": "", "waiting": "", "queued": ""}
     behind = False
@@ -130,7 +135,9 @@ def look_at(others: Sequence[Mapping[str, Any]]) -> Seen:
                 "went by while it stood still: backfill from there on (Missing Runs), then clear this task."
             )
         elif state in ("stuck", "queued", "running"):
-            words = "queued, and cannot begin" if state == "stuck" else state
+            words: str = "queued, and cannot begin" if state == "stuck" else state
+            if state == "queued" and other.get("begins_with"):
+                words = "queued, or waits for its own turn"
             kind = "waiting" if state == "running" or other.get("if_queued", "wait") == "wait" else "queued"
             seen[kind] = seen[kind] or f"{name} is {words}. {other['why']}"
     return Seen(**seen, states=states, behind_failure=behind)
@@ -153,7 +160,7 @@ def name_of(other: Mapping[str, Any]) -> str:
     return f"{other['dag_id']}{task} of {other['day']}"
 
 
-def state_of(dag_id: str, task_id: str, day: str, run_ids: Sequence[str] = ()) -> State:
+def state_of(dag_id: str, task_id: str, day: str, run_ids: Sequence[str] = (), begins_with: str = "") -> State:
     """Return the state of the run of a day, or of one of its tasks; a person's "mark as success" is done.
 
     A queued run is stuck if at most one run of its DAG is running: most likely the one that asks, whose end it needs
@@ -164,6 +171,7 @@ def state_of(dag_id: str, task_id: str, day: str, run_ids: Sequence[str] = ()) -
         task_id: task that matters; empty: the whole run.
         day: of the run.
         run_ids: further runs of the day (:func:`by_hand`); while one of them is under way, the day is.
+        begins_with: task of the run that waits for its turn (:attr:`Other.begins_with`).
     """
     dates = [datetime.combine(date.fromisoformat(day), datetime.min.time(), tzinfo=UTC)]
 
@@ -171,10 +179,9 @@ def state_of(dag_id: str, task_id: str, day: str, run_ids: Sequence[str] = ()) -
         count: int = _airflow().get_dr_count(dag_id=dag_id, logical_dates=of, states=list(states) or None)
         return count
 
-    def tasks(*states: str) -> int:
-        return _airflow().get_ti_count(
-            dag_id=dag_id, task_ids=[task_id], logical_dates=dates, states=list(states) or None
-        )
+    def tasks(*states: str, of: str = task_id) -> int:
+        count: int = _airflow().get_ti_count(dag_id=dag_id, task_ids=[of], logical_dates=dates, states=list(states))
+        return count
 
     if any(_under_way(dag_id, task_id, run_id) for run_id in run_ids):
         return "running"
@@ -187,7 +194,8 @@ def state_of(dag_id: str, task_id: str, day: str, run_ids: Sequence[str] = ()) -
     if runs("queued"):
         return "queued" if runs("running", of=None) > 1 else "stuck"
     if runs("running"):
-        return "running"
+        began = not begins_with or tasks("success", "skipped", "failed", "upstream_failed", of=begins_with)
+        return "running" if began else "queued"
     return "failed" if runs("failed") else "done"
 
 

@@ -162,8 +162,11 @@ BEFORE_IN_A_BACKFILL = Other(
 )
 """The run of the day before has to end first, however it ends; if it does not even begin, this one goes on."""
 
-DAY_BEFORE = replace(BEFORE_IN_A_BACKFILL, patience_s={"stuck": 0, "queued": 0})
-"""The same by the clock or by hand: what is queued is made up for later, and tonight's model does not wait for it."""
+DAY_BEFORE = replace(BEFORE_IN_A_BACKFILL, begins_with="wait_for_day", patience_s={"stuck": 0, "queued": 0})
+"""The same by the clock or by hand: what is queued is made up for later, and tonight's model does not wait for it.
+
+Nor for a run that a backfill has let in, to wait for its turn.
+"""
 
 WAIT_AT_MOST = timedelta(hours=62)
 """What feature_tables may take: its own wait for the log, and 12 hours."""

@@ -43,7 +43,7 @@ from onetrans.plan import configured_models
 from onetrans.pods import PodRefusedError, pod_of
 from onetrans.process import add_json, print_json
 from onetrans.schema import load_schema
-from onetrans.settings import NOT_SETTINGS, LakeSettings, Settings, config_file, load_settings
+from onetrans.settings import LakeSettings, Settings, config_file, load_settings, setting_variables
 
 EXAMPLES = """examples:
   onetrans doctor
@@ -394,7 +394,7 @@ def _settings(settings: Settings) -> Check:
     except BadConfigError as error:
         return Check("settings", "FAIL", str(error), _CORRECT_SETTINGS)
     path = config_file()
-    variables = len([name for name in os.environ if name.startswith("ONETRANS_") and name not in NOT_SETTINGS])
+    variables = len(setting_variables())
     where = str(path.resolve()) if path else "no file, defaults"
     return Check("settings", "ok", f"{where}; {_counted(variables, 'variable')} ONETRANS_..." if variables else where)
 
@@ -448,6 +448,8 @@ def _tables(lake: LakeSettings) -> list[Any]:
 
 
 def _store(settings: Settings) -> list[Check]:
+    from jobs.objects import uses_s3
+
     remote = {
         "lake.warehouse": settings.lake.warehouse,
         "training.runs": settings.training.runs,
@@ -462,9 +464,9 @@ def _store(settings: Settings) -> list[Check]:
             checks.append(Check("store", "FAIL", f"{setting} = {path}: {problem}", _reach_hint(path), EXIT_NOT_READY))
         else:
             checks.append(Check("store", "ok", f"{setting} = {path}: written, read, listed and removed"))
-    if not checks:
-        return [Check("store", "skip", "every folder is on the local disk")]
-    return [*checks, _spark_in_store(settings)]
+    if checks or uses_s3(settings):  # the log alone may lie there
+        return [*checks, _spark_in_store(settings)]
+    return [Check("store", "skip", "every folder is on the local disk")]
 
 
 def _spark_in_store(settings: Settings) -> Check:

@@ -28,7 +28,7 @@ from onetrans.lake import SCORES, TABLES, Lake
 from onetrans.plan import FINISHED_FILE, LOCK_FILE, NEXT_BATCH_FOLDER, PLAIN_FOLDER, PLAN_FILE
 from onetrans.process import TRACEBACK, add_json, print_json
 from onetrans.report import planned_days, report
-from onetrans.settings import OWN_FILE, Settings, config_file, load_settings
+from onetrans.settings import OWN_FILE, Settings, config_file, load_settings, setting_variables
 
 EXAMPLES = """examples:
   onetrans status
@@ -308,11 +308,12 @@ def screen(found: Mapping[str, Any]) -> str:
 
 def _by_what(configuration: str | None) -> str:
     """Return which settings all of it goes by: another shell may have others in force."""
+    variables = " and variables ONETRANS_..." if setting_variables() else ""
     if configuration:
-        return f"by {configuration}"
+        return f"by {configuration}{variables}"
     demo = REPOSITORY / DEMO_CONFIG
     other = f"\nfor the demo's: export ONETRANS_CONFIG={demo}" if demo.is_file() else ""
-    return f"by default settings: there is no {OWN_FILE} here, and ONETRANS_CONFIG is not set{other}"
+    return f"by default settings{variables}: there is no {OWN_FILE} here, and ONETRANS_CONFIG is not set{other}"
 
 
 def _indented(text: str) -> str:

@@ -200,13 +200,21 @@ class Registry:
             self._tag(version, TAG_REPLACED, str(before.version))
             self.client.set_registered_model_alias(self.name, PREVIOUS, before.version)
         self.client.set_registered_model_alias(self.name, CHAMPION, version.version)
-        self._tag(version, TAG_PROMOTED, _now())
+        self.tag_promoted(version)
         after = self.by_alias(CHAMPION)
         if after is None or after.version != version.version:
             raise PipelineError(
                 f"{self.name}: alias {CHAMPION} was set to version {version.version} and names "
                 f"{after.version if after else 'none'} now; another promotion ran at the same time"
             )
+
+    def tag_promoted(self, version: ModelVersion) -> None:
+        """Note that a version became the champion now."""
+        self._tag(version, TAG_PROMOTED, _now())
+
+    def tag_forced(self, version: ModelVersion, reason: str) -> None:
+        """Note why a person made a step's version the champion; after the time of its promotion."""
+        self._tag(version, TAG_FORCED, f"{_now()}: {reason}")
 
     def promote_by_hand(self, number: str, reason: str) -> ModelVersion:
         """Make a version the champion because a person says so; the reason is kept in its tags.
@@ -574,9 +582,7 @@ def _move_champion(
     before = str(champion.version) if champion is not None else None
     tags = version.tags
     if champion is not None and champion.version == version.version:
-        # Repeated: what it replaced was noted the first time.
-        since = f" since {tags[TAG_PROMOTED]}; nothing was changed" if TAG_PROMOTED in tags else ""
-        return _Move(tags.get(TAG_REPLACED), "promoted", f"is the champion{since}")
+        return _repeated(registry, version, plan, verdict, force)
     declined = verdict["verdict"] != "promoted"
     if declined and not force:
         return _Move(before, "declined", verdict["reason"])
@@ -602,10 +608,43 @@ def _move_champion(
             f"again: onetrans registry promote --version {version.version} --reason TEXT",
         )
     registry.set_champion(version)
-    registry.client.set_model_version_tag(registry.name, version.version, TAG_FORCED, f"{_now()}: {force}")
+    registry.tag_forced(version, force)
     over = " and ".join(filter(None, ["the gate declined it" if declined else "", held]))
-    note = f" The gate: {verdict['reason']}" if declined else ""
-    return _Move(before, "promoted", f"forced, though {over}: {force.rstrip('.')}.{note}", forced=True)
+    return _Move(before, "promoted", _forced(over, force, verdict), forced=True)
+
+
+def _repeated(registry: Registry, version: ModelVersion, plan: Plan, verdict: Mapping[str, Any], force: str) -> _Move:
+    """Return what made this version the champion; what a try that was killed could not note any more is noted.
+
+    What it replaced was noted before the alias moved; when it did and a person's reason come after.
+    """
+    tags = version.tags
+    replaced = tags.get(TAG_REPLACED)
+    if TAG_PROMOTED not in tags:
+        registry.tag_promoted(version)
+    if force and tags.keys().isdisjoint({TAG_FORCED, TAG_BY_HAND, TAG_RETURNED}):
+        over = _forced_over(registry.by_alias(PREVIOUS), replaced, plan, verdict)
+        if over:
+            registry.tag_forced(version, force)
+            return _Move(replaced, "promoted", _forced(over, force, verdict), forced=True)
+    if TAG_PROMOTED not in tags:
+        return _Move(replaced, "promoted", verdict["reason"])
+    reason = f"is the champion since {tags[TAG_PROMOTED]}; nothing was changed"
+    return _Move(replaced, "promoted", reason, forced=bool(force) and tags.get(TAG_FORCED, "").endswith(f": {force}"))
+
+
+def _forced_over(previous: ModelVersion | None, replaced: str | None, plan: Plan, verdict: Mapping[str, Any]) -> str:
+    """Return what stood against a champion, so that only a person's reason can have put it there; empty: nothing."""
+    if verdict["verdict"] != "promoted":
+        return "the gate declined it"
+    if previous is None or str(previous.version) != replaced or previous.tags.get(TAG_DAY, "9999") <= str(plan.ds):
+        return ""
+    return f"champion {replaced} was not known to be older"
+
+
+def _forced(over: str, force: str, verdict: Mapping[str, Any]) -> str:
+    note = f" The gate: {verdict['reason']}" if verdict["verdict"] != "promoted" else ""
+    return f"forced, though {over}: {force.rstrip('.')}.{note}"
 
 
 def _version_tags(plan: Plan, verdict: Mapping[str, Any], run_tags: Mapping[str, str]) -> dict[str, str]:

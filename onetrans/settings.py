@@ -498,6 +498,12 @@ def config_file(environ: Mapping[str, str] | None = None) -> Path | None:
     return path if path.is_file() else None
 
 
+def setting_variables(environ: Mapping[str, str] | None = None) -> list[str]:
+    """Return the environment variables that name settings, or mean to: they go before the file."""
+    names = os.environ if environ is None else environ
+    return sorted(name for name in names if name.startswith("ONETRANS_") and name not in NOT_SETTINGS)
+
+
 def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
     """Read the settings of this process.
 
@@ -557,8 +563,8 @@ def _as_text(value: Any) -> str:
 
 def _refuse_unknown_variables(environ: Mapping[str, str], sections: Mapping[str, type[Any]]) -> None:
     known = {f"ONETRANS_{s}_{f.name}".upper() for s, cls in sections.items() for f in fields(cls)}
-    for name in sorted(environ):
-        if name.startswith("ONETRANS_") and name not in known and name not in NOT_SETTINGS:
+    for name in setting_variables(environ):
+        if name not in known:
             close = difflib.get_close_matches(name, sorted(known), 1)
             hint = f"did you mean {close[0]}?" if close else "see docs/configuration.md"
             raise BadConfigError(f"environment variable {name} names no setting; {hint}")

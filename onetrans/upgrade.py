@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Literal
 
 from sqlalchemy import create_engine, inspect, text
-from sqlalchemy.engine import make_url
+from sqlalchemy.engine import URL, make_url
 
 from onetrans import __version__, storage
 from onetrans.errors import BadConfigError, PipelineError
@@ -77,7 +77,9 @@ def parts(settings: Settings, environ: Mapping[str, str] = os.environ) -> list[P
     if address := mlflow_database(settings, environ):
         found.append(_by_alembic("MLflow", address, "mlflow", "store", "db_migrations"))
     if settings.lake.catalog_type == "sql":
-        found.append(_catalog(settings))
+        found.append(catalog := _catalog(settings))
+        if catalog.state == "absent":
+            return found  # whoever opens it would make it
     return [*found, *_tables(settings)]
 
 
@@ -271,7 +273,9 @@ def _dump(address: str, copy: Path) -> None:
             raise BadConfigError(f"{program} is not on PATH (Debian: postgresql-client), so no copy can be made")
     url = make_url(address)
     environment = {**os.environ, **({"PGPASSWORD": str(url.password)} if url.password else {})}
-    plain = url.set(drivername="postgresql", password=None).render_as_string()
+    # Not `url.set(password=None)`, which leaves the password: what is rendered then is "***", and libpq sends that.
+    host, port, database = url.host, url.port, url.database
+    plain = URL.create("postgresql", url.username, None, host, port, database, url.query).render_as_string()
     for command in (
         ["pg_dump", "--format=custom", f"--file={copy}", f"--dbname={plain}"],
         ["pg_restore", "--list", str(copy)],

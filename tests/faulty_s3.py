@@ -21,6 +21,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 ERROR = b"""<?xml version="1.0" encoding="UTF-8"?>
 <Error><Code>InternalError</Code><Message>We encountered an internal error. Please try again.</Message></Error>"""
 
+REFUSED = b"""<?xml version="1.0" encoding="UTF-8"?>
+<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"""
+
 _LATE_S = 0.7
 
 
@@ -36,6 +39,8 @@ class Faults:
     """Fault -> requests that suffered it; ``passed`` for the others."""
     down: bool = False
     """Whether every request is answered with an error."""
+    makes_buckets: bool = True
+    """Whether the user may make a bucket."""
     _count: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -67,12 +72,10 @@ class _Handler(BaseHTTPRequestHandler):
             return
         body = self._body()
         if fault == "error":
-            self.send_response(500)
-            self.send_header("Content-Type", "application/xml")
-            self.send_header("Content-Length", str(len(ERROR) if self.command != "HEAD" else 0))
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(ERROR)
+            self._answer(500, ERROR)
+            return
+        if self.command == "PUT" and "/" not in self.path.strip("/") and not self.faults.makes_buckets:
+            self._answer(403, REFUSED)
             return
         if fault == "late":
             time.sleep(_LATE_S)
@@ -114,6 +117,14 @@ class _Handler(BaseHTTPRequestHandler):
         while self.rfile.readline().strip():
             pass
         return b"".join(parts)
+
+    def _answer(self, status: int, content: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", "application/xml")
+        self.send_header("Content-Length", str(len(content) if self.command != "HEAD" else 0))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
 
     def _cut(self) -> None:
         """Close at once, so that the client sees its connection reset."""

@@ -65,6 +65,13 @@ class Postgres:
         self._run("createdb", "--host", str(self.folder), "--username", self.user, database)
         return self.address(database)
 
+    def require_password(self, password: str) -> None:
+        """Ask everybody for a password from now on."""
+        command = f"ALTER ROLE {self.user} PASSWORD '{password}'"
+        self._run("psql", "--host", str(self.folder), "--username", self.user, "--command", command, "postgres")
+        (self.data / "pg_hba.conf").write_text("local all all scram-sha-256\n", encoding="utf-8")
+        self._run("pg_ctl", "reload", "--pgdata", str(self.data))
+
     def restore(self, dump: Path, database: str) -> None:
         """Create a database from what ``pg_dump`` wrote."""
         self.create(database)

@@ -3,8 +3,9 @@
     python -m infra.production.prepare
 
 Everything that is there stays, so it runs at every start.  A bucket is made only
-in a service of one's own (``store.endpoint`` or ``AWS_ENDPOINT_URL``), never at
-AWS.  A database that an older version wrote is not upgraded here: that takes
+where the service has an address of its own (``store.endpoint`` or
+``AWS_ENDPOINT_URL``) and its user may make one; what counts is that it can be
+used.  A database that an older version wrote is not upgraded here: that takes
 copies first, by ``onetrans upgrade --backup DIR``.
 """
 
@@ -38,7 +39,9 @@ class PrepareError(PipelineError):
 
 
 def make_bucket(settings: Settings) -> None:
-    """Make the bucket of ``store.root`` in a service of one's own, and try whether it can be used.
+    """Make the bucket of ``store.root`` where an endpoint is set, and try whether it can be used.
+
+    The user of ``infra/s3/policy.json`` may make none, and needs none where the bucket is there.
 
     Raises:
         PrepareError: if it cannot.
@@ -47,18 +50,18 @@ def make_bucket(settings: Settings) -> None:
     if storage.is_local(root):
         return
     export_for_boto()
-    found, bucket = access(), root.split("://", 1)[1].split("/", 1)[0]
+    found, bucket, refused = access(), root.split("://", 1)[1].split("/", 1)[0], ""
     if found.endpoint:
         client = boto3.client("s3", endpoint_url=found.endpoint, region_name=found.region)
         try:
             client.create_bucket(Bucket=bucket)
             logger.info("made the bucket %s", bucket)
         except ClientError as error:
-            if error.response["Error"]["Code"] not in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists"):
-                raise PrepareError(f"bucket {bucket}: {error.response['Error']['Code']} at {found.endpoint}") from error
-    problem = problem_with(root)
-    if problem:
-        raise PrepareError(problem)
+            code = error.response["Error"]["Code"]
+            if code not in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists"):
+                refused = f"; making the bucket was refused at {found.endpoint}: {code}"
+    if problem := problem_with(root):
+        raise PrepareError(f"{problem}{refused}")
 
 
 def make_pools(settings: Settings) -> None:

@@ -10,7 +10,6 @@ import argparse
 import ast
 import inspect
 import json
-import os
 import re
 import textwrap
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from onetrans.settings import NOT_SETTINGS, OWN_FILE, Settings, config_file, load_settings
+from onetrans.settings import OWN_FILE, Settings, config_file, load_settings, setting_variables
 
 EXAMPLES = """examples:
   onetrans config
@@ -55,8 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _print(settings: Settings) -> None:
     path = config_file()
     print(f"# file: {path.resolve() if path else f'none ({OWN_FILE} is not here, ONETRANS_CONFIG is not set)'}")
-    changed = sorted(name for name in os.environ if name.startswith("ONETRANS_") and name not in NOT_SETTINGS)
-    print(f"# environment: {', '.join(changed) or 'none'}")
+    print(f"# environment: {', '.join(setting_variables()) or 'none'}")
     print(f"# relative paths are taken from the working directory, {Path.cwd()}")
     for section in fields(Settings):
         print(f"[{section.name}]")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from pyspark.sql import SparkSession
 
+from infra.production.prepare import PrepareError, make_bucket
 from jobs import behaviors, impressions, objects
 from jobs.runner import audit_and_publish
 from jobs.sources.files import Files
@@ -19,7 +20,7 @@ from onetrans import object_store as s3
 from onetrans import storage
 from onetrans.errors import BadConfigError, NotReadyError
 from onetrans.lake import QUARANTINE, Lake
-from onetrans.settings import AuditSettings, LakeSettings, Settings, SourceSettings
+from onetrans.settings import AuditSettings, LakeSettings, Settings, SourceSettings, StoreSettings
 from tests.component.test_score_candidates import SCHEMA
 from tests.faulty_s3 import Faults, before
 from tests.raw_log import write_rows
@@ -138,6 +139,20 @@ def test_a_place_is_tried_and_what_is_wrong_is_said(object_store: ObjectStore, m
         told = s3.problem_with(f"{bucket}/prod")
     assert told.startswith(f"cannot write to {bucket}/prod")
     assert endpoint in told
+
+
+def test_a_user_who_may_make_no_bucket_prepares_one_that_is_there(
+    object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the user of infra/s3/policy.json."""
+    bucket = object_store.create_bucket("prepared")
+    with before(object_store.endpoint, Faults({}, makes_buckets=False)) as endpoint:
+        monkeypatch.setenv("ONETRANS_STORE_ENDPOINT", endpoint)
+        make_bucket(Settings(store=StoreSettings(root=f"{bucket}/prod")))
+        with pytest.raises(PrepareError, match=r"create it.*; making the bucket was refused at .*: AccessDenied"):
+            make_bucket(Settings(store=StoreSettings(root="s3://unprepared/prod")))
+    monkeypatch.delenv("ONETRANS_STORE_ENDPOINT")
+    make_bucket(Settings(store=StoreSettings(root="s3://unprepared/prod")))
 
 
 def test_looking_is_repeated_where_a_head_is_answered_with_500(

@@ -316,6 +316,51 @@ def test_a_reason_promotes_what_the_gate_declined_once(shop, registry, better, w
     assert "onetrans registry promote --version 2" in again["reason"]
 
 
+@pytest.mark.parametrize("kill_at", ["promoted", "forced"])
+@pytest.mark.parametrize("against", ["the gate", "a later day"])
+def test_a_forced_promotion_that_is_killed_keeps_its_reason(
+    shop, registry, better, worse, monkeypatch, kill_at, against
+):
+    """The next try finds its version as the champion already."""
+    first, plan = (better[3], worse) if against == "the gate" else (better[3], better[2])
+    _promote(shop, registry, first)
+
+    def dies(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Registry, f"tag_{kill_at}", dies)
+        with pytest.raises(KeyboardInterrupt):
+            _promote(shop, registry, plan, "the log was wrong")
+    assert _champion(registry) == "2"
+    promotion = _promote(shop, registry, plan, "the log was wrong")
+    assert (promotion["decision"], promotion["forced"]) == ("promoted", "the log was wrong")
+    assert promotion["reason"].startswith("forced, though ")
+    assert came_to_serve(registry.by_alias(CHAMPION).tags)[1] == "the log was wrong"
+    assert _promote(shop, registry, plan, "the log was wrong")["reason"].endswith("; nothing was changed")
+    registry.set_champion(registry.version("1"))
+    _promote(shop, registry, plan, "the log was wrong")
+    assert _champion(registry) == "1", "it was forced once"
+
+
+def test_a_promotion_that_is_killed_is_noted_by_the_next_try(shop, registry, better, monkeypatch):
+    """Else a later run of its day, with another champion by then, would say that it was held."""
+
+    def dies(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Registry, "tag_promoted", dies)
+        with pytest.raises(KeyboardInterrupt):
+            _promote(shop, registry, better[2])
+    assert _champion(registry) == "1"
+    promotion = _promote(shop, registry, better[2])
+    assert (promotion["decision"], promotion["forced"]) == ("promoted", None)
+    assert not promotion["reason"].startswith("is the champion")
+    _promote(shop, registry, better[3])
+    assert _promote(shop, registry, better[2])["reason"].startswith("was promoted at ")
+
+
 def test_a_champion_of_unknown_day_is_left_alone(shop, registry, better):
     _promote(shop, registry, better[2])
     registry.client.delete_model_version_tag(registry.name, "1", "ds")

@@ -22,7 +22,7 @@ from infra.status import screen, status, step_of
 from onetrans import cli, storage
 from onetrans.lake import Lake
 from onetrans.registry import promote
-from onetrans.settings import as_environment
+from onetrans.settings import as_environment, setting_variables
 from onetrans.tracking import find_model_run
 
 ROOT = Path(__file__).parents[2]
@@ -35,6 +35,20 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
     for ds, better in ((shop.days[-2], True), (shop.days[-1], False)):
         promote(shop.settings, shop.candidate(ds, better=better))
     return shop
+
+
+def test_it_says_which_settings_it_goes_by(shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another shell may have others in force."""
+    monkeypatch.chdir(tmp_path)
+    for name in setting_variables():
+        monkeypatch.delenv(name)
+    monkeypatch.delenv("ONETRANS_CONFIG", raising=False)
+    assert screen(status(shop.settings, days=1)).startswith("by default settings: there is no onetrans.toml here")
+    monkeypatch.setenv("ONETRANS_TRAINING_PRESET", "tiny")
+    assert screen(status(shop.settings, days=1)).startswith("by default settings and variables ONETRANS_...: there is")
+    (tmp_path / "onetrans.toml").touch()
+    first = screen(status(shop.settings, days=1)).splitlines()[0]
+    assert first == f"by {tmp_path / 'onetrans.toml'} and variables ONETRANS_..."
 
 
 def test_days_models_and_the_champion(shop: Shop) -> None:

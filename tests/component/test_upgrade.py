@@ -135,6 +135,18 @@ def test_an_empty_place_has_nothing_to_upgrade(
     assert "nothing to upgrade" in capsys.readouterr().out
 
 
+def test_a_look_makes_no_catalog(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where its address is given, nothing but the database tells whether there is one."""
+    named = replace(settings, lake=replace(settings.lake, catalog_uri=f"sqlite:///{tmp_path / 'named.db'}"))
+    for name, value in as_environment(named).items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(["upgrade", "--dry-run"]) == EXIT_OK
+    assert "Iceberg catalog" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_command_names_what_it_needs(
     old: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -160,6 +172,20 @@ def test_a_database_of_postgresql_is_dumped(tmp_path: Path) -> None:
         assert (tmp_path / "copies" / "catalog.dump").stat().st_size > 1000
         with pytest.raises(upgrade.UpgradeFailedError, match="pg_dump"):
             upgrade.copy_databases({"catalog": server.address("absent")}, str(tmp_path / "more"))
+
+
+@pytest.mark.skipif(bool(postgres.why_missing()), reason=postgres.why_missing())
+def test_a_dump_gives_the_password_of_the_address(tmp_path: Path) -> None:
+    """Kubernetes' secrets hold whole addresses; no message tells the password."""
+    with postgres.running() as server:
+        server.create("airflow")
+        server.require_password("s3cret")
+        address = server.address("airflow").replace("@", ":{}@", 1)
+        upgrade.copy_databases({"airflow": address.format("s3cret")}, str(tmp_path / "copies"))
+        assert (tmp_path / "copies" / "airflow.dump").stat().st_size > 0
+        with pytest.raises(upgrade.UpgradeFailedError, match="password authentication failed") as raised:
+            upgrade.copy_databases({"airflow": address.format("wr0ng")}, str(tmp_path / "more"))
+        assert "wr0ng" not in str(raised.value)
 
 
 @pytest.mark.nightly

@@ -173,23 +173,33 @@ def test_days_that_are_backfilled_at_once_run_in_order(deployment: Deployment) -
     assert order.read_text().splitlines()[-2:] == [f"begins {BAD}", f"ends {BAD}"]
 
 
-def test_a_backfill_that_ends_yesterday_does_not_hold_tonights_run(deployment: Deployment) -> None:
-    """Yesterday's run waits its turn in it, and then fails: tonight takes yesterday's tables if they are published."""
-    first, yesterday, today = (date(2020, 5, day) for day in (1, 2, 3))
+@pytest.mark.parametrize(("month", "at_once"), [(5, 1), (7, 2)])
+def test_a_backfill_that_ends_yesterday_does_not_hold_tonights_run(
+    deployment: Deployment, month: int, at_once: int
+) -> None:
+    """Yesterday's run waits its turn in it, and then fails: tonight takes yesterday's tables if they are published.
+
+    It is queued for its turn, or is under way to wait for it where the backfill lets several days in.
+    """
+    first, yesterday, today = (date(2020, month, day) for day in (1, 2, 3))
     whole = deployment.folder / f"whole-{yesterday}"
     whole.touch()
 
     def go(ds: date, code: int = 0) -> None:
         (deployment.folder / f"go-{ds}").write_text(str(code))
 
-    made = deployment.backfill_range("night", first, yesterday)
+    deployment.backfills_end("night")
+    made = deployment.backfill_range("night", first, yesterday, at_once=at_once)
     _until(lambda: deployment.task(*made[0], "step").state == "running", "the backfill has not begun")
+    if at_once > 1:
+        _until(lambda: deployment.task(*made[1], "wait").state == "deferred", "the second day does not wait")
     body = {"logical_date": f"{today}T00:00:00Z", "conf": {}}
     tonight = ("night", deployment.airflow.api.call("POST", "/dags/night/dagRuns", body)["dag_run_id"])
     go(today)
     (ended,) = deployment.wait(tonight, seconds=120)
     assert ended.state == "success"
-    assert [deployment.airflow.api.run(*run).state for run in made] == ["running", "queued"]
+    states = [deployment.airflow.api.run(*run).state for run in made]
+    assert states == ["running", "running" if at_once > 1 else "queued"]
 
     go(first)
     go(yesterday, 65)

@@ -357,10 +357,12 @@ def _deployed() -> Settings:
     return load_settings({"ONETRANS_CONFIG": str(INFRA / "production" / "onetrans.toml")})
 
 
-def test_settings_of_the_deployment_are_read_and_name_one_place() -> None:
+def test_settings_of_the_deployment_are_read_and_name_one_place(system: dict[str, Any]) -> None:
     settings = _deployed()
     places = (settings.lake.warehouse, settings.training.runs, settings.mlflow.artifacts)
     assert all(place.startswith(settings.store.root) for place in places)
+    # Where MLflow is a server, its own root is what counts.
+    assert f"--default-artifact-root={settings.mlflow.artifacts}" in system["mlflow"]["command"]
 
 
 def test_an_upgrade_looks_at_the_databases_that_are_made_and_used(system: dict[str, Any]) -> None:
@@ -535,6 +537,13 @@ def test_the_page_waits_for_a_jobs_end_and_not_for_its_success_alone() -> None:
         assert lines[n + 1].startswith("until kubectl get --namespace ranking $job ")
         assert "grep -E 'Complete|Failed'; do sleep 10; done" in lines[n + 1]
         assert lines[n + 2].startswith("kubectl logs --namespace ranking $job ")
+
+
+def test_what_the_page_pauses_it_lets_go_on() -> None:
+    """A paused DAG makes no run, and tells nobody."""
+    page = (ROOT / "docs" / "production.md").read_text(encoding="utf-8")
+    pauses = re.findall(r"airflow dags (pause|unpause) ", page[page.index("## Upgrades") :])
+    assert pauses == ["pause", "unpause"]
 
 
 def test_commands_of_the_pages_name_what_runs(system: dict[str, Any]) -> None:

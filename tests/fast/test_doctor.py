@@ -64,6 +64,18 @@ def test_a_log_that_was_named_and_is_not_there_stops_a_day(
     assert "source.path = var/raw: there is nothing" in checks[0]["found"]
 
 
+def test_a_log_in_s3_alone_needs_a_spark_that_reaches_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert [check["state"] for check in looked(capsys, "store")[1]] == ["skip"]
+    monkeypatch.setenv("ONETRANS_SOURCE_PATH", "s3://somewhere/log")
+    (check,) = looked(capsys, "store")[1]
+    assert check["state"] in ("warn", "ok")  # over copies, unless s3a is installed
+    monkeypatch.setenv("ONETRANS_SPARK_MASTER", "yarn")
+    (check,) = looked(capsys, "store")[1]
+    assert check["state"] == "ok" or "Spark cannot reach S3" in check["found"]
+
+
 def test_every_line_that_fails_says_how_to_mend_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

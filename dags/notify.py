@@ -22,7 +22,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from html import escape
 from time import sleep
 from typing import Any
@@ -112,8 +112,8 @@ async def day_undecided(context: Mapping[str, Any], decided_by: str) -> None:
     """Tell that a day has no verdict at its deadline; Airflow calls this in the triggerer.
 
     Airflow's deadline is about the run, which goes on after the verdict.  A run by hand that was asked for when the
-    deadline had passed makes up for a day: nobody waits for it at a set hour.  One by the clock that is made so late,
-    as another run held its slot, is told of.
+    deadline had passed makes up for a day: nobody waits for it at a set hour.  One by the clock that is made so late is
+    told of, with what may have kept it: a slot that another run held, a paused DAG, an Airflow that stood still.
 
     Args:
         context: what Airflow says of the run and of the deadline.
@@ -137,10 +137,16 @@ async def day_undecided(context: Mapping[str, Any], decided_by: str) -> None:
         logger.info("%s of %s %s has succeeded; nobody is told", decided_by, run["dag_id"], run["dag_run_id"])
         return
     day = str((run.get("conf") or {}).get("ds") or run["logical_date"])[:10]
+    late = (
+        f" It was made at {asked_for.astimezone(UTC):%Y-%m-%d %H:%M} UTC only: another run held its slot, the DAG was "
+        "paused, or Airflow stood still."
+        if asked_for > due
+        else ""
+    )
     await sync_to_async(send)(
         Message(
             title=f"{run['dag_id']} {day}: no verdict by {due:%Y-%m-%d %H:%M} UTC",
-            text=f"The model of {day} {known}, and the run is {run['state']}. The champion "
+            text=f"The model of {day} {known}, and the run is {run['state']}.{late} The champion "
             "serves as before. The grid shows the task it is at: if that waits for tables or for the log, look there "
             "first.",
             dag_id=run["dag_id"],

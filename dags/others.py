@@ -100,18 +100,14 @@ class NotStartedError(AirflowFailException):
 _LEFT_OUT = "If the log lost that day, name it in source.absent_days first."
 
 
-def look_at(others: Sequence[Mapping[str, Any]]) -> Seen:
+def look_at(others: Sequence[Mapping[str, Any]], states: Sequence[State] | None = None) -> Seen:
     """Return what stands against a step; blocks while Airflow is asked.
 
     Args:
         others: what :meth:`Other.of` gave.
+        states: how they stand (:func:`states_of`); None: ask.
     """
-    states = tuple(
-        state_of(
-            other["dag_id"], other["task_id"], other["day"], other.get("run_ids", ()), other.get("begins_with", "")
-        )
-        for other in others
-    )
+    states = states_of(others) if states is None else tuple(states)
     seen = {"stop": "", "unless_ready": "", "waiting": "", "queued": ""}
     behind = False
     for other, state in zip(others, states, strict=True):
@@ -137,10 +133,10 @@ def look_at(others: Sequence[Mapping[str, Any]]) -> Seen:
         elif state in ("stuck", "queued", "running"):
             words: str = "queued, and cannot begin" if state == "stuck" else state
             if state == "queued" and other.get("begins_with"):
-                words = "queued, or waits for its own turn"
+                words = "queued, or waits to begin"
             kind = "waiting" if state == "running" or other.get("if_queued", "wait") == "wait" else "queued"
             seen[kind] = seen[kind] or f"{name} is {words}. {other['why']}"
-    return Seen(**seen, states=states, behind_failure=behind)
+    return Seen(**seen, states=tuple(states), behind_failure=behind)
 
 
 def _failed(other: Mapping[str, Any]) -> str:
@@ -152,6 +148,16 @@ def _failed(other: Mapping[str, Any]) -> str:
     if not other["task_id"]:
         return f"{name} has failed{f' at {tasks}' if tasks else ''}"
     return f"{name} was not run: {tasks or 'its run'} has failed"
+
+
+def states_of(others: Sequence[Mapping[str, Any]]) -> tuple[State, ...]:
+    """Return the state of each other run; blocks while Airflow is asked."""
+    return tuple(
+        state_of(
+            other["dag_id"], other["task_id"], other["day"], other.get("run_ids", ()), other.get("begins_with", "")
+        )
+        for other in others
+    )
 
 
 def name_of(other: Mapping[str, Any]) -> str:

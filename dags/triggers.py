@@ -15,7 +15,7 @@ from airflow.sdk.exceptions import AirflowRuntimeError
 from airflow.triggers.base import BaseTrigger, TriggerEvent
 
 from dags.exit_codes import EXIT_NOT_READY, FINAL
-from dags.others import Seen, State, look_at, name_of
+from dags.others import Seen, State, look_at, name_of, states_of
 
 NOTHING_AHEAD = "no other run has to end first"
 """Result of a wait for other runs alone."""
@@ -25,7 +25,10 @@ _GOES_WELL_S = 60.0
 
 _GIVEN_UP: dict[State, tuple[str, str]] = {
     "none": ("has not been run", "Run it first"),
-    "queued": ("has been queued", "It begins when those before it have ended; wait for its end"),
+    "queued": (
+        "has been queued, or has waited to begin,",
+        "Its turn comes when those before have ended; wait for its end",
+    ),
     "stuck": ("has been queued", "It begins by itself now that this run has ended; wait for its end"),
 }
 """State that is not waited for any longer -> what is said of it, and what is to be done."""
@@ -80,7 +83,7 @@ class StepTrigger(BaseTrigger):
         self.if_nothing_before = list(if_nothing_before)
         self._broken_since: float | None = None
         self._since: dict[int, tuple[State, float]] = {}
-        self._left_aside: set[int] = set()
+        self._told_aside: set[tuple[int, State]] = set()
 
     def serialize(self) -> tuple[str, dict[str, Any]]:
         """Return what Airflow keeps of the wait; the environment of the triggerer is not part of it."""
@@ -140,18 +143,26 @@ class StepTrigger(BaseTrigger):
         return (datetime.fromisoformat(self.until) - datetime.now(UTC)).total_seconds()
 
     async def _others(self) -> Seen:
-        """Look at the other runs; one that stays in a state for too long ends the wait, or is left aside."""
-        looked = [number for number in range(len(self.others)) if number not in self._left_aside]
-        if not looked:
+        """Look at the other runs; one that stays in a state for too long ends the wait, or is left aside meanwhile."""
+        if not self.others:
             return Seen()
         from asgiref.sync import sync_to_async
 
         try:
-            seen = await sync_to_async(look_at)([self.others[number] for number in looked])
+            states = await sync_to_async(states_of)(self.others)
+            aside = self._impatient(states)
+            if isinstance(aside, Seen):
+                return aside
+            looked = [number for number in range(len(self.others)) if number not in aside]
+            asked = [self.others[number] for number in looked]
+            return await sync_to_async(look_at)(asked, [states[number] for number in looked])
         except AirflowRuntimeError as error:
             return Seen(waiting=f"Airflow does not say how other runs stand: {error}")
-        for number, state in zip(looked, seen.states, strict=True):
-            other = self.others[number]
+
+    def _impatient(self, states: Sequence[State]) -> set[int] | Seen:
+        """Return the runs that are left aside for what they are now, or why the wait ends."""
+        aside = set()
+        for number, (other, state) in enumerate(zip(self.others, states, strict=True)):
             before, since = self._since.get(number, ("", 0.0))
             if state != before:
                 self._since[number] = (state, since := time.monotonic())
@@ -161,11 +172,13 @@ class StepTrigger(BaseTrigger):
             has, then = _GIVEN_UP[state]
             text = f"{name_of(other)} {has} for {patience / 60:.0f} minutes. {other['why']}"
             if other["if_failed"] == "go on":
-                self.log.info("%s It is not waited for any longer.", text)
-                self._left_aside.add(number)
-                return await self._others()
-            return Seen(stop=f"{text} {then}, then clear this task.")
-        return seen
+                if (number, state) not in self._told_aside:
+                    self.log.info("%s It is not waited for while it is.", text)
+                    self._told_aside.add((number, state))
+                aside.add(number)
+            else:
+                return Seen(stop=f"{text} {then}, then clear this task.")
+        return aside
 
     async def _answer(self, before: Seen) -> tuple[int, str | None, str] | None:
         """Return what the command says; None if another run has changed what is asked meanwhile."""

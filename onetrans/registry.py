@@ -398,7 +398,11 @@ def _promote_once(settings: Settings, plan: Plan, force: str) -> dict[str, Any] 
         )
     registry = Registry(settings.mlflow)
     done = _done_before(registry, plan, verdict, tags[TAG_MODEL_ID])
-    if done is not None and not (force and done["decision"] in ("held", "declined")):
+    # What the gate declined and is recorded as promoted for no reason may have lost it: a try that was killed.
+    open_to_force = done is not None and (
+        done["decision"] in ("held", "declined") or (done["verdict"] != "promoted" and not done["forced"])
+    )
+    if done is not None and not (force and open_to_force):
         return _as_of_now(registry, done)
     _check_same_model(settings, plan, tags[TAG_MODEL_ID], tags[TAG_MODEL_DIGEST])
     with one_at_a_time(settings.mlflow.tracking_uri):
@@ -588,13 +592,9 @@ def _move_champion(
         return _Move(before, "declined", verdict["reason"])
     if TAG_ROLLED_BACK in tags:
         return _Move(before, "held", _rolled_back(str(version.version), tags[TAG_ROLLED_BACK]))
-    held = ""
-    if champion is not None and TAG_DAY not in champion.tags:
-        held = f"champion {before} has no tag {TAG_DAY!r}, so nothing says that it is older"
-    elif champion is not None and champion.tags[TAG_DAY] > str(plan.ds):
-        if TAG_PROMOTED in tags:
-            return _Move(tags.get(TAG_REPLACED), "promoted", f"was promoted at {tags[TAG_PROMOTED]}")
-        held = f"champion {before} was trained for a later day, {champion.tags[TAG_DAY]}"
+    held = _not_older(champion, plan)
+    if champion is not None and champion.tags.get(TAG_DAY, "") > str(plan.ds) and TAG_PROMOTED in tags:
+        return _Move(tags.get(TAG_REPLACED), "promoted", f"was promoted at {tags[TAG_PROMOTED]}")
     if not (declined or held):
         registry.set_champion(version)
         return _Move(before, "promoted", verdict["reason"])
@@ -609,8 +609,7 @@ def _move_champion(
         )
     registry.set_champion(version)
     registry.tag_forced(version, force)
-    over = " and ".join(filter(None, ["the gate declined it" if declined else "", held]))
-    return _Move(before, "promoted", _forced(over, force, verdict), forced=True)
+    return _Move(before, "promoted", _forced(_over(verdict, held), force, verdict), forced=True)
 
 
 def _repeated(registry: Registry, version: ModelVersion, plan: Plan, verdict: Mapping[str, Any], force: str) -> _Move:
@@ -618,28 +617,42 @@ def _repeated(registry: Registry, version: ModelVersion, plan: Plan, verdict: Ma
 
     What it replaced was noted before the alias moved; when it did and a person's reason come after.
     """
-    tags = version.tags
+    tags, previous = version.tags, registry.by_alias(PREVIOUS)
     replaced = tags.get(TAG_REPLACED)
-    if TAG_PROMOTED not in tags:
+    over = _over(verdict, _not_older(previous, plan) if previous and str(previous.version) == replaced else "")
+    since = tags.get(TAG_PROMOTED)
+    # A verdict that is later than the promotion does not tell how that came about.
+    unexplained = tags.keys().isdisjoint({TAG_FORCED, TAG_BY_HAND, TAG_RETURNED}) and verdict["decided_at"] <= (
+        since or "9"
+    )
+    if over and not force and not since:
+        why = "it was set in MLflow, or by a try that was killed and had a reason"
+        return _Move(replaced, "promoted", f"is the champion, though {over}: {why}")
+    if not since:
         registry.tag_promoted(version)
-    if force and tags.keys().isdisjoint({TAG_FORCED, TAG_BY_HAND, TAG_RETURNED}):
-        over = _forced_over(registry.by_alias(PREVIOUS), replaced, plan, verdict)
-        if over:
-            registry.tag_forced(version, force)
-            return _Move(replaced, "promoted", _forced(over, force, verdict), forced=True)
-    if TAG_PROMOTED not in tags:
+    if over and force and unexplained:
+        registry.tag_forced(version, force)
+        return _Move(replaced, "promoted", _forced(over, force, verdict), forced=True)
+    if not since:
         return _Move(replaced, "promoted", verdict["reason"])
-    reason = f"is the champion since {tags[TAG_PROMOTED]}; nothing was changed"
-    return _Move(replaced, "promoted", reason, forced=bool(force) and tags.get(TAG_FORCED, "").endswith(f": {force}"))
+    forced = bool(force) and tags.get(TAG_FORCED, "").endswith(f": {force}")
+    return _Move(replaced, "promoted", f"is the champion since {since}; nothing was changed", forced=forced)
 
 
-def _forced_over(previous: ModelVersion | None, replaced: str | None, plan: Plan, verdict: Mapping[str, Any]) -> str:
-    """Return what stood against a champion, so that only a person's reason can have put it there; empty: nothing."""
-    if verdict["verdict"] != "promoted":
-        return "the gate declined it"
-    if previous is None or str(previous.version) != replaced or previous.tags.get(TAG_DAY, "9999") <= str(plan.ds):
+def _not_older(champion: ModelVersion | None, plan: Plan) -> str:
+    """Return why a champion does not leave for the model of a plan; empty: it is older, or there is none."""
+    if champion is None:
         return ""
-    return f"champion {replaced} was not known to be older"
+    if TAG_DAY not in champion.tags:
+        return f"champion {champion.version} has no tag {TAG_DAY!r}, so nothing says that it is older"
+    if champion.tags[TAG_DAY] > str(plan.ds):
+        return f"champion {champion.version} was trained for a later day, {champion.tags[TAG_DAY]}"
+    return ""
+
+
+def _over(verdict: Mapping[str, Any], held: str) -> str:
+    """Return what stands against a promotion; empty: nothing."""
+    return " and ".join(filter(None, ["the gate declined it" if verdict["verdict"] != "promoted" else "", held]))
 
 
 def _forced(over: str, force: str, verdict: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ import pwd
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,6 +72,25 @@ class Postgres:
         self._run("psql", "--host", str(self.folder), "--username", self.user, "--command", command, "postgres")
         (self.data / "pg_hba.conf").write_text("local all all scram-sha-256\n", encoding="utf-8")
         self._run("pg_ctl", "reload", "--pgdata", str(self.data))
+        deadline = time.monotonic() + 30
+        while self._trusts():  # the server reads its files when it comes to it
+            assert time.monotonic() < deadline, "PostgreSQL still asks for no password"
+            time.sleep(0.1)
+
+    def _trusts(self) -> bool:
+        program = _program("psql")
+        assert program is not None
+        command = [
+            program,
+            "--host",
+            str(self.folder),
+            "--username",
+            self.user,
+            "--no-password",
+            "--command",
+            "SELECT 1",
+        ]
+        return subprocess.run([*command, "postgres"], capture_output=True, cwd=self.folder).returncode == 0
 
     def restore(self, dump: Path, database: str) -> None:
         """Create a database from what ``pg_dump`` wrote."""

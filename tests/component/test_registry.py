@@ -333,7 +333,17 @@ def test_a_forced_promotion_that_is_killed_keeps_its_reason(
         with pytest.raises(KeyboardInterrupt):
             _promote(shop, registry, plan, "the log was wrong")
     assert _champion(registry) == "2"
-    promotion = _promote(shop, registry, plan, "the log was wrong")
+    promoted = registry.version("2").tags.get("promoted_at")
+    if against == "the gate" and kill_at == "promoted":  # a person repeats the step by hand, without the reason
+        without = _promote(shop, registry, plan)
+        assert without["reason"].startswith("is the champion, though the gate declined it: it was set in MLflow, or by")
+        assert "promoted_at" not in registry.version("2").tags
+        settings = dataclasses.replace(shop.settings, mlflow=registry.settings)
+        assert promote(settings, plan)["forced"] is None
+        promotion = promote(settings, plan, "the log was wrong")
+    else:
+        promotion = _promote(shop, registry, plan, "the log was wrong")
+    assert (registry.version("2").tags["promoted_at"] == promoted) is (kill_at == "forced")
     assert (promotion["decision"], promotion["forced"]) == ("promoted", "the log was wrong")
     assert promotion["reason"].startswith("forced, though ")
     assert came_to_serve(registry.by_alias(CHAMPION).tags)[1] == "the log was wrong"
@@ -359,6 +369,22 @@ def test_a_promotion_that_is_killed_is_noted_by_the_next_try(shop, registry, bet
     assert not promotion["reason"].startswith("is the champion")
     _promote(shop, registry, better[3])
     assert _promote(shop, registry, better[2])["reason"].startswith("was promoted at ")
+
+
+def test_a_champion_of_the_gate_stays_so_when_a_later_verdict_declines_it(shop, registry, better, monkeypatch):
+    """A stricter threshold, and the gate is cleared in a run that had a reason for the case that it declines."""
+    _promote(shop, registry, better[2], "whatever it says")
+    assert came_to_serve(registry.by_alias(CHAMPION).tags)[1] is None
+    path = storage.join(better[2].path, "gate.json")
+    before = storage.read_bytes(path)
+    try:
+        later = {"verdict": "declined", "reason": "Not promoted: stricter.", "decided_at": "2999-01-01T00:00:00+00:00"}
+        storage.write_json(path, {**json.loads(before), **later})
+        again = _promote(shop, registry, better[2], "whatever it says")
+    finally:
+        storage.write_bytes(path, before)
+    assert again["reason"].endswith("; nothing was changed")
+    assert came_to_serve(registry.by_alias(CHAMPION).tags)[1] is None
 
 
 def test_a_champion_of_unknown_day_is_left_alone(shop, registry, better):

@@ -1073,6 +1073,9 @@ def test_the_real_dags_wait_that_way():
     assert "queued" not in tonight.patience_s, "a backfill that ends yesterday may take the whole night"
     assert (made_up.if_failed, made_up.if_queued) == ("stop", "wait")
     model = by_id(ranking_model)["wait_for_day"]
+    for wait in (before, model):  # of the day before's run: its own wait, by a name that is one
+        assert wait.others[0].begins_with == wait.task_id
+        assert [other.begins_with for other in wait.others_of_a_backfill] == [""] * len(wait.others_of_a_backfill)
     assert model.others[1].if_done == "stop unless ready"
     assert model.others[0].patience_s == {"stuck": 0, "queued": 0}
     assert model.others_of_a_backfill[0].patience_s["queued"] > 3600
@@ -1170,6 +1173,23 @@ def test_what_may_be_the_first_day_is_asked_for_as_one_whenever_that_is_known(st
     stands += ["running", "done"]
     program = "import sys; print('first'); sys.exit(0 if '--or-first' in sys.argv else 75)"
     assert look(waiting(program, TONIGHT, if_nothing_before=["--or-first"]))["result"] == "first"
+
+
+def test_a_run_that_is_left_aside_while_it_is_queued_is_waited_for_when_it_begins(stands, tmp_path):
+    """Yesterday's model in a backfill, whose tables come first; then it trains, and tonight's goes on from it."""
+    there = tmp_path / "there"
+    stands += ["queued", "queued", "running", "running", "running", "running", "done"]
+    before = replace(DAY_BEFORE, if_failed="go on", patience_s={"queued": 0, "stuck": 0})
+    program = (
+        f"import pathlib, time; there = pathlib.Path({str(there)!r})\n"
+        "while not there.exists():\n    time.sleep(0.1)\nprint('there')"
+    )
+    timer = threading.Timer(2.0, there.touch)
+    timer.start()
+    payload = look(waiting(program, before))
+    timer.join()
+    assert (payload["code"], payload["result"], payload["stop"]) == (0, "there", "")
+    assert stands == ["done"], "it did not wait for the end of a run that had begun"
 
 
 def test_a_run_that_cannot_begin_is_not_waited_for_without_end(stands):

@@ -31,6 +31,17 @@ def test_a_users_own_configuration_goes_before_the_demos(tmp_path: Path) -> None
     assert chosen_config({"ONETRANS_CONFIG": str(named)}, tmp_path) == named
 
 
+def _what_setup_reads(folder: Path) -> Path:
+    """Copy what `infra/setup.sh` is and reads into a folder; return its folder for programs."""
+    (folder / "infra").mkdir()
+    shutil.copy(REPOSITORY / "infra" / "setup.sh", folder / "infra")
+    for name in ("pyproject.toml", "constraints.txt"):
+        shutil.copy(REPOSITORY / name, folder)
+    programs = folder / "bin"
+    programs.mkdir()
+    return programs
+
+
 PYTHON_HINT = "sudo apt-get install python3.11 python3.11-venv (python3.12 python3.12-venv where there is no 3.11)"
 JAVA_HINT = "sudo apt-get install openjdk-17-jre-headless (openjdk-21-jre-headless where there is no 17)"
 TOOLS = ("cat", "cksum", "dirname", "head", "sed")
@@ -81,12 +92,7 @@ def test_what_is_missing_or_too_old_is_named_with_the_command_that_installs_it(
     tmp_path: Path, installed: dict[str, str], variables: dict[str, str], said: str, hint: str
 ) -> None:
     """The wrong one failed minutes later, in a package."""
-    (tmp_path / "infra").mkdir()
-    shutil.copy(REPOSITORY / "infra" / "setup.sh", tmp_path / "infra")
-    for name in ("pyproject.toml", "constraints.txt"):
-        shutil.copy(REPOSITORY / name, tmp_path)
-    programs = tmp_path / "bin"
-    programs.mkdir()
+    programs = _what_setup_reads(tmp_path)
     for name in TOOLS:
         (programs / name).symlink_to(shutil.which(name) or name)
     for name, version in installed.items():
@@ -111,12 +117,7 @@ def test_what_is_missing_or_too_old_is_named_with_the_command_that_installs_it(
 
 def test_the_environment_is_installed_once_and_again_only_when_its_files_change(tmp_path: Path) -> None:
     """Whoever pulls a newer version and waits is told why."""
-    (tmp_path / "infra").mkdir()
-    shutil.copy(REPOSITORY / "infra" / "setup.sh", tmp_path / "infra")
-    for name in ("pyproject.toml", "constraints.txt"):
-        shutil.copy(REPOSITORY / name, tmp_path)
-    programs = tmp_path / "bin"
-    programs.mkdir()
+    programs = _what_setup_reads(tmp_path)
     # A Python whose pip installs nothing: what is asked is when and why it is called.
     making = 'mkdir -p .venv/bin && cp "$0" .venv/bin/python'
     told = (

@@ -62,7 +62,7 @@ class Log:
     preset: str
     """Size of both models."""
     minutes: int
-    """About how long the demo takes on two free cores (benchmarks/results/demo.md)."""
+    """About how long the demo takes on two free cores, at most (benchmarks/results/demo.md)."""
     batch_size: int = 256
     """Impressions of a step: a pass over so small a log must still be many steps."""
     dense_lr: float = 0.0
@@ -77,7 +77,7 @@ class Log:
 def simulated() -> Log:
     """Return the simulated shop: nine days of history, then three days."""
     first = date(2026, 1, 1)
-    return Log("files", HOME / "raw", first, _three_days(first + timedelta(days=9)), "tiny", 10)
+    return Log("files", HOME / "raw", first, _three_days(first + timedelta(days=9)), "tiny", 13)
 
 
 def kuairand(path: Path) -> Log:

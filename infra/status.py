@@ -129,11 +129,20 @@ def _entry(lake: Lake, table: str, ds: date, rows: int | None, folder: str | Non
     if folder is not None:
         entry |= {"state": "published", "audit": _outcome(lake.verdict_in(folder))}
     if latest is not None and _plain(latest.path) != _plain(folder or ""):
-        outcome = _outcome(lake.verdict(latest))
+        verdict = lake.verdict(latest)
+        outcome = _outcome(verdict)
         entry["attempt"] = {"rows": latest.rows, "audit": outcome, "built_at": latest.created_at}
+        if verdict is not None and outcome == "failed":
+            entry["attempt"] |= {"why": _first_broken(verdict), "data_docs": verdict["data_docs"]}
         if folder is None:
             entry |= {"state": "failed" if outcome == "failed" else "staged", "rows": latest.rows, "audit": outcome}
     return entry
+
+
+def _first_broken(verdict: Mapping[str, Any]) -> str:
+    broken = [finding for finding in verdict["findings"] if finding["severity"] == "critical"]
+    more = f", and {len(broken) - 1} more" if broken[1:] else ""
+    return f"{broken[0]['column']}: expected that {broken[0]['expected']}; {broken[0]['observed']}{more}"
 
 
 def _plain(path: str) -> str:
@@ -334,6 +343,13 @@ def _tables_text(tables: Mapping[str, Any]) -> str:
         lines.append(f"{ds:<10}{''.join(cells)}")
     earlier = f"; {tables['earlier']} earlier days" if tables["earlier"] else ""
     lines.append(f"rows of published days; ! audit warns, + a later attempt is not published, ~ staged{earlier}")
+    for ds, entries in days.items():
+        for name, entry in entries.items():
+            if why := entry.get("attempt", {}).get("why"):
+                lines += [
+                    f"{name} {ds}: its audit failed, so it is not published: {why}",
+                    f"  {entry['attempt']['data_docs']}",
+                ]
     return "\n".join(lines)
 
 

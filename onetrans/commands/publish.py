@@ -19,7 +19,8 @@ EXAMPLES = """example:
   onetrans publish impressions --ds 2022-05-04
 
 The day must have been staged by its job and passed its audit; publishing it again changes nothing.
-Later days that were built on what the day was before are named; `python -m jobs.rebuild` builds them again."""
+Later days that were built on what the day was before are named when the day's last table is published, and by
+`onetrans lake` at any time; `python -m jobs.rebuild` builds them again."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

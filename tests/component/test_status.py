@@ -96,13 +96,25 @@ def test_an_attempt_that_failed_its_audit_stands_beside_what_is_published(shop: 
     lake, ds = Lake(shop.settings.lake), shop.days[-1]
     before = lake.staged("training_requests", ds)
     attempt = lake.mark_staged(replace(before, path=lake.new_stage_path("training_requests", ds), rows=7))
-    lake.write_verdict(attempt, {"passed": False, "failure": "spoilt", "warnings": 0})
+    broken = {
+        "severity": "critical",
+        "column": "click",
+        "expected": "click is 0 or 1",
+        "observed": "not so in 3 of 7 rows",
+    }
+    warns = {**broken, "severity": "warning"}
+    page = {"data_docs": "http://127.0.0.1:8088/training_requests.html", "findings": [warns, broken, broken]}
+    lake.write_verdict(attempt, {"passed": False, "failure": "spoilt", "warnings": 0, **page})
     try:
         found = status(shop.settings, days=1)
         entry = found["tables"]["days"][str(ds)]["training_requests"]
         assert entry["state"] == "published"
         assert (entry["attempt"]["rows"], entry["attempt"]["audit"]) == (7, "failed")
-        assert "+" in screen(found)
+        text = screen(found)
+        assert "+" in text
+        why = "click: expected that click is 0 or 1; not so in 3 of 7 rows, and 1 more"
+        assert f"training_requests {ds}: its audit failed, so it is not published: {why}\n" in text
+        assert "    http://127.0.0.1:8088/training_requests.html\n" in text
     finally:
         lake.mark_staged(before)
 

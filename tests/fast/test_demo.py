@@ -123,6 +123,6 @@ def test_it_says_how_long_it_takes_and_what_a_stop_leaves(
         signal.signal(signal.SIGTERM, before)
     first, second, *_, last = capsys.readouterr().out.splitlines()
     assert first == f"== empty {tmp_path}: tables, runs and models of an earlier demo go"
-    assert "about 10 minutes on two free cores" in second
+    assert f"about {demo.simulated().minutes} minutes on two free cores" in second
     assert last.startswith(f"what is built so far stays in {tmp_path}: ")
     assert last.endswith(" make ui shows it; make demo begins from nothing")

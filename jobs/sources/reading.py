@@ -222,7 +222,7 @@ def _mismatch(kind: ValueKind, found: T.DataType, schema: FeatureSchema) -> str:
     whole = isinstance(found, _WHOLE)
     number = _is_number(found)
     if isinstance(found, T.NullType | T.StringType):
-        # Text says what it is row by row, but only where a format has nothing but text.
+        # Text says what it is row by row.
         return ""
     if kind in ("id", "category"):
         fits = whole or isinstance(found, T.BooleanType | T.DateType)

@@ -419,7 +419,7 @@ def make_plan(
     path = storage.join(storage.resolve(training.runs), f"ds={ds}", plan_id)
     if storage.exists(storage.join(path, PLAN_FILE)):
         plan = Plan.load(path)
-        logger.info("plan %s of %s was made before, on %s", plan_id, ds, plan.created_at)
+        logger.info("plan %s of %s was made before, on %s, and stands as decided then", plan_id, ds, plan.created_at)
     else:
         plan = Plan(
             plan_id=plan_id,
